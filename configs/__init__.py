@@ -1,0 +1,1 @@
+"""Configurations: one file per family of runs, with `get_config(arg)`."""

@@ -1,0 +1,93 @@
+"""The models and their sizes, matched in parameters: one table for all configs.
+
+Every model of a size is within 3 % of the size's name (embeddings once, the
+memories' initial states included).  The hidden width F of the FFN absorbs
+what the sequence layers differ in; a continuum memory system (paper section
+7) splits its F into two fast levels and a slow one.
+
+  transformer       Transformer++: rotary attention, SwiGLU, no convolution
+  transformer_conv  the same with a causal convolution of 4 on q, k and v,
+                    which Titans and Hope have too
+  titans            Titans (LMM): one deep memory per head
+  hope              self-modifying Titans, then CMS
+  hope_attention    attention (no convolution), then CMS
+"""
+
+NAMES = ("transformer", "transformer_conv", "titans", "hope", "hope_attention")
+
+SIZES = {
+  "tiny": {
+    "shape": {"width": 128, "num_layers": 4, "num_heads": 2},
+    "transformer": 448,
+    "titans": 352,
+    "hope": (64, 64, 96),
+    "hope_attention": (128, 128, 192),
+  },
+  "340m": {
+    "shape": {"width": 1024, "num_layers": 24, "num_heads": 8},
+    "transformer": 2816,
+    "titans": 2304,
+    "hope": (512, 512, 1024),
+    "hope_attention": (768, 768, 1280),
+  },
+  "760m": {
+    "shape": {"width": 1536, "num_layers": 24, "num_heads": 12},
+    "transformer": 4352,
+    "titans": 3712,
+    "hope": (896, 896, 1664),
+    "hope_attention": (1024, 1024, 2304),
+  },
+  "1p3b": {
+    "shape": {"width": 2048, "num_layers": 24, "num_heads": 16},
+    "transformer": 5632,
+    "titans": 4864,
+    "hope": (1152, 1152, 2304),
+    "hope_attention": (1408, 1408, 2816),
+  },
+}
+
+# The inner rule: Titans' memory (2501.00663) has no erase term and learns
+# the plain values; Hope's memories (eq. 83-90) generate their own.
+MEMORIES = {
+  "titans": {"adaptive": (), "target": "shared", "delta_rule": "none"},
+  "hope": {
+    "adaptive": ("k", "v", "eta", "alpha"),
+    "target": "self",
+    "delta_rule": "proximal",
+  },
+}
+
+
+def model(
+  name: str,
+  size: str,
+  *,
+  memory_chunks: tuple[int, int],
+  cms_chunks: tuple[int, ...],
+  **fields,
+) -> dict:
+  """The model group of `name` at `size`.
+
+  `memory_chunks`: tokens per chunk of the memory and of the adaptive
+  projections; `cms_chunks`: tokens between updates of each CMS level, 0
+  never; `fields` are set as they are.
+  """
+  sequence_layer = name.removesuffix("_conv")
+  row = SIZES[size]
+  group = {
+    "sequence_layer": sequence_layer,
+    "conv_window": 0 if name in ("transformer", "hope_attention") else 4,
+    "memory": {
+      "chunk_length": memory_chunks[0],
+      "projection_chunk_length": memory_chunks[1],
+      **MEMORIES.get(name, {}),
+    },
+    **row["shape"],
+  }
+  hidden = row[sequence_layer]
+  if isinstance(hidden, tuple):
+    group["cms"] = {"hidden": hidden, "chunk_lengths": cms_chunks}
+    group["ffn_hidden"] = sum(hidden)  # unused beside a CMS
+  else:
+    group["ffn_hidden"] = hidden
+  return {**group, **fields}

@@ -1,0 +1,56 @@
+"""Multi-query associative recall: does the memory work?
+
+Protocol (after Arora et al. 2023): key-value pairs first, then each key once
+  at a random place among fillers; the loss is on the value after each key.
+  Nothing but the sequence tells which value belongs to a key, so a model can
+  only answer from what it stored (chance is 1 / 64 = 1.6 %).
+Command: python -m hope_jax.train --config=configs/mqar.py:titans \
+  --workdir=runs/mqar-titans
+Modes: a model: 8 pairs in 64 tokens; with `_32`: 32 pairs in 256 tokens
+  (`titans_32`); optionally with `smoke`: `titans_32,smoke`.
+Size: 2 layers, width 128, 2 heads; 1.6M training tokens.
+Expected: Titans and Hope at least 90 % at 8 pairs, their twins (--config.
+  model.inner_rates=off) at most 30 %; see experiments/mqar.
+"""
+
+from configs import _base, _models
+
+PAIRS = {"": 8, "_32": 32}
+MODES = tuple(name + end for end in PAIRS for name in _models.NAMES)
+TOKENS = 1_638_400
+
+
+def get_config(arg=None):
+  """`arg` is a comma-separated list of modes; the default is `titans`."""
+  mode, switches = _base.parse(arg, "titans", MODES, "smoke")
+  name, end = (mode[:-3], "_32") if mode.endswith("_32") else (mode, "")
+  is_smoke = "smoke" in switches
+  length, batch_size = 8 * PAIRS[end], 16
+  steps = TOKENS // (length * batch_size)
+  return _base.make(
+    model=_models.model(
+      name,
+      "tiny",
+      memory_chunks=(16, length // 4),
+      cms_chunks=(length // 8, length // 4, 0),
+      vocab_size=129,
+      num_layers=2,
+    ),
+    opt={"peak_lr": 4e-3, "warmup_steps": 2 if is_smoke else 50},
+    data={
+      "kind": "mqar",
+      "num_pairs": PAIRS[end],
+      "num_keys": 64,
+      "num_values": 64,
+      "sequence_length": length,
+      "batch_size": batch_size,
+    },
+    train={
+      "steps": 8 if is_smoke else steps,
+      "log_every": 2 if is_smoke else 20,
+      "eval_every": 4 if is_smoke else 200,
+      "dynamics_every": 4 if is_smoke else 200,
+      "checkpoint_every": 4 if is_smoke else 400,
+    },
+    eval={"batches": 2 if is_smoke else 16, "batch_size": 64},
+  )

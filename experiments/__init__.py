@@ -1,0 +1,1 @@
+"""The paper's tables and figures: a folder each, one runner for all."""

@@ -1,0 +1,101 @@
+"""Multi-query associative recall, live memories against their twins.
+
+python -m experiments.mqar.run --scale=cpu
+
+Writes results.json, table.md and accuracy.png; see README.md for the
+protocol.
+"""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from experiments import plots, runner, switch_off, tables
+from experiments.trials import Plan, Trial, staged
+
+# Row -> (mode of the config, overrides).
+ROWS = {
+  "Titans": ("titans", {}),
+  "Titans twin": ("titans", switch_off.TWIN),
+  "Hope": ("hope", {}),
+  "Hope twin": ("hope", switch_off.TWIN),
+  "Transformer++": ("transformer", {}),
+  "Transformer++ conv": ("transformer_conv", {}),
+}
+# Group -> suffix of the mode.
+GROUPS = {"8 pairs, T 64": "", "32 pairs, T 256": "_32"}
+CHANCE = 1 / 64
+
+
+def plan(switch: str, rates: Sequence[float], seeds: Sequence[int]) -> Plan:
+  """Every row at both sizes: all `rates` on a seed, then the other seeds."""
+  rows = []
+  for group, end in GROUPS.items():
+    for row, (mode, overrides) in ROWS.items():
+      name = f"pairs{end or '_8'}/{row.lower().replace(' ', '_')}"
+      rows.append(
+        Trial(
+          group=group,
+          row=row,
+          name=name.replace("+", "p"),
+          config="configs/mqar.py",
+          mode=mode + end + switch,
+          overrides={**overrides, "train.keep_checkpoints": 1},
+          evaluations=() if overrides else switch_off.evaluations(mode),
+        )
+      )
+  return staged(rows, rates=rates, seeds=seeds)
+
+
+PLANS = {
+  "cpu": lambda: plan("", rates=(1e-3, 2e-3, 4e-3), seeds=(0, 1, 2)),
+  "smoke": lambda: plan(",smoke", rates=(1e-3, 2e-3), seeds=(0, 1)),
+}
+
+COLUMNS = {
+  "accuracy %": lambda scores: tables.mean_std(
+    (100 * s["accuracy"] for s in scores), digits=1
+  ),
+  "test loss": lambda scores: tables.mean_std(s["loss"] for s in scores),
+}
+
+
+def report(
+  records: Sequence[runner.Record], folder: pathlib.Path, scale: str
+) -> None:
+  """Writes and prints the accuracy tables and the bar chart."""
+  folder.mkdir(parents=True, exist_ok=True)
+  text, points = "", {row: {} for row in ROWS}
+  for group in GROUPS:
+    text += f"{group}\n\n{tables.table(records, group, COLUMNS)}\n"
+    for row, trials in tables.by_row(records, group).items():
+      points[row][group] = [
+        100 * tables.scores(record)["accuracy"]
+        for record in tables.final(trials)
+      ]
+  text += f"Chance is {100 * CHANCE:.1f} %.  {tables.caption(records)}"
+  (folder / "table.md").write_text(text)
+  plots.bars(
+    folder / "accuracy.png",
+    points,
+    title="Multi-query associative recall",
+    ylabel="test accuracy (%)",
+  )
+  tables.write_results(
+    folder / "results.json", "mqar", records, scale=scale, table=text
+  )
+  print(f"\n{text}\nwritten to {folder}: results.json, table.md, accuracy.png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  flags = runner.arguments("mqar", tuple(PLANS), argv)
+  experiment = runner.Runner(
+    PLANS[flags.scale](), flags.out, jobs=flags.jobs, budget=flags.budget
+  )
+  code = experiment.run()
+  report(experiment.records(), flags.report, flags.scale)
+  return code
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,99 @@
+"""Plots of an experiment, as PNG files."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from experiments.runner import Record
+from hope_jax.training import metrics
+
+
+def _save(figure, path: pathlib.Path) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.tight_layout()
+  figure.savefig(path, dpi=150)
+  plt.close(figure)
+
+
+def _smooth(values: np.ndarray, window: int) -> np.ndarray:
+  """Mean over the last `window` values (fewer at the start)."""
+  total = np.cumsum(np.concatenate([[0.0], values]))
+  end = np.arange(1, len(values) + 1)
+  start = np.maximum(0, end - window)
+  return (total[end] - total[start]) / (end - start)
+
+
+def _curve(
+  records: Sequence[Record], kind: str
+) -> tuple[np.ndarray, np.ndarray]:
+  """(tokens in millions, mean loss over the records) of one kind."""
+  losses: dict[int, list[float]] = {}
+  for record in records:
+    config = (record.result or {})["config"]["data"]
+    tokens = config["batch_size"] * config["sequence_length"]
+    for row in metrics.read(record.workdir):
+      if row["kind"] == kind and row.get("split", "valid") == "valid":
+        losses.setdefault(row["step"] * tokens, []).append(row["loss"])
+  tokens = sorted(losses)
+  return (
+    np.array(tokens) / 1e6,
+    np.array([np.mean(losses[t]) for t in tokens]),
+  )
+
+
+def loss_curves(
+  path: pathlib.Path, rows: Mapping[str, Sequence[Record]], title: str
+) -> None:
+  """Training loss (line) and validation loss (dots) of each row's trials."""
+  figure, axes = plt.subplots(figsize=(7, 4.5))
+  for row, records in rows.items():
+    if not records:
+      continue
+    tokens, loss = _curve(records, "train")
+    (line,) = axes.plot(tokens, _smooth(loss, 3), label=row, linewidth=1.2)
+    tokens, loss = _curve(records, "eval")
+    axes.plot(tokens, loss, "o", color=line.get_color(), markersize=4)
+  axes.set_xlabel("training tokens (millions)")
+  axes.set_ylabel("loss (nats per token); dots: validation")
+  axes.set_title(title)
+  axes.grid(alpha=0.3)
+  if axes.lines:
+    axes.legend(fontsize=8)
+  _save(figure, path)
+
+
+def bars(
+  path: pathlib.Path,
+  rows: Mapping[str, Mapping[str, Sequence[float]]],
+  *,
+  title: str,
+  ylabel: str,
+) -> None:
+  """One bar per row and series: the mean; one dot per seed.
+
+  `rows` maps a row to its series, `{"Titans": {"8 pairs": [90.0, 91.2]}}`.
+  """
+  series = list(dict.fromkeys(key for row in rows.values() for key in row))
+  figure, axes = plt.subplots(figsize=(2 + 0.8 * len(rows), 4.5))
+  width = 0.8 / max(1, len(series))
+  for j, name in enumerate(series):
+    color = f"C{j}"
+    axes.bar(0, 0, color=color, alpha=0.6, label=name)  # the legend's
+    for i, row in enumerate(rows.values()):
+      values = row.get(name)
+      if values:
+        x = i + (j - (len(series) - 1) / 2) * width
+        axes.bar(x, np.mean(values), width, color=color, alpha=0.6)
+        axes.plot([x] * len(values), values, "k.", markersize=4)
+  axes.set_xticks(range(len(rows)), list(rows), rotation=30, ha="right")
+  axes.set_ylabel(ylabel)
+  axes.set_title(title)
+  axes.grid(axis="y", alpha=0.3)
+  if len(series) > 1:
+    axes.legend(fontsize=8)
+  _save(figure, path)

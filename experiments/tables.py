@@ -1,0 +1,159 @@
+"""Reports of an experiment: a table per group of trials, and results.json.
+
+Scores are dicts with the test split's `loss` (nats per target) and
+`accuracy`, of a trained model or of an evaluation of it.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import platform
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from experiments import switch_off
+from experiments.runner import DONE, Record
+
+Scores = Mapping[str, float]
+# Header -> cell from the scores of a row's seeds.
+Columns = Mapping[str, Callable[[Sequence[Scores]], str]]
+Line = Mapping[str, str]
+
+
+def mean_std(values: Iterable[float], digits: int = 3) -> str:
+  """`1.846 ± 0.004` (sample deviation); one value: itself; none: a dash."""
+  numbers = list(values)
+  if not numbers:
+    return "-"
+  mean = f"{statistics.fmean(numbers):.{digits}f}"
+  if len(numbers) == 1:
+    return mean
+  return f"{mean} ± {statistics.stdev(numbers):.{digits}f}"
+
+
+def markdown(lines: Sequence[Line]) -> str:
+  """A table, first column to the left, the others to the right.
+
+  The header is every key in the order of appearance; a key that a line does
+  not have is an empty cell.
+  """
+  header = list(dict.fromkeys(key for line in lines for key in line))
+  cells = [header, *([line.get(key, "") for key in header] for line in lines)]
+  widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+  rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+  text = ""
+  for row in (cells[0], rule, *cells[1:]):
+    padded = [row[0].ljust(widths[0])]
+    padded += [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
+    text += f"| {' | '.join(padded)} |\n"
+  return text
+
+
+def by_row(records: Iterable[Record], group: str) -> dict[str, list[Record]]:
+  """The records of a group by row, in the plan's order."""
+  rows: dict[str, list[Record]] = {}
+  for record in records:
+    if record.trial.group == group:
+      rows.setdefault(record.trial.row, []).append(record)
+  return rows
+
+
+def final(records: Iterable[Record]) -> list[Record]:
+  """The finished trials that count: not those of a learning-rate grid."""
+  return [r for r in records if r.status == DONE and r.trial.is_final]
+
+
+def scores(record: Record, label: str | None = None) -> Scores:
+  """Test scores of a finished trial, or of one of its evaluations."""
+  if label is not None:
+    return record.evaluations[label]
+  result = record.result or {}
+  return {"loss": result["test_loss"], "accuracy": result["accuracy"]}
+
+
+def _row(
+  name: str, records: list[Record], columns: Columns
+) -> list[dict[str, str]]:
+  """A row's line, and below it one line per evaluation of its models."""
+  done = final(records)
+  lines = [{"model": name}]
+  measured = [scores(record) for record in done]
+  lines[0].update((key, cell(measured)) for key, cell in columns.items())
+  if done:
+    results = [record.result or {} for record in done]
+    speed = statistics.median(r["tokens_per_second"] for r in results)
+    lines[0] |= {
+      "parameters": f"{results[0]['parameters']:,}",
+      "tokens": f"{results[0]['tokens']:,}",
+      "tokens/s": f"{speed:,.0f}",
+      "peak lr": f"{results[0]['config']['opt']['peak_lr']:g}",
+    }
+    for label in done[0].evaluations:
+      measured = [scores(record, label) for record in done]
+      line = {"model": f"{name}, {switch_off.describe(label)}"}
+      line.update((key, cell(measured)) for key, cell in columns.items())
+      lines.append(line)
+  lines[0] |= {"seeds": str(len(done)), "trials": str(len(records))}
+  return lines
+
+
+def table(
+  records: Iterable[Record],
+  group: str,
+  columns: Columns,
+  extra: Sequence[Line] = (),
+) -> str:
+  """The group's rows with mean and deviation over seeds, then `extra`.
+
+  `trials` counts every run behind a row, the learning-rate grid included.
+  """
+  lines: list[Line] = []
+  for name, trials in by_row(records, group).items():
+    lines += _row(name, trials, columns)
+  return markdown([*lines, *extra])
+
+
+def machine() -> str:
+  """Where the experiment ran, in words."""
+  return f"{os.cpu_count()} CPU cores, {platform.machine()}"
+
+
+def caption(records: Sequence[Record]) -> str:
+  """Date, machine, seeds and how much is done: the line below a table."""
+  seeds = sorted({record.trial.seed for record in records})
+  done = sum(record.status == DONE for record in records)
+  return (
+    f"{datetime.date.today().isoformat()}, {machine()}, seeds"
+    f" {', '.join(map(str, seeds))}; {done} of {len(records)} trials done.\n"
+  )
+
+
+def write_results(
+  path: pathlib.Path, name: str, records: Sequence[Record], **extra: Any
+) -> None:
+  """results.json: `extra`, and every trial with its overrides and metrics."""
+  rows = []
+  for record in records:
+    result = dict(record.result or {})
+    result.pop("config", None)  # it follows from config, mode and overrides
+    rows.append(
+      {
+        **dataclasses.asdict(record.trial),
+        "status": record.status,
+        "message": record.message,
+        "result": result,
+        "evaluated": record.evaluations,
+      }
+    )
+  content = {
+    "experiment": name,
+    "date": datetime.date.today().isoformat(),
+    "machine": machine(),
+    **extra,
+    "trials": rows,
+  }
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,371 @@
+"""Frozen configuration dataclasses, and their conversion from ConfigDict.
+
+`configs/*.py` return an `ml_collections.ConfigDict` with the groups
+`model / opt / data / mesh / train / eval`.  It is converted once, at the
+boundary, by `from_config_dict`; unknown fields and wrong types raise a
+one-line `ConfigError`.  The paper's symbols become words here:
+
+  learn_rate = eta, retention = alpha, momentum_decay = beta (spec: the inner
+  rule), half life = log(1/2) / log(alpha) in tokens.
+"""
+
+import dataclasses
+import difflib
+import typing
+from typing import Any
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot be used; the message says what to change."""
+
+
+def _choice(value: str, name: str, choices: tuple[str, ...]):
+  if value not in choices:
+    raise ConfigError(f"{name}={value!r} is not one of {', '.join(choices)}")
+
+
+def _positive(value: float, name: str):
+  if not value > 0:
+    raise ConfigError(f"{name}={value} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+  """One learning rule for fast weights (paper section 8, eq. 83-90).
+
+  Attributes:
+    architecture: `mlp` is M(x) = x + W1 act(W2 x) (eq. 89), `matrix` W x.
+    hidden: hidden width of the MLP per head; 0 means the head width.
+    adaptive: which projections are memories themselves (Hope); none: Titans.
+    target: `self`: vhat = M(v) (eq. 87); `shared`: v.
+    setting: `chunk_l2` takes an L2 gradient at the chunk's first state (B);
+      `token_exact` a dot-product objective on the residual target, exact
+      inside the chunk (A; the output layer and the memory box only).
+    delta_rule: `proximal` erases with alpha eta', `literal` with eta',
+      `none` does not erase (Titans).
+    momentum: `averaged` scales the step by 1 - beta, `sum` is literal.
+    retention: forgetting returns to the learned start (`start`), to zero
+      (`zero`, literal eq. 88), or does not happen (`none`).
+    step_scale: `mean` divides step and erase by the chunk length.
+    proximal: step eta' = eta / (1 + eta |x|^2); off: eta' = eta.
+    loss_factor: inner loss is loss_factor |M(k) - vhat|^2.
+    error_clip: largest norm of a layer's error; 0 does not clip.
+    chunk_length, projection_chunk_length: tokens per chunk of the memory and
+      of the adaptive projections.
+    remat: saved states of the backward pass: `none`, `chunk` or `sqrt`.
+  """
+
+  architecture: str = "mlp"
+  hidden: int = 0
+  activation: str = "silu"
+  adaptive: tuple[str, ...] = ("k", "v", "eta", "alpha")
+  target: str = "self"
+  setting: str = "chunk_l2"
+  delta_rule: str = "proximal"
+  momentum: str = "averaged"
+  retention: str = "start"
+  step_scale: str = "mean"
+  proximal: bool = True
+  loss_factor: float = 0.5
+  error_clip: float = 1.0
+  read: str = "token_pre"
+  chunk_length: int = 64
+  projection_chunk_length: int = 256
+  half_life_min: float = 64.0
+  half_life_max: float = 16384.0
+  initial_learn_rate: float = 0.7
+  initial_momentum: float = 0.88
+  remat: str = "sqrt"
+
+  def __post_init__(self):
+    _choice(self.architecture, "memory.architecture", ("mlp", "matrix"))
+    _choice(self.activation, "memory.activation", ("silu", "gelu"))
+    for box in self.adaptive:
+      _choice(box, "memory.adaptive", ("k", "v", "q", "eta", "alpha"))
+    _choice(self.target, "memory.target", ("self", "shared"))
+    _choice(self.setting, "memory.setting", ("chunk_l2", "token_exact"))
+    _choice(
+      self.delta_rule, "memory.delta_rule", ("proximal", "literal", "none")
+    )
+    _choice(self.momentum, "memory.momentum", ("none", "averaged", "sum"))
+    _choice(self.retention, "memory.retention", ("start", "zero", "none"))
+    _choice(self.step_scale, "memory.step_scale", ("mean", "sum"))
+    _choice(self.read, "memory.read", ("chunk", "token_pre", "token_post"))
+    _choice(self.remat, "memory.remat", ("none", "chunk", "sqrt"))
+    _positive(self.chunk_length, "memory.chunk_length")
+    _positive(self.projection_chunk_length, "memory.projection_chunk_length")
+    _positive(self.loss_factor, "memory.loss_factor")
+
+
+@dataclasses.dataclass(frozen=True)
+class CMSConfig:
+  """Continuum memory system (paper section 7): k blocks split the FFN.
+
+  Attributes:
+    hidden: hidden width per level, fastest first; empty: a plain FFN.
+    chunk_lengths: tokens between updates of a level; 0 never (the last).
+    value: wiring of the associative signal, see `memory/cms.py`.
+  """
+
+  hidden: tuple[int, ...] = ()
+  chunk_lengths: tuple[int, ...] = ()
+  value: str = "mixer_linear"
+  initial_learn_rate: float = 0.1
+  error_clip: float = 1.0
+
+  def __post_init__(self):
+    if len(self.hidden) != len(self.chunk_lengths):
+      raise ConfigError(
+        f"cms.hidden has {len(self.hidden)} levels and cms.chunk_lengths"
+        f" {len(self.chunk_lengths)}: give one chunk length per level"
+      )
+    fast = [c for c in self.chunk_lengths if c]
+    if fast != sorted(fast) or any(self.chunk_lengths[len(fast) :]):
+      raise ConfigError(
+        "cms.chunk_lengths must grow from level to level, 0 (never) last;"
+        f" got {self.chunk_lengths}"
+      )
+    _choice(
+      self.value, "cms.value", ("mixer_linear", "mixer_value", "mixer_pair")
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A language model: `sequence_layer` + FFN (or CMS) blocks.
+
+  Attributes:
+    inner_rates: `off` makes the twin: the same model, no inner learning.
+    frozen_levels: fast levels whose writes are switched off (`memory`, `k`,
+      `v`, `q`, `eta`, `alpha`, `cms_0`, `cms_1` ...).
+    context_length: positions of attention's cache when generating.
+    remat: what the outer backward pass keeps of a block.
+  """
+
+  sequence_layer: str = "transformer"
+  vocab_size: int = 256
+  width: int = 128
+  num_layers: int = 4
+  num_heads: int = 2
+  ffn_hidden: int = 448
+  conv_window: int = 4
+  context_length: int = 4096
+  rope_base: float = 10000.0
+  memory: MemoryConfig = MemoryConfig()
+  cms: CMSConfig = CMSConfig()
+  inner_rates: str = "on"
+  frozen_levels: tuple[str, ...] = ()
+  dtype: str = "float32"
+  remat: str = "none"
+
+  def __post_init__(self):
+    _choice(
+      self.sequence_layer,
+      "model.sequence_layer",
+      ("transformer", "titans", "hope", "hope_attention"),
+    )
+    _choice(self.inner_rates, "model.inner_rates", ("on", "off"))
+    _choice(self.dtype, "model.dtype", ("float32", "bfloat16"))
+    _choice(self.remat, "model.remat", ("none", "full", "dots"))
+    for name in ("vocab_size", "width", "num_layers", "num_heads"):
+      _positive(getattr(self, name), f"model.{name}")
+    if self.width % self.num_heads:
+      raise ConfigError(
+        f"model.num_heads={self.num_heads} does not divide"
+        f" model.width={self.width}"
+      )
+    names = self.fast_levels
+    for level in self.frozen_levels:
+      if level not in names:
+        raise ConfigError(
+          f"level {level!r} does not exist in this model; it has"
+          f" {', '.join(names) or 'no fast levels'}"
+        )
+
+  @property
+  def head_dim(self) -> int:
+    return self.width // self.num_heads
+
+  @property
+  def fast_levels(self) -> tuple[str, ...]:
+    """Names of everything that learns inside the sequence, fastest first."""
+    levels = ()
+    if self.sequence_layer in ("titans", "hope"):
+      levels += ("memory",)
+    if self.sequence_layer == "hope":
+      levels += self.memory.adaptive
+    fast = [c for c in self.cms.chunk_lengths if c]
+    return levels + tuple(f"cms_{i}" for i in range(len(fast)))
+
+  def is_live(self, level: str) -> bool:
+    """Whether `level` is written to inside the sequence."""
+    return self.inner_rates == "on" and level not in self.frozen_levels
+
+
+@dataclasses.dataclass(frozen=True)
+class OptConfig:
+  """AdamW with warm-up, cosine decay and two learning-rate groups.
+
+  Attributes:
+    peak_lr, end_lr_ratio: cosine from peak_lr to end_lr_ratio * peak_lr.
+    warmup_steps: linear from 0.
+    memory_lr_ratio: rate of the memories' initial states and gates relative
+      to the rest.
+    clip_norm: global norm of the gradient; 0 does not clip.
+  """
+
+  peak_lr: float = 1e-3
+  end_lr_ratio: float = 0.1
+  warmup_steps: int = 50
+  weight_decay: float = 0.1
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  clip_norm: float = 1.0
+  memory_lr_ratio: float = 1.0
+
+  def __post_init__(self):
+    _positive(self.peak_lr, "opt.peak_lr")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What the model reads.
+
+  Attributes:
+    kind: `text` (files -> bytes), or `mqar` (generated recall).
+    path: a text file or a comma-separated list of files, relative to the
+      working folder; split by position into train / valid / test.  A folder
+      holds `train.txt`, `valid.txt` and `test.txt`.
+    split: fractions of train and valid of a single file; the rest is test.
+    sequence_length, batch_size: tokens per example, examples per step
+      (global, over all processes).
+    num_pairs, num_keys, num_values: MQAR's pairs per example and alphabet.
+  """
+
+  kind: str = "text"
+  path: str = "hope_jax/data/tiny_shakespeare.txt"
+  split: tuple[float, ...] = (0.9, 0.05)
+  sequence_length: int = 256
+  batch_size: int = 8
+  num_pairs: int = 8
+  num_keys: int = 32
+  num_values: int = 32
+  seed: int = 0
+
+  def __post_init__(self):
+    _choice(self.kind, "data.kind", ("text", "mqar"))
+    _positive(self.sequence_length, "data.sequence_length")
+    _positive(self.batch_size, "data.batch_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices per axis; -1 takes what is left (one axis at the most)."""
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """The loop: length, logging, checkpoints."""
+
+  steps: int = 500
+  seed: int = 0
+  accumulate: int = 1
+  log_every: int = 10
+  dynamics_every: int = 100
+  eval_every: int = 100
+  checkpoint_every: int = 100
+  keep_checkpoints: int = 2
+  wandb: str = "off"
+  wandb_project: str = "hope_jax"
+
+  def __post_init__(self):
+    _positive(self.steps, "train.steps")
+    _positive(self.accumulate, "train.accumulate")
+    _choice(self.wandb, "train.wandb", ("off", "offline", "online"))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """Held-out evaluation: `batches` of `batch_size`; 0 is the whole split."""
+
+  batches: int = 0
+  batch_size: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Everything of one run."""
+
+  model: ModelConfig = ModelConfig()
+  opt: OptConfig = OptConfig()
+  data: DataConfig = DataConfig()
+  mesh: MeshConfig = MeshConfig()
+  train: TrainConfig = TrainConfig()
+  eval: EvalConfig = EvalConfig()
+
+  def __post_init__(self):
+    if self.data.batch_size % self.train.accumulate:
+      raise ConfigError(
+        f"train.accumulate={self.train.accumulate} does not divide"
+        f" data.batch_size={self.data.batch_size}"
+      )
+    slowest = max((0, *self.model.cms.chunk_lengths))
+    if slowest and slowest * 4 > self.data.sequence_length * 2:
+      raise ConfigError(
+        f"model.cms.chunk_lengths has {slowest}, more than half of"
+        f" data.sequence_length={self.data.sequence_length}: such a level"
+        " never uses what it learns; shorten it"
+      )
+
+
+def _convert(cls: type, values: Any, where: str) -> Any:
+  """Builds dataclass `cls` from a mapping; errors name the field."""
+  if not hasattr(values, "items"):
+    raise ConfigError(f"{where} must be a group of fields, got {values!r}")
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  hints = typing.get_type_hints(cls)
+  arguments = {}
+  for key, value in values.items():
+    name = f"{where}.{key}" if where else key
+    if key not in fields:
+      near = difflib.get_close_matches(key, fields, n=1)
+      hint = f"; did you mean {near[0]!r}?" if near else ""
+      raise ConfigError(f"unknown config field {name!r}{hint}")
+    arguments[key] = _convert_value(hints[key], value, name)
+  return cls(**arguments)
+
+
+def _convert_value(hint: Any, value: Any, name: str) -> Any:
+  if dataclasses.is_dataclass(hint):
+    return _convert(typing.cast(type, hint), value, name)
+  origin = typing.get_origin(hint)
+  if origin is tuple:
+    if isinstance(value, str):  # from a command line: "a,b"
+      value = [part for part in value.split(",") if part]
+    if not isinstance(value, (tuple, list)):
+      value = (value,)
+    item = typing.get_args(hint)[0]
+    return tuple(_convert_value(item, v, name) for v in value)
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+    raise ConfigError(
+      f"{name}={value!r} must be of type {hint.__name__},"
+      f" not {type(value).__name__}"
+    )
+  return value
+
+
+def from_config_dict(config_dict: Any) -> Config:
+  """ConfigDict (or nested mapping) -> `Config`; raises `ConfigError`."""
+  return _convert(Config, config_dict, "")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+  """`Config` -> nested plain dict (JSON-ready), inverse of the above."""
+  return dataclasses.asdict(config)

@@ -1,0 +1,1 @@
+"""Sources of training and evaluation examples, and the input pipeline."""

@@ -1,0 +1,77 @@
+"""Multi-query associative recall (Arora et al. 2023, "Zoology").
+
+A sequence of T tokens starts with P pairs, k1 v1 ... kP vP: distinct keys,
+values drawn uniformly.  In the other T - 2P positions each key appears once
+more, at a random position; the target there is its value, with weight 1.  All
+other targets have weight 0.  Deviations from the paper: queries stand at
+uniform (not power-law) positions, between them is a filler token (not random
+ones), and the answer is never part of the input.
+
+Vocabulary: 0 filler, 1..num_keys keys, then num_values values.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from hope_jax.config import ConfigError, DataConfig
+
+FILLER = 0
+EVAL_EXAMPLES = 1024  # of valid and of test
+_STREAMS = {"train": 0, "valid": 1, "test": 2}
+
+Example = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recall:
+  """Examples of one split; number `index` depends on (seed, split, index)."""
+
+  config: DataConfig
+  split: str
+
+  def __len__(self) -> int:
+    return EVAL_EXAMPLES
+
+  def __getitem__(self, index: int) -> Example:
+    cfg = self.config
+    pairs, length = cfg.num_pairs, cfg.sequence_length
+    rng = np.random.default_rng([cfg.seed, _STREAMS[self.split], index])
+    keys = 1 + rng.choice(cfg.num_keys, pairs, replace=False)
+    values = 1 + cfg.num_keys + rng.integers(cfg.num_values, size=pairs)
+    tokens = np.full(length, FILLER, np.int32)
+    tokens[0 : 2 * pairs : 2] = keys
+    tokens[1 : 2 * pairs : 2] = values
+    # `choice` without replacement is in random order: so are the queries.
+    where = 2 * pairs + rng.choice(length - 2 * pairs, pairs, replace=False)
+    tokens[where] = keys
+    targets = np.zeros(length, np.int32)
+    targets[where] = values
+    weights = np.zeros(length, np.float32)
+    weights[where] = 1.0
+    return {"tokens": tokens, "targets": targets, "weights": weights}
+
+
+def load(config: DataConfig, vocab_size: int) -> dict[str, Recall]:
+  """Example sources of the three splits; `ConfigError` if impossible."""
+  pairs, keys, values = config.num_pairs, config.num_keys, config.num_values
+  if pairs < 1 or values < 1:
+    raise ConfigError(
+      f"data.num_pairs={pairs} and data.num_values={values} must be positive"
+    )
+  if pairs > keys:
+    raise ConfigError(
+      f"data.num_pairs={pairs} needs as many distinct keys, but"
+      f" data.num_keys={keys}"
+    )
+  if 3 * pairs > config.sequence_length:
+    raise ConfigError(
+      f"data.num_pairs={pairs} takes {3 * pairs} positions (pairs and"
+      f" queries), but data.sequence_length={config.sequence_length}"
+    )
+  if 1 + keys + values > vocab_size:
+    raise ConfigError(
+      f"model.vocab_size={vocab_size} is too small for {keys} keys,"
+      f" {values} values and a filler: set it to {1 + keys + values}"
+    )
+  return {split: Recall(config, split) for split in _STREAMS}

@@ -1,0 +1,72 @@
+"""Batches by global step: a pure function of (seed, step), prefetched.
+
+Batch = {"tokens", "targets": int32 [B, T], "weights": float32 [B, T]}.
+Step s of training takes examples s B .. (s + 1) B - 1 of an endless source,
+so a run resumes from its step number alone, on any number of processes.
+Every process makes its own rows of the global batch only.
+
+Legend: B batch, T tokens.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from hope_jax.config import Config
+from hope_jax.data import mqar, text
+
+LOADERS = {"text": text.load, "mqar": mqar.load}
+PREFETCH = 8  # batches
+
+Batch = dict[str, np.ndarray]
+
+
+def load(config: Config) -> dict[str, Any]:
+  """Split name -> source of examples; `ConfigError` for unusable data."""
+  return LOADERS[config.data.kind](config.data, config.model.vocab_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainBatches:
+  """Random access by step to rows `first .. last - 1` of the global batch."""
+
+  source: Any
+  batch_size: int
+  rows: tuple[int, int]
+  steps: int
+
+  def __len__(self) -> int:
+    return self.steps
+
+  def __getitem__(self, step: int) -> Batch:
+    start = step * self.batch_size
+    return _stack([self.source[start + row] for row in range(*self.rows)])
+
+
+def prefetch(batches: TrainBatches, start: int) -> Iterator[Batch]:
+  """Batches from step `start` on, made ahead in a background thread."""
+  import grain
+
+  dataset = grain.MapDataset.source(batches).slice(slice(start, None))
+  options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)
+  return iter(dataset.to_iter_dataset(options))
+
+
+def eval_batches(
+  source: Any, batch_size: int, rows: tuple[int, int], limit: int = 0
+) -> Iterator[Batch]:
+  """A split in order, once; its last batch is padded with weight 0.
+
+  `limit` is the largest number of batches, 0 for the whole split.
+  """
+  count = -(-len(source) // batch_size)
+  blank = {key: np.zeros_like(value) for key, value in source[0].items()}
+  for batch in range(min(count, limit) if limit else count):
+    indices = [batch * batch_size + row for row in range(*rows)]
+    yield _stack([source[i] if i < len(source) else blank for i in indices])
+
+
+def _stack(examples: list[Batch]) -> Batch:
+  return {key: np.stack([e[key] for e in examples]) for key in examples[0]}

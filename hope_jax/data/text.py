@@ -1,0 +1,136 @@
+"""Text files as bytes: loading, splitting, windows of T + 1 tokens.
+
+A window holds T inputs and, one position later, their T targets.  Windows do
+not overlap, so an epoch predicts every byte once.  Training shuffles them and
+moves the cut by a new offset each epoch; evaluation reads a split in order,
+down to its last byte.
+
+Legend: T tokens of a window.
+"""
+
+import functools
+import pathlib
+
+import numpy as np
+
+from hope_jax.config import ConfigError, DataConfig
+from hope_jax.data import tokenizer
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+SPLITS = ("train", "valid", "test")
+
+Example = dict[str, np.ndarray]
+
+
+class TrainWindows:
+  """Endless shuffled windows; example `index` depends on the seed alone."""
+
+  def __init__(self, tokens: np.ndarray, length: int, seed: int):
+    self._tokens, self._length, self._seed = tokens, length, seed
+    self._per_epoch = len(tokens) // length - 1  # room for any offset
+    self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
+
+  def _epoch_order(self, epoch: int) -> tuple[int, np.ndarray]:
+    rng = np.random.default_rng([self._seed, epoch])
+    return int(rng.integers(self._length)), rng.permutation(self._per_epoch)
+
+  def __getitem__(self, index: int) -> Example:
+    epoch, position = divmod(index, self._per_epoch)
+    offset, order = self._order(epoch)
+    start = offset + int(order[position]) * self._length
+    window = self._tokens[start : start + self._length + 1].astype(np.int32)
+    return {
+      "tokens": window[:-1],
+      "targets": window[1:],
+      "weights": np.ones(self._length, np.float32),
+    }
+
+
+class EvalWindows:
+  """The windows of a split in order; the last one is padded, weight 0."""
+
+  def __init__(self, tokens: np.ndarray, length: int):
+    self._tokens, self._length = tokens, length
+
+  def __len__(self) -> int:
+    return -(-(len(self._tokens) - 1) // self._length)
+
+  def __getitem__(self, index: int) -> Example:
+    start = index * self._length
+    window = self._tokens[start : start + self._length + 1].astype(np.int32)
+    known = len(window) - 1
+    window = np.pad(window, (0, self._length - known))
+    return {
+      "tokens": window[:-1],
+      "targets": window[1:],
+      "weights": (np.arange(self._length) < known).astype(np.float32),
+    }
+
+
+def find(path: str) -> pathlib.Path:
+  """`path` as given, or beside the repository root if only there."""
+  given = pathlib.Path(path)
+  beside = REPOSITORY / path
+  if given.exists() or given.is_absolute() or not beside.exists():
+    return given
+  return beside
+
+
+def read(path: pathlib.Path) -> np.ndarray:
+  """The bytes of one UTF-8 file; `ConfigError` if it is anything else."""
+  try:
+    data = path.read_bytes()
+    data.decode("utf-8")
+  except OSError as error:
+    raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+  except UnicodeDecodeError as error:
+    raise ConfigError(
+      f"{path} is not UTF-8 text: byte {error.start} is"
+      f" 0x{error.object[error.start]:02x} ({error.reason})"
+    ) from error
+  if not data:
+    raise ConfigError(f"{path} is empty")
+  return np.frombuffer(data, np.uint8)
+
+
+def read_splits(config: DataConfig) -> dict[str, np.ndarray]:
+  """train, valid and test bytes of `config.path` (see `DataConfig`)."""
+  folder = find(config.path)
+  if folder.is_dir():
+    return {name: read(folder / f"{name}.txt") for name in SPLITS}
+  fractions = config.split
+  if len(fractions) != 2 or min(fractions) <= 0 or sum(fractions) >= 1:
+    raise ConfigError(
+      f"data.split={fractions} must be two positive fractions, train and"
+      " valid, with a sum below 1 (the rest is test)"
+    )
+  names = [name.strip() for name in config.path.split(",") if name.strip()]
+  if not names:
+    raise ConfigError("data.path is empty: give a text file or a folder")
+  tokens = np.concatenate([read(find(name)) for name in names])
+  ends = [int(len(tokens) * end) for end in np.cumsum(fractions)]
+  return dict(zip(SPLITS, np.split(tokens, ends), strict=True))
+
+
+def load(
+  config: DataConfig, vocab_size: int
+) -> dict[str, TrainWindows | EvalWindows]:
+  """Example sources of the three splits; `ConfigError` if unusable."""
+  if vocab_size < tokenizer.VOCAB_SIZE:
+    raise ConfigError(
+      f"model.vocab_size={vocab_size} is too small for bytes:"
+      f" set it to {tokenizer.VOCAB_SIZE}"
+    )
+  splits = read_splits(config)
+  length = config.sequence_length
+  for name, least in (("train", 2 * length), ("valid", 2), ("test", 2)):
+    if len(splits[name]) < least:
+      raise ConfigError(
+        f"the {name} split of {config.path} has {len(splits[name])} bytes,"
+        f" fewer than the {least} needed (data.sequence_length={length})"
+      )
+  return {
+    "train": TrainWindows(splits["train"], length, config.seed),
+    "valid": EvalWindows(splits["valid"], length),
+    "test": EvalWindows(splits["test"], length),
+  }

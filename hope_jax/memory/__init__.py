@@ -1,0 +1,1 @@
+"""Fast weights as pure functions: architectures, rules, chunk scan, CMS."""

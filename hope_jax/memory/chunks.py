@@ -1,0 +1,172 @@
+"""The one recurrence: fast state scanned over the chunks of a sequence.
+
+Inside a chunk gradients are taken at the state in which the chunk began
+(paper 8.2), so a fast level is described by two states: `start`, its weights
+at the chunk's first token, and `now`, what the tokens so far made of them.
+Training starts at a chunk's border, where both are the same; a session may
+stop and go on at any token.
+
+Legend: N chunks, C chunk length, T tokens.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.scan import checkpointed_scan
+
+
+@flax.struct.dataclass
+class ChunkState:
+  """State of a fast level between two calls.
+
+  Attributes:
+    now: {"weight": ..., "momentum": ...}, differences from the learned start.
+    start: `now["weight"]` as it was at the current chunk's first token.
+    position: tokens of the current chunk that are already written, int32.
+  """
+
+  now: dict[str, Any]
+  start: Any
+  position: jax.Array
+
+
+def fresh(now: dict[str, Any]) -> ChunkState:
+  """The state at the start of a chunk."""
+  return ChunkState(now, now["weight"], jnp.zeros((), jnp.int32))
+
+
+class Layout(NamedTuple):
+  """How T tokens are laid on `count` chunks of `length` tokens.
+
+  `offset` (None: 0) tokens of the first chunk are past; `live` [N, C] says
+  which places hold a token, None if all do.
+  """
+
+  tokens: int
+  count: int
+  length: int
+  offset: jax.Array | None
+  live: jax.Array | None
+
+  def split(self, x: jax.Array, axis: int) -> jax.Array:
+    """Cuts axis T into chunks and moves them first: [N, ..., C, ...]."""
+    space = self.count * self.length
+    if self.live is not None:
+      widths = [(0, 0)] * x.ndim
+      widths[axis] = (0, space - self.tokens)
+      x = jnp.pad(x, widths)
+      if self.offset is not None:
+        x = jnp.roll(x, self.offset, axis)
+    shape = (*x.shape[:axis], self.count, self.length, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+  def merge(self, y: jax.Array, axis: int) -> jax.Array:
+    """Inverse of `split`."""
+    y = jnp.moveaxis(y, 0, axis)
+    shape = (*y.shape[:axis], self.count * self.length, *y.shape[axis + 2 :])
+    y = y.reshape(shape)
+    if self.offset is not None:
+      return jax.lax.dynamic_slice_in_dim(y, self.offset, self.tokens, axis)
+    return jax.lax.slice_in_dim(y, 0, self.tokens, axis=axis)
+
+
+def plan(tokens: int, chunk_length: int, state: ChunkState | None) -> Layout:
+  """Lays `tokens` on chunks; a state's position need not be a border."""
+  if state is not None and tokens == 1:
+    return Layout(1, 1, 1, None, None)
+  offset = None if state is None else state.position
+  spare = 0 if state is None else chunk_length - 1
+  length = min(chunk_length, tokens) if state is None else chunk_length
+  count = -(-(tokens + spare) // length)
+  live = None
+  if count * length != tokens:
+    place = jnp.arange(count * length).reshape(count, length)
+    first = 0 if offset is None else offset
+    live = (place >= first) & (place < first + tokens)
+  return Layout(tokens, count, length, offset, live)
+
+
+def scan_chunks(
+  step: Callable,
+  state: ChunkState,
+  xs: Any,
+  layout: Layout,
+  *,
+  chunk_length: int,
+  policy: str,
+  continued: bool,
+  resets: tuple[jax.Array, dict[str, Any]] | None = None,
+) -> tuple[Any, ChunkState | None]:
+  """Runs `now, y = step(start, now, x, live)` over the chunks.
+
+  Args:
+    xs: inputs with chunks first (`Layout.split`).
+    continued: whether `state` may lie inside a chunk and a new state is
+      wanted; else `now` is also the first chunk's start, only `now` is
+      carried, and no state is returned.
+    resets: ([N, B] flags: a new document begins at this chunk, the state to
+      begin with).
+  """
+  inputs = (xs, layout.live, resets[0] if resets else None)
+
+  def restart(now, reset_B):
+    if reset_B is None:
+      return now
+    assert resets is not None
+    return jax.tree.map(
+      lambda a, b: jnp.where(
+        reset_B.reshape(-1, *(1,) * (a.ndim - 1)), b, a
+      ),
+      now,
+      resets[1],
+    )
+
+  if not continued:
+
+    def body(now, inputs):
+      x, live, reset_B = inputs
+      now = restart(now, reset_B)
+      return step(now["weight"], now, x, live)
+
+    _, ys = checkpointed_scan(body, state.now, inputs, policy=policy)
+    return ys, None
+
+  first = jnp.arange(layout.count) * layout.length
+  end = state.position + layout.tokens
+  begins = (first > 0) & (first < end)
+
+  def body_continued(carry, inputs):
+    start, now = carry
+    begins, (x, live, reset_B) = inputs
+    now = restart(now, reset_B)
+    start = _where(begins, now["weight"], start)
+    now, y = step(start, now, x, live)
+    return (start, now), y
+
+  (start, now), ys = checkpointed_scan(
+    body_continued, (state.start, state.now), (begins, inputs), policy=policy
+  )
+  position = end % chunk_length
+  start = _where(position == 0, now["weight"], start)
+  return ys, ChunkState(now, start, position.astype(jnp.int32))
+
+
+def _where(condition: jax.Array, a: Any, b: Any) -> Any:
+  return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+
+
+def chunk_resets(
+  segments: jax.Array | None, layout: Layout
+) -> jax.Array | None:
+  """[N, B]: chunk n begins with another document than chunk n-1 ended with.
+
+  Documents must begin on a chunk's border (spec 02, packing).
+  """
+  if segments is None:
+    return None
+  before = jnp.pad(segments, ((0, 0), (1, 0)), mode="edge")[:, :-1]
+  return layout.split(segments != before, axis=1)[..., 0]

@@ -1,0 +1,166 @@
+"""Continuum memory system, sequential, with the associative signal (eq. 71).
+
+One level is the model's own feed-forward block with fast weights: with
+n = RMS(x) and W = W_0 + D,
+
+  y_t = W_down (silu(W_gate n_t) * W_up n_t),   x <- x + y
+  after every C tokens:  D <- D - mean_t eta'_t u_t n_t^T   (per matrix)
+
+u is the matrix's error for 1/2 |y_t - value_t|^2 at the chunk's first state,
+eta' = eta / (1 + eta |input|^2) its proximal step, eta learned per level.
+Reads see only whole chunks, so inside a chunk nothing is sequential.  Deviates
+from the paper, which leaves signal and step open: see spec 02, section 4.
+
+Legend: B batch, T tokens, C chunk length, D model, F hidden.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hope_jax.memory import chunks, rules
+
+
+class LevelWeights(NamedTuple):
+  """gate, up [..., D, F], down [..., F, D]: slow, or fast with B in front."""
+
+  gate: jax.Array
+  up: jax.Array
+  down: jax.Array
+
+
+def zero_state(slow: LevelWeights, batch_size: int) -> dict[str, Any]:
+  """D = 0 for every sequence."""
+  zeros = jax.tree.map(
+    lambda w: jnp.zeros((batch_size, *w.shape), jnp.float32), slow
+  )
+  return {"weight": zeros}
+
+
+def run_level(
+  slow: LevelWeights,
+  inputs: jax.Array,
+  values: jax.Array,
+  learn_rate: jax.Array,
+  *,
+  chunk_length: int,
+  error_clip: float,
+  policy: str,
+  state: chunks.ChunkState | None = None,
+  segments: jax.Array | None = None,
+  with_dynamics: bool = False,
+) -> tuple[jax.Array, chunks.ChunkState | None, dict[str, jax.Array] | None]:
+  """Runs one fast level along the sequence.
+
+  Args:
+    slow: W_0, without batch axis.
+    inputs: n [B, T, D], the normalised input, which is the key.
+    values: [B, T, D], what the block learns to answer.
+    learn_rate: eta, a scalar.
+    policy: what the backward pass stores (`checkpointed_scan`).
+
+  Returns:
+    y [B, T, D], the state after, scalars about the learning.
+  """
+  layout = chunks.plan(inputs.shape[1], chunk_length, state)
+  continued = state is not None
+  if state is None:
+    state = chunks.fresh(zero_state(slow, inputs.shape[0]))
+  # The slow products of all tokens at once; the scan adds the fast ones.
+  slow_gate = jnp.einsum("BTD,DF->BTF", inputs, slow.gate)
+  slow_up = jnp.einsum("BTD,DF->BTF", inputs, slow.up)
+  xs = [
+    layout.split(x, axis=1) for x in (inputs, values, slow_gate, slow_up)
+  ]
+
+  def step(start, now, xs, live):
+    n, value, slow_gate, slow_up = xs
+    gate = slow_gate + jnp.einsum("BCD,BDF->BCF", n, start.gate)
+    up = slow_up + jnp.einsum("BCD,BDF->BCF", n, start.up)
+    activated, slope = jax.jvp(jax.nn.silu, (gate,), (jnp.ones_like(gate),))
+    hidden = activated * up
+    y = jnp.einsum("BCF,FD->BCD", hidden, slow.down)
+    y = y + jnp.einsum("BCF,BFD->BCD", hidden, start.down)
+    error = rules.clip_norm(y - value, error_clip)
+    back = jnp.einsum("BCD,FD->BCF", error, slow.down)
+    back = back + jnp.einsum("BCD,BFD->BCF", error, start.down)
+    error_gate = rules.clip_norm(back * up * slope, error_clip)
+    error_up = rules.clip_norm(back * activated, error_clip)
+
+    def write(weight, layer_input, layer_error):
+      square = jnp.sum(jnp.square(layer_input), axis=-1)
+      rate = learn_rate / (1.0 + learn_rate * square) / chunk_length
+      if live is not None:
+        rate = jnp.where(live[None], rate, 0)
+      return weight - jnp.einsum(
+        "BCD,BCF->BDF", layer_input * rate[..., None], layer_error
+      )
+
+    weight = now["weight"]
+    after = LevelWeights(
+      write(weight.gate, n, error_gate),
+      write(weight.up, n, error_up),
+      write(weight.down, hidden, error),
+    )
+    dynamics = None
+    if with_dynamics:
+      dynamics = _dynamics(slow, start, after, xs, y, error_clip)
+    return {"weight": after}, (y, dynamics)
+
+  resets = chunks.chunk_resets(segments, layout)
+  if resets is not None:
+    resets = (resets, zero_state(slow, inputs.shape[0]))
+  (y, dynamics), state = chunks.scan_chunks(
+    step,
+    state,
+    tuple(xs),
+    layout,
+    chunk_length=chunk_length,
+    policy=policy,
+    continued=continued,
+    resets=resets,
+  )
+  if dynamics is not None:
+    dynamics = {
+      name: x[-1] if name == "relative_change" else jnp.mean(x)
+      for name, x in dynamics.items()
+    }
+  return layout.merge(y, axis=1), state, dynamics
+
+
+def feed_forward(
+  slow: LevelWeights, fast: LevelWeights | None, n: jax.Array
+) -> jax.Array:
+  """The block at one state: n [B, C, D] -> y [B, C, D]."""
+
+  def apply(x, base, difference):
+    y = jnp.einsum("BCD,DF->BCF", x, base)
+    if difference is None:
+      return y
+    return y + jnp.einsum("BCD,BDF->BCF", x, difference)
+
+  fast = fast or LevelWeights(None, None, None)
+  hidden = jax.nn.silu(apply(n, slow.gate, fast.gate)) * apply(
+    n, slow.up, fast.up
+  )
+  return apply(hidden, slow.down, fast.down)
+
+
+def _dynamics(slow, start, after, xs, y, error_clip):
+  """Scalars of one chunk, as in `deep.dynamics_of`."""
+  n, value, *_ = xs
+  later = feed_forward(slow, after, n)
+  loss = lambda e: 0.5 * jnp.mean(jnp.sum(jnp.square(e), axis=-1))
+  norm = jnp.sqrt(jnp.sum(jnp.square(y - value), axis=-1))
+  size = lambda tree, axes: sum(
+    jnp.sum(jnp.square(w), axis=axes) for w in jax.tree.leaves(tree)
+  )
+  return {
+    "relative_change": jnp.median(
+      jnp.sqrt(size(after, (-2, -1)) / size(slow, (-2, -1))[None])
+    ),
+    "loss_before": loss(y - value),
+    "loss_after": loss(later - value),
+    "clip_rate": jnp.mean(norm > (error_clip or jnp.inf)),
+  }

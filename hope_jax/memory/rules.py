@@ -1,0 +1,90 @@
+"""From an inner loss to the terms of the learning rule (P), analytically.
+
+The rule of every layer (spec 02, section 1; paper eq. 88 with momentum):
+
+  S_t = beta_t S_{t-1} - step_t u_t x_t^T
+  W_t = W_{t-1} (alpha_t I - erase_t x_t x_t^T) + S_t
+
+with u the layer's error, x its input.  The proximal step of DGD with decay,
+argmin_W 1/2 |W x - u*|^2 + 1/(2 eta) |W - alpha W_t|^2, gives
+eta' = eta / (1 + eta |x|^2), step = eta', erase = alpha eta' (App. C without
+|x| = 1; the literal rule erases eta').
+
+Legend: eta learn_rate, alpha retention, beta momentum_decay.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hope_jax.config import MemoryConfig
+from hope_jax.memory import architectures
+from hope_jax.memory.architectures import Trace, Weights
+
+
+class Gates(NamedTuple):
+  """Per token and head [..., C]; momentum_decay is None without momentum."""
+
+  learn_rate: jax.Array
+  retention: jax.Array
+  momentum_decay: jax.Array | None
+
+
+def clip_norm(error: jax.Array, bound: float) -> jax.Array:
+  """error / max(1, |error| / bound) over the last axis; 0 does not clip."""
+  if not bound:
+    return error
+  square = jnp.sum(jnp.square(error), axis=-1, keepdims=True)
+  return error * jnp.minimum(
+    1.0, bound * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
+  )
+
+
+def layer_rates(
+  x: jax.Array, gates: Gates, cfg: MemoryConfig, divide: int
+) -> tuple[jax.Array, jax.Array | None]:
+  """(step, erase) [..., C] of a layer with input x [..., C, K]."""
+  rate = gates.learn_rate
+  if cfg.proximal:
+    rate = rate / (1.0 + rate * jnp.sum(jnp.square(x), axis=-1))
+  rate = rate / divide
+  erase = None
+  if cfg.delta_rule == "proximal":
+    erase = gates.retention * rate
+  elif cfg.delta_rule == "literal":
+    erase = rate
+  if cfg.momentum == "averaged":
+    assert gates.momentum_decay is not None
+    rate = rate * (1.0 - gates.momentum_decay)
+  return rate, erase
+
+
+def layer_errors(
+  initial: Weights | None,
+  fast: Weights | None,
+  keys: Trace,
+  targets: jax.Array,
+  cfg: MemoryConfig,
+  *,
+  token_exact: bool = False,
+) -> Weights:
+  """u of both layers for loss_factor |M(k) - target|^2 at one state.
+
+  The target is a constant of the inner loss.  Setting B clips both errors to
+  `error_clip`.  Setting A (`token_exact`) uses for the output layer the dot
+  product objective on the residual target, u = M_0's prediction - target,
+  which is constant in D: the erase term then completes the error token by
+  token; it is not clipped.
+  """
+  error = (2.0 * cfg.loss_factor) * (keys.outputs - targets)
+  clipped = clip_norm(error, cfg.error_clip)
+  hidden = None
+  if keys.slope is not None:
+    hidden = architectures.backward_hidden(initial, fast, clipped, keys.slope)
+    hidden = clip_norm(hidden, cfg.error_clip)
+  if token_exact:
+    clipped = keys.outputs - targets
+    if keys.fast.output is not None:
+      clipped = clipped - keys.fast.output
+  return Weights(hidden, clipped)

@@ -1,0 +1,1 @@
+"""Flax Linen models: one block, one language model, a file per layer."""

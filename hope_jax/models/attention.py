@@ -1,0 +1,115 @@
+"""Softmax attention with rotary positions (Transformer++, Hope-Attention).
+
+Causal, RoPE on q and k, optional causal depthwise convolution on q, k and v.
+The state is a key / value cache of `config.context_length` positions.
+
+Legend: B batch, T tokens, L cache positions, H heads, K head dim, D model.
+"""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from hope_jax.config import ModelConfig
+from hope_jax.models import layers
+from hope_jax.models.interface import MixerOutput
+
+
+@flax.struct.dataclass
+class AttentionState:
+  """Keys and values of all past tokens [B, L, H, K]; position: their count."""
+
+  keys: jax.Array
+  values: jax.Array
+  position: jax.Array
+  conv: dict[str, jax.Array]
+
+
+def init_state(config: ModelConfig, batch_size: int) -> AttentionState:
+  """An empty cache."""
+  dtype = jnp.dtype(config.dtype)
+  shape = (
+    batch_size,
+    config.context_length,
+    config.num_heads,
+    config.head_dim,
+  )
+  return AttentionState(
+    keys=jnp.zeros(shape, dtype),
+    values=jnp.zeros(shape, dtype),
+    position=jnp.zeros((), jnp.int32),
+    conv=init_conv_state(config, batch_size, ("query", "key", "value")),
+  )
+
+
+def init_conv_state(
+  config: ModelConfig, batch_size: int, names: tuple[str, ...]
+) -> dict[str, jax.Array]:
+  """The last window - 1 inputs of each named convolution, zeros."""
+  if not config.conv_window:
+    return {}
+  shape = (batch_size, config.conv_window - 1, config.width)
+  return {name: jnp.zeros(shape, jnp.dtype(config.dtype)) for name in names}
+
+
+def rotate(x_BTHK: jax.Array, position_T: jax.Array, base: float) -> jax.Array:
+  """Rotary position embedding over halves of the head dim, in float32."""
+  half = x_BTHK.shape[-1] // 2
+  frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = position_T.astype(jnp.float32)[:, None] * frequency[None]
+  sin, cos = jnp.sin(angle)[None, :, None], jnp.cos(angle)[None, :, None]
+  first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+  rotated = jnp.concatenate(
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
+  )
+  return rotated.astype(x_BTHK.dtype)
+
+
+class Attention(nn.Module):
+  """Multi-head causal softmax attention."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    state: AttentionState | None = None,
+    segments: jax.Array | None = None,
+  ) -> MixerOutput:
+    cfg = self.config
+    batch, length, _ = x_BTD.shape
+    heads = (batch, length, cfg.num_heads, cfg.head_dim)
+    projected, conv_state = {}, {}
+    for name in ("query", "key", "value"):
+      p = layers.dense(cfg.width, cfg, ("embed", "heads"), name)(x_BTD)
+      if cfg.conv_window:
+        p, conv_state[name] = layers.ShortConv(
+          cfg.conv_window, p.dtype, name=f"conv_{name}"
+        )(p, state.conv[name] if state else None, segments)
+      projected[name] = p.reshape(heads)
+    start = state.position if state else 0
+    position = start + jnp.arange(length)
+    q = rotate(projected["query"], position, cfg.rope_base)
+    k = rotate(projected["key"], position, cfg.rope_base)
+    v = projected["value"]
+    if state is None:
+      mask = None
+      if segments is not None:
+        mask = (segments[:, :, None] == segments[:, None, :])[:, None]
+      y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
+    else:
+      cache = [
+        jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
+        for old, new in ((state.keys, k), (state.values, v))
+      ]
+      visible = jnp.arange(cfg.context_length)[None] <= position[:, None]
+      y = jax.nn.dot_product_attention(
+        q, cache[0], cache[1], mask=visible[None, None]
+      )
+      state = AttentionState(cache[0], cache[1], start + length, conv_state)
+    y_BTD = layers.dense(
+      cfg.width, cfg, ("heads", "embed"), "output", is_output=True
+    )(y.reshape(x_BTD.shape))
+    return MixerOutput(y_BTD, v.reshape(x_BTD.shape), state)

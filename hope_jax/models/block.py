@@ -1,0 +1,72 @@
+"""The residual block of every model: sequence layer, then FFN or CMS.
+
+  x <- x + mixer(RMS(x));  x <- x + FFN(RMS(x))  or  x <- CMS(x)
+
+(paper eq. 94-97 for Hope; Transformer++ and Titans are the same block with
+another mixer and one slow FFN level.)
+"""
+
+import flax.linen as nn
+import flax.struct
+import jax
+
+from hope_jax.config import ModelConfig
+from hope_jax.models import attention, cms, layers, titans
+
+# name -> (sequence layer, its init_state)
+SEQUENCE_LAYERS = {
+  "transformer": (attention.Attention, attention.init_state),
+  "hope_attention": (attention.Attention, attention.init_state),
+  "titans": (titans.SelfModifyingTitans, titans.init_state),
+  "hope": (titans.SelfModifyingTitans, titans.init_state),
+}
+
+
+@flax.struct.dataclass
+class BlockState:
+  """Fast state of one block; `cms` has one entry per fast level."""
+
+  mixer: object
+  cms: object
+
+
+def init_state(config: ModelConfig, batch_size: int) -> BlockState:
+  """The state before the first token."""
+  _, mixer_state = SEQUENCE_LAYERS[config.sequence_layer]
+  return BlockState(
+    mixer=mixer_state(config, batch_size),
+    cms=cms.init_state(config, batch_size),
+  )
+
+
+class Block(nn.Module):
+  """One layer; returns (x, state) so that `nn.scan` can stack it."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    state: BlockState | None,
+    segments: jax.Array | None,
+  ) -> tuple[jax.Array, BlockState | None]:
+    cfg = self.config
+    mixer, _ = SEQUENCE_LAYERS[cfg.sequence_layer]
+    normed = layers.rms_norm(cfg, "norm_mixer")(x_BTD)
+    mixed = mixer(cfg, name="mixer")(
+      normed, state.mixer if state else None, segments
+    )
+    x_BTD = x_BTD + mixed.y
+    cms_state = None
+    if cfg.cms.hidden:
+      x_BTD, cms_state = cms.ContinuumMemory(cfg, name="cms")(
+        x_BTD, mixed, state.cms if state else None, segments
+      )
+    else:
+      normed = layers.rms_norm(cfg, "norm_ffn")(x_BTD)
+      x_BTD = x_BTD + layers.SwiGLU(cfg, cfg.ffn_hidden, name="ffn")(normed)
+    x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act"))
+    if state is not None:
+      state = BlockState(mixer=mixed.state, cms=cms_state)
+    return x_BTD, state

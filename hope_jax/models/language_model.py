@@ -1,0 +1,78 @@
+"""The language model: tied embedding, scanned blocks, final norm.
+
+Legend: B batch, T tokens, D model, V vocab.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hope_jax.config import ModelConfig
+from hope_jax.models import block, layers
+
+
+class ModelOutput(NamedTuple):
+  """logits [B, T, V] in float32; the new state, None if none was given."""
+
+  logits: jax.Array
+  state: Any
+
+
+def init_state(config: ModelConfig, batch_size: int) -> Any:
+  """Fast state of all layers before the first token, layers on axis 0."""
+  one = block.init_state(config, batch_size)
+  return jax.tree.map(
+    lambda x: jnp.broadcast_to(x[None], (config.num_layers, *x.shape)), one
+  )
+
+
+class LanguageModel(nn.Module):
+  """tokens [B, T] -> logits [B, T, V] of the next token.
+
+  `state` (from `init_state` or an earlier call) continues a sequence;
+  `segments` [B, T] are document numbers: nothing passes from one to another.
+  """
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens_BT: jax.Array,
+    state: Any = None,
+    segments: jax.Array | None = None,
+  ) -> ModelOutput:
+    cfg = self.config
+    embed = nn.Embed(
+      cfg.vocab_size,
+      cfg.width,
+      dtype=jnp.dtype(cfg.dtype),
+      embedding_init=nn.with_logical_partitioning(
+        nn.initializers.normal(layers.INIT_STD), ("vocab", "embed")
+      ),
+      name="embed",
+    )
+    x_BTD = nn.with_logical_constraint(
+      embed(tokens_BT), ("batch", "length", "act")
+    )
+    layer = block.Block
+    if cfg.remat != "none":
+      policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+      layer = nn.remat(
+        layer,
+        prevent_cse=False,
+        policy=policy if cfg.remat == "dots" else None,
+      )
+    layer = nn.scan(
+      layer,
+      variable_axes={"params": 0, "dynamics": 0},
+      split_rngs={"params": True},
+      in_axes=(0, nn.broadcast),
+      length=cfg.num_layers,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    x_BTD, state = layer(cfg, name="blocks")(x_BTD, state, segments)
+    x_BTD = layers.rms_norm(cfg, "norm_out")(x_BTD)
+    return ModelOutput(embed.attend(x_BTD).astype(jnp.float32), state)

@@ -1,0 +1,125 @@
+"""Slow layers that every block shares: projection, norm, convolution, FFN.
+
+Slow weights are Linen parameters with logical axis names (`training/
+sharding.py` maps them to mesh axes).  Parameters are float32, activations
+have the model's dtype.  All linear maps are without bias, initial values
+N(0, 0.02), output projections divided by sqrt(2 num_layers) (spec 02).
+
+Legend: B batch, T tokens, D model, F hidden, W window.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hope_jax.config import ModelConfig
+
+INIT_STD = 0.02
+
+
+def dense(
+  features: int,
+  config: ModelConfig,
+  axes: tuple[str, str],
+  name: str,
+  *,
+  is_output: bool = False,
+) -> nn.Dense:
+  """A linear map without bias; `axes` are its kernel's logical axes."""
+  std = INIT_STD / (2 * config.num_layers) ** 0.5 if is_output else INIT_STD
+  return nn.Dense(
+    features,
+    use_bias=False,
+    dtype=jnp.dtype(config.dtype),
+    kernel_init=nn.with_logical_partitioning(
+      nn.initializers.normal(std), axes
+    ),
+    name=name,
+  )
+
+
+def rms_norm(config: ModelConfig, name: str) -> nn.RMSNorm:
+  """x / rms(x) * scale, in float32."""
+  return nn.RMSNorm(
+    dtype=jnp.dtype(config.dtype),
+    epsilon=1e-6,
+    scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+    name=name,
+  )
+
+
+class ShortConv(nn.Module):
+  """Causal depthwise convolution: y_t = sum_j kernel_j x_{t-j}, j < window.
+
+  The state is the last window - 1 inputs, [B, W-1, D].  Taps that reach
+  across a segment border read zero.
+  """
+
+  window: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    state: jax.Array | None = None,
+    segments: jax.Array | None = None,
+  ) -> tuple[jax.Array, jax.Array]:
+    batch, length, width = x_BTD.shape
+    bound = self.window**-0.5
+    kernel_WD = self.param(
+      "kernel",
+      nn.with_logical_partitioning(
+        lambda key, shape: jax.random.uniform(
+          key, shape, minval=-bound, maxval=bound
+        ),
+        ("window", "heads"),
+      ),
+      (self.window, width),
+    ).astype(self.dtype)
+    if state is None:
+      state = jnp.zeros((batch, self.window - 1, width), x_BTD.dtype)
+    padded = jnp.concatenate([state.astype(x_BTD.dtype), x_BTD], axis=1)
+    y_BTD = x_BTD * kernel_WD[0][None, None]
+    for back in range(1, self.window):
+      start = self.window - 1 - back
+      tap_BTD = jax.lax.dynamic_slice_in_dim(padded, start, length, axis=1)
+      if segments is not None:
+        earlier = jnp.pad(segments, ((0, 0), (back, 0)), mode="edge")
+        same = segments == earlier[:, :length]
+        tap_BTD = jnp.where(same[:, :, None], tap_BTD, 0)
+      y_BTD = y_BTD + tap_BTD * kernel_WD[back][None, None]
+    return y_BTD, padded[:, length:]
+
+
+def silu_gate(gate: jax.Array, up: jax.Array) -> jax.Array:
+  """silu(gate) * up, SwiGLU's hidden activation."""
+  return nn.silu(gate) * up
+
+
+class SwiGLU(nn.Module):
+  """W_down (silu(W_gate x) * W_up x)."""
+
+  config: ModelConfig
+  hidden: int
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    make = functools.partial(dense, config=self.config)
+    gate = make(self.hidden, axes=("embed", "mlp"), name="gate")(x_BTD)
+    up = make(self.hidden, axes=("embed", "mlp"), name="up")(x_BTD)
+    hidden = nn.with_logical_constraint(
+      silu_gate(gate, up), ("batch", "length", "mlp")
+    )
+    return make(
+      self.config.width, axes=("mlp", "embed"), name="down", is_output=True
+    )(hidden)
+
+
+def sow_dynamics(module: nn.Module, name: str, values: dict | None):
+  """Records scalars of an inner learning where `dynamics` is asked for."""
+  for key, value in (values or {}).items():
+    module.sow("dynamics", f"{name}.{key}", value)

@@ -1,0 +1,263 @@
+"""Titans and self-modifying Titans (Hope's sequence layer).
+
+  n -> p_q, p_k, p_v = SiLU(conv(n W)) per head        (slow)
+  p -> q, k, v, eta, alpha                 `memory/self_modifying.py`
+  o = RMS_head(M_{t-1}(q_t)) * silu(n W_g);  y = o W_o  `memory/deep.py`
+
+with M a deep memory per head that learns k -> vhat.  Titans' long-term memory
+(LMM; 2501.00663) is the case without adaptive projections: q, k, v are the
+slow ones (q, k of norm 1) and the gates are slow projections of n.  Hope
+(2512.24695, eq. 83-90) makes some of k, v, q, eta, alpha memories, too.
+
+Legend: B batch, T tokens, D model, H heads, K head dim, F memory hidden,
+G memories side by side.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hope_jax.config import ModelConfig
+from hope_jax.memory import chunks, deep, self_modifying
+from hope_jax.memory.architectures import Weights, rms_normalize
+from hope_jax.models import attention, layers
+from hope_jax.models.interface import MixerOutput
+
+NAMES = ("query", "key", "value")
+
+
+def split_heads(x_BTD: jax.Array, heads: int) -> jax.Array:
+  """[B, T, H K] -> [B, H, T, K] in float32."""
+  batch, length, width = x_BTD.shape
+  x = x_BTD.reshape(batch, length, heads, width // heads)
+  return x.swapaxes(1, 2).astype(jnp.float32)
+
+
+class SlowProjections(nn.Module):
+  """SiLU(conv(n W)) for query, key and value, each [B, H, T, K]."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD, conv_state, segments):
+    cfg = self.config
+    projected, new_state = {}, {}
+    for name in NAMES:
+      p = layers.dense(cfg.width, cfg, ("embed", "heads"), name)(x_BTD)
+      if cfg.conv_window:
+        p, new_state[name] = layers.ShortConv(
+          cfg.conv_window, p.dtype, name=f"conv_{name}"
+        )(p, conv_state[name] if conv_state else None, segments)
+      projected[name] = split_heads(nn.silu(p), cfg.num_heads)
+    return projected, new_state
+
+
+class Gates(nn.Module):
+  """Logits of learn rate, retention and momentum decay, [B, H, T] each.
+
+  Biases per head start at the configured learn rate, at half-lives spread
+  log-uniformly over the heads, and at the configured momentum.  A gate that
+  is a memory itself (`adaptive`) has no slow projection.
+  """
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD):
+    cfg = self.config.memory
+    heads = self.config.num_heads
+    half_lives = jnp.exp(
+      jnp.linspace(
+        math.log(cfg.half_life_min), math.log(cfg.half_life_max), heads
+      )
+    )
+    starts = {
+      "eta": jnp.full(heads, _inverse_softplus(cfg.initial_learn_rate)),
+      "alpha": _inverse_softplus(math.log(2) / half_lives),
+      "beta": jnp.full(
+        heads, math.log(cfg.initial_momentum / (1 - cfg.initial_momentum))
+      ),
+    }
+    if cfg.momentum == "none":
+      del starts["beta"]
+    logits = {}
+    for name, start in starts.items():
+      bias = self.param(
+        f"{name}_bias",
+        nn.with_logical_partitioning(
+          lambda key, start=start: start, ("heads",)
+        ),
+      )
+      logit = jnp.broadcast_to(
+        bias[None, :, None], (x_BTD.shape[0], heads, x_BTD.shape[1])
+      )
+      if name not in cfg.adaptive:
+        slope = layers.dense(heads, self.config, ("embed", "heads"), name)
+        logit = logit + slope(x_BTD).swapaxes(1, 2).astype(jnp.float32)
+      logits[name] = logit
+    return logits
+
+
+def _inverse_softplus(x):
+  return jnp.log(jnp.expm1(x))
+
+
+def initial_shapes(config: ModelConfig) -> dict[str, Weights]:
+  """Shapes of M_0 per group: the main memory and the adaptive boxes."""
+  cfg, heads, dim = config.memory, config.num_heads, config.head_dim
+  hidden = cfg.hidden or dim
+
+  def shapes(*lead, outputs=dim):
+    if cfg.architecture == "matrix":
+      return Weights(None, (*lead, outputs, dim))
+    return Weights((*lead, hidden, dim), (*lead, outputs, hidden))
+
+  groups = {"memory": shapes(heads)}
+  for name, boxes in self_modifying.group_boxes(cfg).items():
+    outputs = 1 if name == "gate" else dim
+    groups[name] = shapes(heads, len(boxes), outputs=outputs)
+  return groups
+
+
+class InitialWeights(nn.Module):
+  """M_0 of every memory: hidden std K^-1/2, output std 0.1 or 0.02, never 0
+  (0 would leave the hidden layer without a gradient)."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self) -> dict[str, Weights]:
+    initial = {}
+    for group, shapes in initial_shapes(self.config).items():
+      std = 0.1 if group == "memory" else 0.02
+      hidden = None
+      if shapes.hidden is not None:
+        hidden = self._weight(
+          f"{group}_hidden", self.config.head_dim**-0.5, shapes.hidden
+        )
+      initial[group] = Weights(
+        hidden, self._weight(f"{group}_output", std, shapes.output)
+      )
+    return initial
+
+  def _weight(self, name, std, shape):
+    axes = ("heads", *("boxes",) * (len(shape) - 3), "memory_out", "memory_in")
+    return self.param(
+      name,
+      nn.with_logical_partitioning(nn.initializers.normal(std), axes),
+      shape,
+    )
+
+
+class ReadOut(nn.Module):
+  """RMS_head(o) * silu(n W_g), then the output projection."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD, o_BHTK):
+    cfg = self.config
+    scale = self.param(
+      "norm_scale",
+      nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+      (cfg.head_dim,),
+    )
+    normed = rms_normalize(o_BHTK)
+    normed = normed * scale[None, None, None]
+    o_BTD = normed.swapaxes(1, 2).reshape(x_BTD.shape)
+    gate = layers.dense(cfg.width, cfg, ("embed", "heads"), "gate")(x_BTD)
+    o_BTD = o_BTD.astype(gate.dtype) * nn.silu(gate)
+    return layers.dense(
+      cfg.width, cfg, ("heads", "embed"), "output", is_output=True
+    )(o_BTD)
+
+
+def sow_dynamics(module: nn.Module, name: str, values: dict | None):
+  """Records the learning's scalars where `dynamics` is asked for."""
+  for key, value in (values or {}).items():
+    module.sow("dynamics", f"{name}/{key}", value)
+
+
+def init_state(config: ModelConfig, batch_size: int) -> dict[str, Any]:
+  """Fast state before the first token: D = 0, S = 0 of all memories."""
+  shapes = jax.tree.map(
+    jnp.zeros,
+    initial_shapes(config),
+    is_leaf=lambda x: isinstance(x, tuple) and isinstance(x[0], int),
+  )
+  zero = lambda tree: chunks.fresh(
+    deep.zero_state(tree, batch_size, config.memory)
+  )
+  state = {
+    "memory": zero(shapes.pop("memory")),
+    "conv": attention.init_conv_state(config, batch_size, NAMES),
+  }
+  if shapes:
+    state["projections"] = zero(shapes)
+  return state
+
+
+class SelfModifyingTitans(nn.Module):
+  """The memory layer: Titans without, Hope with adaptive projections."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    state: dict[str, Any] | None = None,
+    segments: jax.Array | None = None,
+  ) -> MixerOutput:
+    cfg = self.config
+    with_dynamics = self.is_mutable_collection("dynamics")
+    projected, conv = SlowProjections(cfg, name="projections")(
+      x_BTD, state["conv"] if state else None, segments
+    )
+    logits = Gates(cfg, name="gates")(x_BTD)
+    beta = logits.get("beta")
+    initial = InitialWeights(cfg, name="initial")()
+    memory = initial.pop("memory")
+    new_state = {"conv": conv}
+    made, boxes_state, dynamics = self_modifying.run_projections(
+      initial,
+      self_modifying.Slow(
+        k=projected["key"],
+        v=projected["value"],
+        q=projected["query"],
+        eta=logits["eta"],
+        alpha=logits["alpha"],
+        beta=None if beta is None else nn.sigmoid(beta),
+      ),
+      cfg.memory,
+      state=state.get("projections") if state else None,
+      segments=segments,
+      frozen=tuple(b for b in cfg.memory.adaptive if not cfg.is_live(b)),
+      with_dynamics=with_dynamics,
+    )
+    for name, values in (dynamics or {}).items():
+      layers.sow_dynamics(self, name, values)
+    out = deep.run_memory(
+      memory,
+      made.k,
+      made.v,
+      made.q,
+      made.gates,
+      cfg.memory,
+      state=state["memory"] if state else None,
+      segments=segments,
+      live=cfg.is_live("memory"),
+      with_dynamics=with_dynamics,
+    )
+    layers.sow_dynamics(self, "memory", out.dynamics)
+    y_BTD = ReadOut(cfg, name="readout")(x_BTD, out.outputs)
+    values = made.v.swapaxes(1, 2).reshape(x_BTD.shape)
+    if state is None:
+      return MixerOutput(y_BTD, values, None)
+    new_state["memory"] = out.state
+    if "projections" in state:
+      new_state["projections"] = boxes_state
+    return MixerOutput(y_BTD, values, new_state)

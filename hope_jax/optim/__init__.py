@@ -1,0 +1,1 @@
+"""Outer-loop optimizers: what trains the slow weights."""

@@ -1,0 +1,82 @@
+"""What the commands share: flags, one-line errors, exit codes.
+
+Exit code 2: the command line or the config is wrong; 1: the run failed.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from absl import app, flags, logging
+
+from hope_jax import config as config_lib
+from hope_jax.config import Config, ConfigError
+from hope_jax.training import metrics
+
+
+def fail(message: str, code: int) -> NoReturn:
+  """Prints one line on stderr and exits."""
+  print(f"error: {' '.join(message.split())}", file=sys.stderr)
+  sys.exit(code)
+
+
+def define_config() -> None:
+  """Defines --config=file.py[:mode] with overrides --config.group.field=.
+
+  Fields that the file leaves at their defaults can be overridden too;
+  unknown ones are found when `read_config` converts to dataclasses.
+  """
+  from ml_collections import config_flags
+
+  config_flags.DEFINE_config_file(
+    "config",
+    help_string="config.py[:mode]",
+    lock_config=False,
+    accept_new_attributes=True,
+  )
+  flags.mark_flag_as_required("config")
+
+
+def read_config() -> Config:
+  """The `Config` that the flags ask for."""
+  values = flags.FLAGS.config
+  try:
+    return config_lib.from_config_dict(values)
+  except OSError as error:  # raised late, when the file is looked into
+    reason = str(error).splitlines()[-1].strip()
+    raise ConfigError(f"cannot load --config: {reason}") from error
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  try:
+    return flags.FLAGS(argv)
+  except KeyError as error:
+    text = str(error.args[0])
+    if " " not in text:
+      text = f"the config has no group or field {text}"
+    fail(text, 2)
+  except Exception as error:  # a config file may raise anything
+    message = str(error).strip() or type(error).__name__
+    if isinstance(error, OSError) or "Traceback" in message:
+      message = message.splitlines()[-1].strip()
+    fail(message, 2)
+
+
+def run(main: Callable[[], None]) -> None:
+  """Runs `main` with parsed flags; user errors become one clear line."""
+
+  def guarded(argv: list[str]) -> None:
+    if len(argv) > 1:
+      fail(f"unexpected argument {argv[1]!r}", 2)
+    if not any(a.startswith(("--verbosity", "-v")) for a in sys.argv[1:]):
+      logging.set_verbosity(logging.ERROR)  # checkpointing is talkative
+    try:
+      main()
+    except ConfigError as error:
+      fail(str(error), 2)
+    except metrics.Diverged as error:
+      fail(str(error), 1)
+    except KeyboardInterrupt:
+      fail("interrupted; run the same command again to resume", 130)
+
+  app.run(guarded, flags_parser=_parse_flags)

@@ -1,0 +1,51 @@
+"""What the memories do inside the sequence, as flat scalars to log.
+
+Models sow scalars into the collection "dynamics" when it is mutable.  One
+separately jitted forward pass collects them, so that training steps never
+pay for them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hope_jax.config import Config
+from hope_jax.models.language_model import LanguageModel
+
+# Path components that say nothing to a reader.
+_SILENT = ("blocks", "mixer")
+
+
+def build(config: Config) -> Callable[[Any, Any], Any]:
+  """Jitted (params, batch) -> the sown tree; call it inside the mesh."""
+  model = LanguageModel(config.model)
+
+  def collect(params: Any, batch: dict[str, jax.Array]) -> Any:
+    _, sown = model.apply(
+      {"params": params},
+      batch["tokens"],
+      segments=batch.get("segments"),
+      mutable=["dynamics"],
+    )
+    # Leaves [layers, ...]: one number a layer.
+    return jax.tree.map(
+      lambda x: jnp.mean(x.reshape(x.shape[0], -1), axis=1),
+      sown.get("dynamics", {}),
+    )
+
+  return jax.jit(collect)
+
+
+def flatten(sown: Any) -> dict[str, float]:
+  """blocks/mixer/memory/learn_rate [layers] ->
+  dynamics/layer_0/memory/learn_rate, dynamics/layer_1/... ."""
+  flat = {}
+  for path, values in jax.tree_util.tree_leaves_with_path(sown):
+    names = [key.key for key in path if hasattr(key, "key")]
+    tail = "/".join(name for name in names if name not in _SILENT)
+    for layer, value in enumerate(np.asarray(values)):
+      flat[f"dynamics/layer_{layer}/{tail}"] = float(value)
+  return flat

@@ -1,0 +1,41 @@
+"""Loss and accuracy of a split."""
+
+import math
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from hope_jax.config import Config
+from hope_jax.data import pipeline
+from hope_jax.training import sharding, step
+
+
+def evaluate(
+  eval_step: Any, params: Any, source: Any, *, config: Config, mesh: Mesh
+) -> dict[str, float]:
+  """Mean over all weighted targets of a split (`config.eval.batches`).
+
+  Returns loss (nats per target), accuracy and the number of targets; the
+  sums of the batches are added in float64.
+  """
+  size = config.eval.batch_size
+  rows = sharding.process_rows(mesh, size)
+  sums = [
+    eval_step(params, sharding.put_batch(batch, mesh, size, rows))
+    for batch in pipeline.eval_batches(source, size, rows, config.eval.batches)
+  ]
+  total = step.Sums(*np.asarray(sums, np.float64).sum(axis=0))
+  return {
+    "loss": float(total.loss / total.weight),
+    "accuracy": float(total.correct / total.weight),
+    "targets": int(total.weight),
+  }
+
+
+def derived(loss: float, kind: str) -> dict[str, float]:
+  """perplexity, and for text (tokens are bytes) bits_per_byte."""
+  values = {"perplexity": math.exp(min(loss, 700.0))}
+  if kind == "text":
+    values["bits_per_byte"] = loss / math.log(2.0)
+  return values

@@ -1,0 +1,196 @@
+"""Records of a run: metrics.jsonl, optionally wandb, a line or a bar to watch.
+
+A record is one JSON object a line with `step` and `kind` ("train", "eval" or
+"dynamics").  Process 0 writes.  Device scalars are fetched one step late, so
+that reading them never keeps the device waiting.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from hope_jax import config as config_lib
+from hope_jax.config import Config, ConfigError
+from hope_jax.training import workdir as workdir_lib
+
+
+class Diverged(RuntimeError):
+  """The training loss is not a number any more."""
+
+
+def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """All records of a run; a line cut short by a crash is left out."""
+  path = workdir / workdir_lib.METRICS
+  records = []
+  if path.exists():
+    for line in path.read_text(encoding="utf-8").splitlines():
+      with contextlib.suppress(ValueError):
+        records.append(json.loads(line))
+  return records
+
+
+class Writer:
+  """Appends records, after dropping those that a resumed run will repeat."""
+
+  def __init__(self, workdir: pathlib.Path, config: Config, start_step: int):
+    self.records = [r for r in read(workdir) if r["step"] <= start_step]
+    self._file = self._wandb = self._bar = None
+    if jax.process_index():
+      return
+    path = workdir / workdir_lib.METRICS
+    kept = [json.dumps(record) + "\n" for record in self.records]
+    path.write_text("".join(kept), encoding="utf-8")
+    self._file = path.open("a", encoding="utf-8", buffering=1)
+    self._wandb = _start_wandb(workdir, config)
+    self._steps = config.train.steps
+    if sys.stderr.isatty():
+      import tqdm
+
+      self._bar = tqdm.tqdm(
+        total=self._steps, initial=start_step, unit="step", dynamic_ncols=True
+      )
+
+  def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+    """Adds one record and shows it."""
+    record = {"step": step, "kind": kind, **values}
+    self.records.append(record)
+    if self._file is None:
+      return
+    self._file.write(json.dumps(record) + "\n")
+    if self._wandb is not None:
+      named = {f"{kind}/{k}": v for k, v in values.items()}
+      self._wandb.log(named, step=step)
+    if kind != "dynamics":
+      self._show(kind, step, values)
+
+  def _show(self, kind: str, step: int, values: dict[str, Any]) -> None:
+    shown = f"{kind} loss {values['loss']:.4f}"
+    if kind == "eval":
+      shown += f" accuracy {values['accuracy']:.4f}"
+    elif "tokens_per_second" in values:
+      shown += f" {values['tokens_per_second']:,.0f} tokens/s"
+    if self._bar is None:
+      print(f"step {step}/{self._steps} {shown}", flush=True)
+    elif kind == "train":
+      self._bar.set_postfix_str(shown, refresh=False)
+      self._bar.update(step - self._bar.n)
+    else:
+      self._bar.write(f"step {step} {shown}")
+
+  def close(self) -> None:
+    for part in (self._file, self._bar):
+      if part is not None:
+        part.close()
+    if self._wandb is not None:
+      self._wandb.finish()
+
+
+class Meter:
+  """Times the steps and turns their device scalars into train records.
+
+  `hold` takes the scalars of a step, `flush` (called when the next step is
+  under way) fetches and writes them.  Time spent inside `paused` counts as
+  seconds of the run but not for tokens_per_second.
+  """
+
+  def __init__(
+    self,
+    writer: Writer,
+    *,
+    tokens_per_step: int,
+    flops_per_token: float,
+    peak_flops: float | None,
+  ):
+    self._writer = writer
+    self._tokens, self._flops = tokens_per_step, flops_per_token
+    self._peak = peak_flops
+    self._held: tuple[int, Any] | None = None
+    self._last: tuple[int, float] | None = None  # step, time of last record
+    earlier = [r.get("seconds", 0.0) for r in writer.records]
+    self._start = time.perf_counter() - max(earlier, default=0.0)
+
+  @property
+  def seconds(self) -> float:
+    """Wall time of the run, earlier sessions included."""
+    return time.perf_counter() - self._start
+
+  def hold(self, step: int, metrics: Any) -> None:
+    self.flush()
+    self._held = (step, metrics)
+
+  def flush(self) -> None:
+    if self._held is None:
+      return
+    step, metrics = self._held
+    self._held = None
+    values = {k: float(v) for k, v in metrics._asdict().items()}
+    now = time.perf_counter()
+    values["tokens"] = step * self._tokens
+    values["seconds"] = self.seconds
+    if self._last is not None and step > self._last[0]:
+      steps, seconds = step - self._last[0], now - self._last[1]
+      values |= self._speed(steps * self._tokens / seconds)
+    self._last = (step, now)
+    self._writer.write("train", step, values)
+    if not math.isfinite(values["loss"]):
+      raise Diverged(f"the loss is {values['loss']} at step {step}")
+
+  def _speed(self, tokens_per_second: float) -> dict[str, float]:
+    flops = tokens_per_second * self._flops
+    speed = {
+      "tokens_per_second": tokens_per_second,
+      "model_flops_per_second": flops,
+    }
+    if self._peak:
+      speed["mfu"] = flops / self._peak
+    return speed
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Stops the clock of tokens_per_second; the device must be idle."""
+    start = time.perf_counter()
+    yield
+    if self._last is not None:
+      step, then = self._last
+      self._last = (step, then + time.perf_counter() - start)
+
+  def median_tokens_per_second(self) -> float:
+    """Over the intervals after the first (the only one, if it is)."""
+    rates = [
+      r["tokens_per_second"]
+      for r in self._writer.records
+      if "tokens_per_second" in r
+    ]
+    return float(np.median(rates[1:] or rates)) if rates else math.nan
+
+
+def _start_wandb(workdir: pathlib.Path, config: Config) -> Any:
+  """A wandb run that continues if the run does; offline needs no login."""
+  if config.train.wandb == "off":
+    return None
+  try:
+    import wandb  # pyright: ignore[reportMissingImports]
+  except ImportError as error:
+    raise ConfigError(
+      f"train.wandb={config.train.wandb!r} needs the package wandb:"
+      " pip install wandb"
+    ) from error
+  where = str(workdir.absolute())
+  return wandb.init(
+    project=config.train.wandb_project,
+    name=workdir.name,
+    id=hashlib.sha256(where.encode()).hexdigest()[:16],
+    resume="allow",
+    mode=config.train.wandb,
+    dir=where,
+    config=config_lib.to_dict(config),
+  )

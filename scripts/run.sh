@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Trains Transformer++ (with and without convolution), Titans and Hope on tiny
+# Shakespeare at equal tokens; prints the table and a sample of text, writes
+# results.json, table.md and the loss curves to runs/language_modeling-demo.
+# Run again, it continues where it stopped.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}"
+exec "$python" -m experiments.language_modeling.run --scale=demo "$@"

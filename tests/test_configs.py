@@ -1,0 +1,116 @@
+"""Every config in every mode: builds, eval_shapes, has the size it says."""
+
+import functools
+import importlib
+import itertools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import pytest
+
+from configs import _base, _models
+from hope_jax import config as config_lib
+from hope_jax.models import language_model
+
+MODES = {
+  "shakespeare": ("", "long", "smoke"),
+  "wikitext2": ("", "smoke"),
+  "mqar": ("", "smoke"),
+  "hope_340m": ("", "smoke"),
+  "hope_760m": ("", "smoke"),
+  "hope_1p3b": ("", "smoke"),
+}
+# Config -> (mode's end, parameters that the name promises).
+PROMISED = {
+  "shakespeare": 1.0e6,
+  "wikitext2": 1.0e6,
+  "hope_340m": 340e6,
+  "hope_760m": 760e6,
+  "hope_1p3b": 1.3e9,
+}
+
+
+def _all_modes():
+  for name, switches in MODES.items():
+    ends = ("", "_32") if name == "mqar" else ("",)
+    for model, end, switch in itertools.product(
+      _models.NAMES, ends, switches
+    ):
+      yield name, model + end + ("," + switch if switch else "")
+
+
+def _load(name: str, mode: str | None) -> config_lib.Config:
+  module = importlib.import_module(f"configs.{name}")
+  return config_lib.from_config_dict(module.get_config(mode))
+
+
+@functools.cache
+def _parameters(config: config_lib.ModelConfig) -> int:
+  tokens = jax.ShapeDtypeStruct((1, 256), jnp.int32)
+  shapes = jax.eval_shape(
+    language_model.LanguageModel(config).init, jax.random.key(0), tokens
+  )
+  return sum(x.size for x in jax.tree.leaves(shapes["params"]))
+
+
+@pytest.mark.parametrize(("name", "mode"), _all_modes())
+def test_config_builds_and_eval_shapes(name, mode):
+  config = _load(name, mode)
+  model = language_model.LanguageModel(config.model)
+  shape = (1, config.data.sequence_length)
+  tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+  output, _ = jax.eval_shape(
+    model.init_with_output, jax.random.key(0), tokens
+  )
+  assert output.logits.shape == (*shape, config.model.vocab_size)
+
+
+@pytest.mark.parametrize("model", _models.NAMES)
+@pytest.mark.parametrize("name", PROMISED)
+def test_config_parameters_within_3_percent_of_name(name, model):
+  count = _parameters(_load(name, model).model)
+  assert abs(count / PROMISED[name] - 1) <= 0.03, f"{count:,}"
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_config_default_mode_is_documented_and_locked(name):
+  module = importlib.import_module(f"configs.{name}")
+  config = module.get_config()
+  assert isinstance(config, ml_collections.ConfigDict)
+  assert "Modes:" in module.__doc__ and "Command:" in module.__doc__
+  with pytest.raises(AttributeError, match="peak_rl"):
+    config.opt.peak_rl = 1.0
+
+
+@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("mode", ["hop", "hope,smoky", "hope,titans"])
+def test_config_unknown_mode_raises(name, mode):
+  module = importlib.import_module(f"configs.{name}")
+  with pytest.raises(ValueError, match="mode"):
+    module.get_config(mode)
+
+
+def test_defaults_are_those_of_the_dataclasses():
+  assert _base.DEFAULTS == config_lib.to_dict(config_lib.Config())
+
+
+def test_make_unknown_field_raises():
+  with pytest.raises(KeyError, match="peak_rl"):
+    _base.make(opt={"peak_rl": 1.0})
+
+
+@pytest.mark.parametrize("size", ["340m", "760m", "1p3b"])
+def test_paper_recipe_sees_the_promised_tokens(size):
+  config = _load(f"hope_{size}", "hope")
+  tokens = {"340m": 15e9, "760m": 30e9, "1p3b": 100e9}[size]
+  per_step = config.data.sequence_length * config.data.batch_size
+  assert config.train.steps * per_step == pytest.approx(tokens, rel=1e-3)
+  assert config.opt.warmup_steps * per_step == pytest.approx(1e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("end", ["", "_32"])
+def test_mqar_trains_on_1p6m_tokens(end):
+  config = _load("mqar", "titans" + end)
+  per_step = config.data.sequence_length * config.data.batch_size
+  assert config.train.steps * per_step == pytest.approx(1.6e6, rel=0.03)
