@@ -16,6 +16,7 @@ import dataclasses
 import datetime
 import json
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -63,6 +64,15 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
     return None
 
 
+def last_error(log: str) -> str:
+  """The last line of a log that names an error, else the last line."""
+  lines = log.strip().splitlines() or ["nothing was printed"]
+  errors = [
+    l for l in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", l)
+  ]
+  return (errors or lines)[-1]
+
+
 def _flag(value: Any) -> str:
   """A value as ml_collections reads it from a command line."""
   return repr(value) if isinstance(value, tuple | list) else str(value)
@@ -88,6 +98,7 @@ class Runner:
     self._poll_seconds = poll_seconds
     self._running: list[_Process] = []
     self._failures: dict[str, str] = {}
+    self._written: set[pathlib.Path] = set()  # outputs of this session
     self._configs: dict[str, Config] = {}
     self._last_status = time.monotonic()
 
@@ -181,6 +192,7 @@ class Runner:
         continue
       following = self._next_command(trial)
       if following and trial.name not in self._failures:
+        assert following[1] not in self._written, "no progress"
         self._start(trial, *following)
 
   def _start(
@@ -209,11 +221,12 @@ class Runner:
       self._running.remove(process)
       name, seconds = process.trial.name, time.monotonic() - process.start
       if code == 0 and read_json(process.output) is not None:
+        self._written.add(process.output)
         _say(f"done    {name} ({process.output.name}, {seconds:.0f} s)")
         continue
       log = self._out / name / "log.txt"
-      lines = log.read_text(errors="replace").strip().splitlines()
-      self._failures[name] = f"exit code {code}: {lines[-1]} (see {log})"
+      reason = last_error(log.read_text(errors="replace"))
+      self._failures[name] = f"exit code {code}: {reason} (see {log})"
       _say(f"FAILED  {name}: {self._failures[name]}")
 
   def _stop(self) -> None:

@@ -21,6 +21,7 @@ Scores = Mapping[str, float]
 # Header -> cell from the scores of a row's seeds.
 Columns = Mapping[str, Callable[[Sequence[Scores]], str]]
 Line = Mapping[str, str]
+DESCRIPTION = ("parameters", "tokens", "tokens/s", "peak lr")
 
 
 def mean_std(values: Iterable[float], digits: int = 3) -> str:
@@ -79,18 +80,20 @@ def _row(
 ) -> list[dict[str, str]]:
   """A row's line, and below it one line per evaluation of its models."""
   done = final(records)
-  lines = [{"model": name}]
   measured = [scores(record) for record in done]
+  lines = [{"model": name}]
   lines[0].update((key, cell(measured)) for key, cell in columns.items())
+  lines[0].update(dict.fromkeys(DESCRIPTION, "-"))
   if done:
     results = [record.result or {} for record in done]
     speed = statistics.median(r["tokens_per_second"] for r in results)
-    lines[0] |= {
-      "parameters": f"{results[0]['parameters']:,}",
-      "tokens": f"{results[0]['tokens']:,}",
-      "tokens/s": f"{speed:,.0f}",
-      "peak lr": f"{results[0]['config']['opt']['peak_lr']:g}",
-    }
+    described = (
+      f"{results[0]['parameters']:,}",
+      f"{results[0]['tokens']:,}",
+      f"{speed:,.0f}",
+      f"{results[0]['config']['opt']['peak_lr']:g}",
+    )
+    lines[0].update(zip(DESCRIPTION, described, strict=True))
     for label in done[0].evaluations:
       measured = [scores(record, label) for record in done]
       line = {"model": f"{name}, {switch_off.describe(label)}"}

@@ -100,13 +100,13 @@ def continue_tokens(
 
   def decode(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
     state, token = carry
-    output = model.apply({"params": params}, token[None, None], state)
+    output = step_lib.forward(model, params, token[None, None], state=state)
     following = next_token(key, output.logits)
     return (output.state, following), token
 
   keys = jax.random.split(key, count + 1)
   state = language_model.init_state(config, 1)
-  output = model.apply({"params": params}, prompt_T[None], state)
+  output = step_lib.forward(model, params, prompt_T[None], state=state)
   first = next_token(keys[0], output.logits)
   _, tokens_N = jax.lax.scan(decode, (output.state, first), keys[1:])
   return tokens_N

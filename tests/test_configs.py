@@ -34,9 +34,7 @@ PROMISED = {
 def _all_modes():
   for name, switches in MODES.items():
     ends = ("", "_32") if name == "mqar" else ("",)
-    for model, end, switch in itertools.product(
-      _models.NAMES, ends, switches
-    ):
+    for model, end, switch in itertools.product(_models.NAMES, ends, switches):
       yield name, model + end + ("," + switch if switch else "")
 
 
@@ -54,15 +52,13 @@ def _parameters(config: config_lib.ModelConfig) -> int:
   return sum(x.size for x in jax.tree.leaves(shapes["params"]))
 
 
-@pytest.mark.parametrize(("name", "mode"), _all_modes())
+@pytest.mark.parametrize(("name", "mode"), list(_all_modes()))
 def test_config_builds_and_eval_shapes(name, mode):
   config = _load(name, mode)
   model = language_model.LanguageModel(config.model)
   shape = (1, config.data.sequence_length)
   tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
-  output, _ = jax.eval_shape(
-    model.init_with_output, jax.random.key(0), tokens
-  )
+  output, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), tokens)
   assert output.logits.shape == (*shape, config.model.vocab_size)
 
 
@@ -71,6 +67,16 @@ def test_config_builds_and_eval_shapes(name, mode):
 def test_config_parameters_within_3_percent_of_name(name, model):
   count = _parameters(_load(name, model).model)
   assert abs(count / PROMISED[name] - 1) <= 0.03, f"{count:,}"
+
+
+@pytest.mark.parametrize("model", _models.NAMES)
+def test_benchmark_size_within_3_percent_of_name(model):
+  group = _models.model(
+    model, "3p9m", memory_chunks=(64, 256), cms_chunks=(64, 256, 0)
+  )
+  config = _base.make(model=group, data={"sequence_length": 512})
+  count = _parameters(config_lib.from_config_dict(config).model)
+  assert abs(count / 3.9e6 - 1) <= 0.03, f"{count:,}"
 
 
 @pytest.mark.parametrize("name", MODES)
@@ -92,7 +98,7 @@ def test_config_unknown_mode_raises(name, mode):
 
 
 def test_defaults_are_those_of_the_dataclasses():
-  assert _base.DEFAULTS == config_lib.to_dict(config_lib.Config())
+  assert config_lib.to_dict(config_lib.Config()) == _base.DEFAULTS
 
 
 def test_make_unknown_field_raises():

@@ -111,7 +111,7 @@ def paper_lines() -> list[tables.Line]:
   return [
     {
       "model": f"paper: {model}",
-      "perplexity": f"{perplexity} ({accuracy})",
+      "perplexity": f"{perplexity:.2f} ({accuracy:.2f})",
       "parameters": parameters,
       "tokens": tokens,
     }
@@ -144,8 +144,8 @@ def report(
 ) -> None:
   """Writes and prints everything that a reader wants to see."""
   folder.mkdir(parents=True, exist_ok=True)
-  text, groups = "", list(dict.fromkeys(r.trial.group for r in records))
-  for group in groups:
+  text = ""
+  for group in dict.fromkeys(record.trial.group for record in records):
     table = tables.table(records, group, COLUMNS, paper_lines())
     text += f"{group}\n\n{table}\n"
     rows = {

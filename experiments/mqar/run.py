@@ -66,7 +66,7 @@ def report(
   """Writes and prints the accuracy tables and the bar chart."""
   folder.mkdir(parents=True, exist_ok=True)
   text, points = "", {row: {} for row in ROWS}
-  for group in GROUPS:
+  for group in dict.fromkeys(record.trial.group for record in records):
     text += f"{group}\n\n{tables.table(records, group, COLUMNS)}\n"
     for row, trials in tables.by_row(records, group).items():
       points[row][group] = [

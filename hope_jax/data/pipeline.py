@@ -49,7 +49,8 @@ def prefetch(batches: TrainBatches, start: int) -> Iterator[Batch]:
   """Batches from step `start` on, made ahead in a background thread."""
   import grain
 
-  dataset = grain.MapDataset.source(batches).slice(slice(start, None))
+  source: Any = batches
+  dataset = grain.MapDataset.source(source).slice(slice(start, None))
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)
   return iter(dataset.to_iter_dataset(options))
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hope_jax.memory import chunks, rules
+from hope_jax.memory import chunks, deep, rules
 
 
 class LevelWeights(NamedTuple):
@@ -33,7 +33,7 @@ class LevelWeights(NamedTuple):
 def zero_state(slow: LevelWeights, batch_size: int) -> dict[str, Any]:
   """D = 0 for every sequence."""
   zeros = jax.tree.map(
-    lambda w: jnp.zeros((batch_size, *w.shape), jnp.float32), slow
+    lambda w: jnp.zeros((batch_size, *w.shape), w.dtype), slow
   )
   return {"weight": zeros}
 
@@ -122,10 +122,7 @@ def run_level(
     resets=resets,
   )
   if dynamics is not None:
-    dynamics = {
-      name: x[-1] if name == "relative_change" else jnp.mean(x)
-      for name, x in dynamics.items()
-    }
+    dynamics = deep.summarize(dynamics)
   return layout.merge(y, axis=1), state, dynamics
 
 
@@ -153,13 +150,8 @@ def _dynamics(slow, start, after, xs, y, error_clip):
   later = feed_forward(slow, after, n)
   loss = lambda e: 0.5 * jnp.mean(jnp.sum(jnp.square(e), axis=-1))
   norm = jnp.sqrt(jnp.sum(jnp.square(y - value), axis=-1))
-  size = lambda tree, axes: sum(
-    jnp.sum(jnp.square(w), axis=axes) for w in jax.tree.leaves(tree)
-  )
   return {
-    "relative_change": jnp.median(
-      jnp.sqrt(size(after, (-2, -1)) / size(slow, (-2, -1))[None])
-    ),
+    "relative_change": deep.relative_change(slow, after),
     "loss_before": loss(y - value),
     "loss_after": loss(later - value),
     "clip_rate": jnp.mean(norm > (error_clip or jnp.inf)),

@@ -40,7 +40,7 @@ def zero_state(
 ) -> dict[str, Any]:
   """D = 0 and S = 0: {"weight", "momentum"} of [B, *M_0], any tree of M_0."""
   zeros = jax.tree.map(
-    lambda w: jnp.zeros((batch_size, *w.shape), jnp.float32), initial
+    lambda w: jnp.zeros((batch_size, *w.shape), w.dtype), initial
   )
   return {
     "weight": zeros,
@@ -49,97 +49,22 @@ def zero_state(
 
 
 def anchored(
-  initial: Any, now: dict[str, Any], cfg: MemoryConfig
-) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-  """(slow part, fast state, fast state of a new document).
+  initial: Any, state: chunks.ChunkState, cfg: MemoryConfig
+) -> tuple[Any, chunks.ChunkState, dict[str, Any]]:
+  """(M_0 if the rule acts on D, the state it acts on, a new document's state).
 
   With retention to the start the rule acts on the difference D; with the
   literal one (`zero`) on the whole matrix M_0 + D.
   """
-  zero = jax.tree.map(jnp.zeros_like, now)
+  zero = jax.tree.map(jnp.zeros_like, state.now)
   if cfg.retention != "zero":
-    return initial, now, zero
-  add = lambda w: jax.tree.map(lambda a, b: a[None] + b, initial, w)
-  return (
-    None,
-    {**now, "weight": add(now["weight"])},
-    {**zero, "weight": add(zero["weight"])},
+    return initial, state, zero
+  add = lambda weight: architectures.whole(initial, weight)
+  state = state.replace(
+    now={**state.now, "weight": add(state.now["weight"])},
+    start=add(state.start),
   )
-
-
-def retained(retention: jax.Array, cfg: MemoryConfig) -> jax.Array:
-  """alpha, or 1 where the memory does not forget."""
-  return jnp.ones_like(retention) if cfg.retention == "none" else retention
-
-
-def write_layers(
-  keys: architectures.Trace,
-  errors: Weights,
-  now: dict[str, Any],
-  gates: Gates,
-  decays: chunked.ChunkDecays,
-  cfg: MemoryConfig,
-  *,
-  divide: Weights,
-  queries: jax.Array | None = None,
-  slow: Weights | None = None,
-  is_chunk_start: bool = True,
-) -> tuple[jax.Array | None, dict[str, Any]]:
-  """Applies (P) to both layers; token-exact read where `queries` are given.
-
-  `divide` is the chunk length that step and erase are divided by, per layer.
-  `is_chunk_start`: `now` is the state of `keys`, whose products are reused.
-  """
-  read = "post" if cfg.read == "token_post" else "pre"
-  momentum = now["momentum"] or Weights(None, None)
-  weight = now["weight"]
-
-  def layer(index, queries):
-    step, erase = rules.layer_rates(
-      keys.inputs[index], gates, cfg, divide[index]
-    )
-    out = chunked.chunk_rule(
-      keys.inputs[index],
-      errors[index],
-      weight=weight[index],
-      momentum=momentum[index],
-      decays=decays,
-      learn_rate=step,
-      erase=erase,
-      queries=queries,
-      read=read,
-      x_weight=keys.fast[index] if is_chunk_start else None,
-    )
-    if queries is None:
-      return None, out
-    slow_part = None if slow is None else slow[index]
-    return architectures.add(
-      architectures.apply_slow(queries, slow_part), out.outputs
-    ), out
-
-  if weight.hidden is None:
-    outputs, out = layer(1, queries)
-    hidden = None
-  else:
-    z, hidden = layer(0, queries)
-    features = None if z is None else architectures.activate(
-      z, cfg.activation
-    )[0]
-    outputs, out = layer(1, features)
-    if outputs is not None and architectures.is_residual(weight):
-      outputs = outputs + queries
-  return outputs, {
-    "weight": Weights(hidden.weight if hidden else None, out.weight),
-    "momentum": None
-    if now["momentum"] is None
-    else Weights(hidden.momentum if hidden else None, out.momentum),
-  }
-
-
-def chunk_divisors(cfg: MemoryConfig, chunk_length: int, exact: bool):
-  """Per layer: the configured chunk length, or 1 (sum, or token-exact)."""
-  divide = chunk_length if cfg.step_scale == "mean" else 1
-  return Weights(divide, 1 if exact else divide)
+  return None, state, {**zero, "weight": add(zero["weight"])}
 
 
 def run_memory(
@@ -167,20 +92,21 @@ def run_memory(
     with_dynamics: also returns what `dynamics_of` says.
   """
   if not live:
-    trace = architectures.forward(initial, None, queries, cfg.activation)
+    trace = architectures.forward(initial, queries, cfg.activation)
     return MemoryOutput(trace.outputs, state, None)
   chunk_length = cfg.chunk_length
   layout = chunks.plan(keys.shape[2], chunk_length, state)
   continued = state is not None
   if state is None:
     state = chunks.fresh(zero_state(initial, keys.shape[0], cfg))
-  slow, now, origin = anchored(initial, state.now, cfg)
-  start = anchored(initial, {**state.now, "weight": state.start}, cfg)[1]
-  exact = cfg.setting == "token_exact"
-  divide = chunk_divisors(cfg, chunk_length, exact)
-  gates = gates._replace(retention=retained(gates.retention, cfg))
+  slow, state, origin = anchored(initial, state, cfg)
+  gates = gates._replace(retention=rules.retained(gates.retention, cfg))
+  slow_hidden = None
+  if slow is not None and slow.hidden is not None:
+    slow_hidden = architectures.apply(queries, slow.hidden)
   xs = jax.tree.map(
-    lambda x: layout.split(x, axis=2), (keys, values, queries, gates)
+    lambda x: layout.split(x, axis=2),
+    (keys, values, (queries, slow_hidden), gates),
   )
   live_places = None
   if layout.live is not None:
@@ -192,40 +118,18 @@ def run_memory(
   )
 
   def step(start, now, inputs, _):
-    (k, v, q, gates), decays = inputs
-    trace = architectures.forward(slow, start, k, cfg.activation)
-    targets = v
-    if cfg.target == "self":
-      targets = architectures.forward(slow, start, v, cfg.activation).outputs
-    errors = rules.layer_errors(
-      slow, start, trace, targets, cfg, token_exact=exact
+    (k, v, query, gates), decays = inputs
+    after, read, dynamics = learn_chunk(
+      start, now, k, v, query, gates, decays, slow, cfg
     )
-    token_read = cfg.read != "chunk"
-    outputs, after = write_layers(
-      trace,
-      errors,
-      now,
-      gates,
-      decays,
-      cfg,
-      divide=divide,
-      queries=q if token_read else None,
-      slow=slow,
-      is_chunk_start=not continued,
-    )
-    if not token_read:
-      outputs = architectures.forward(slow, start, q, cfg.activation).outputs
-    dynamics = None
     if with_dynamics:
-      dynamics = dynamics_of(
-        initial, slow, trace, targets, gates, after, cfg, k
-      )
-    return after, (outputs, dynamics)
+      dynamics = dynamics_of(initial, after, gates, k, cfg, slow, *dynamics)
+    return after, (read, dynamics if with_dynamics else None)
 
   resets = chunks.chunk_resets(segments, layout)
-  (outputs, dynamics), state = chunks.scan_chunks(
+  (read, dynamics), state = chunks.scan_chunks(
     step,
-    chunks.ChunkState(now, start["weight"], state.position),
+    state,
     (xs, decays),
     layout,
     chunk_length=chunk_length,
@@ -235,11 +139,116 @@ def run_memory(
   )
   if dynamics is not None:
     dynamics = summarize(dynamics)
+  read = jax.tree.map(lambda x: layout.merge(x, axis=2), read)
   return MemoryOutput(
-    layout.merge(outputs, axis=2),
+    read_out(slow, queries, read),
     difference(initial, state, cfg),
     dynamics,
   )
+
+
+def learn_chunk(
+  start: Weights,
+  now: dict[str, Any],
+  keys: jax.Array,
+  values: jax.Array,
+  query: tuple[jax.Array, jax.Array | None],
+  gates: Gates,
+  decays: chunked.ChunkDecays,
+  slow: Weights | None,
+  cfg: MemoryConfig,
+) -> tuple[dict[str, Any], Weights, tuple[jax.Array, jax.Array]]:
+  """One chunk: (state after, what was read, (prediction, target)).
+
+  Args:
+    start: fast weights at the chunk's first state, where gradients are taken.
+    now: fast state before the chunk's tokens given here.
+    query: q_t [B, H, C, K] and the slow part of its hidden layer.
+    slow: M_0 where the rule acts on the difference, else None.
+
+  Returns:
+    What was read: the hidden features of the queries (None: matrix) and the
+    output layer's fast part, for `read_out`.
+  """
+  size = keys.shape[2]
+  learns_own = cfg.target == "self"
+  inputs = jnp.concatenate([keys, values], axis=2) if learns_own else keys
+  whole = start if slow is None else architectures.whole(slow, start)
+  trace = architectures.forward(whole, inputs, cfg.activation)
+  first = lambda x: None if x is None else x[:, :, :size]
+  predictions = first(trace.outputs)
+  targets = trace.outputs[:, :, size:] if learns_own else values
+  error = rules.output_error(predictions, targets, cfg)
+  features = first(trace.inputs.output)
+  exact = cfg.setting == "token_exact"
+  divide = rules.divisor(cfg, cfg.chunk_length)
+  token_read = cfg.read != "chunk"
+  momentum = now["momentum"] or Weights(None, None)
+
+  hidden, read_features = None, query[0]
+  if whole.hidden is not None:
+    hidden = rules.write_layer(
+      keys,
+      rules.clip_norm(
+        architectures.hidden_error(whole.output, error, first(trace.slope)),
+        cfg.error_clip,
+      ),
+      now["weight"].hidden,
+      momentum.hidden,
+      gates,
+      decays,
+      cfg,
+      divide=divide,
+      queries=query[0] if token_read else None,
+    )
+    z = (
+      hidden.outputs
+      if token_read
+      else architectures.apply(query[0], start.hidden)
+    )
+    z = z if query[1] is None else query[1] + z
+    read_features = architectures.activate(z, cfg.activation)[0]
+  if exact:
+    # Setting A: M_0's prediction - target, constant in D; the erase term
+    # completes the error token by token.
+    error = predictions - targets
+    error = error - architectures.apply(features, start.output)
+  output = rules.write_layer(
+    features,
+    error,
+    now["weight"].output,
+    momentum.output,
+    gates,
+    decays,
+    cfg,
+    divide=1 if exact else divide,
+    queries=read_features if token_read else None,
+  )
+  fast = (
+    output.outputs
+    if token_read
+    else architectures.apply(read_features, start.output)
+  )
+  after: dict[str, Any] = {
+    "weight": Weights(hidden and hidden.weight, output.weight),
+    "momentum": None,
+  }
+  if now["momentum"] is not None:
+    after["momentum"] = Weights(hidden and hidden.momentum, output.momentum)
+  read = Weights(hidden and read_features, fast)
+  return after, read, (predictions, targets)
+
+
+def read_out(
+  slow: Weights | None, queries: jax.Array, read: Weights
+) -> jax.Array:
+  """o = q + h M_0 + h D (mlp) or q M_0 + q D (matrix); the slow product of
+  all tokens at once."""
+  features = queries if read.hidden is None else read.hidden
+  outputs = read.output
+  if slow is not None:
+    outputs = architectures.apply(features, slow.output) + outputs
+  return outputs if read.hidden is None else queries + outputs
 
 
 def difference(
@@ -256,7 +265,14 @@ def difference(
 
 
 def dynamics_of(
-  initial, slow, trace, targets, gates, after, cfg, keys
+  initial: Weights,
+  after: dict[str, Any],
+  gates: Gates,
+  keys: jax.Array,
+  cfg: MemoryConfig,
+  slow: Weights | None,
+  predictions: jax.Array,
+  targets: jax.Array,
 ) -> dict[str, jax.Array]:
   """What one chunk's learning did; scalars, means over batch and heads.
 
@@ -264,37 +280,50 @@ def dynamics_of(
   loss at the chunk's first and last state, clip_rate (share of output errors
   above error_clip).
   """
-  error = trace.outputs - targets
-  later = architectures.forward(
-    slow, after["weight"], keys, cfg.activation
-  ).outputs
-  norm = jnp.sqrt(jnp.sum(jnp.square(error), axis=-1))
-  scale = 2.0 * cfg.loss_factor
-  loss = lambda e: cfg.loss_factor * jnp.mean(jnp.sum(jnp.square(e), -1))
+  weight = after["weight"]
+  final = weight if slow is None else architectures.whole(slow, weight)
+  later = architectures.forward(final, keys, cfg.activation).outputs
   return {
     "learn_rate": jnp.mean(gates.learn_rate),
-    "half_life": jnp.median(
-      jnp.log(0.5) / jnp.minimum(jnp.log(gates.retention), -1e-9)
-    ),
-    "relative_change": relative_change(initial, after["weight"], slow is None),
-    "loss_before": loss(error),
-    "loss_after": loss(later - targets),
-    "clip_rate": jnp.mean(scale * norm > (cfg.error_clip or jnp.inf)),
+    "half_life": half_life(gates.retention),
+    "relative_change": relative_change(initial, weight, slow is None),
+    **loss_dynamics(predictions, later, targets, cfg),
   }
 
 
-def relative_change(initial: Weights, weight: Weights, whole: bool):
-  """Median over batch and heads of |D| / |M_0|, both layers together."""
+def half_life(retention: jax.Array) -> jax.Array:
+  """Median number of tokens after which half is forgotten."""
+  return jnp.median(jnp.log(0.5) / jnp.minimum(jnp.log(retention), -1e-9))
 
-  def square(tree, axes):
-    return sum(jnp.sum(jnp.square(w), axis=axes) for w in jax.tree.leaves(tree))
 
+def loss_dynamics(
+  before: jax.Array, after: jax.Array, targets: jax.Array, cfg: MemoryConfig
+) -> dict[str, jax.Array]:
+  """Inner loss of a chunk at its first and last state, and the clip rate."""
+
+  def squares(outputs):
+    return jnp.sum(jnp.square(outputs - targets), axis=-1)
+
+  norm = 2.0 * cfg.loss_factor * jnp.sqrt(squares(before))
+  return {
+    "loss_before": cfg.loss_factor * jnp.mean(squares(before)),
+    "loss_after": cfg.loss_factor * jnp.mean(squares(after)),
+    "clip_rate": jnp.mean(norm > (cfg.error_clip or jnp.inf)),
+  }
+
+
+def relative_change(initial: Any, weight: Any, is_whole: bool = False):
+  """Median over batch (and heads) of |D| / |M_0|, all layers together."""
   change = weight
-  if whole:
+  if is_whole:
     change = jax.tree.map(lambda w, m: w - m[None], weight, initial)
-  return jnp.median(
-    jnp.sqrt(square(change, (-2, -1)) / square(initial, (-2, -1))[None])
-  )
+
+  def square(tree):
+    return sum(
+      jnp.sum(jnp.square(w), axis=(-2, -1)) for w in jax.tree.leaves(tree)
+    )
+
+  return jnp.median(jnp.sqrt(square(change) / square(initial)[None]))
 
 
 def summarize(dynamics: dict[str, jax.Array]) -> dict[str, jax.Array]:

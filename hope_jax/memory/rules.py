@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from hope_jax.config import MemoryConfig
-from hope_jax.memory import architectures
-from hope_jax.memory.architectures import Trace, Weights
+from pallas_kernels.linear_rule import chunked
 
 
 class Gates(NamedTuple):
@@ -60,31 +59,52 @@ def layer_rates(
   return rate, erase
 
 
-def layer_errors(
-  initial: Weights | None,
-  fast: Weights | None,
-  keys: Trace,
-  targets: jax.Array,
+def output_error(
+  outputs: jax.Array, targets: jax.Array, cfg: MemoryConfig
+) -> jax.Array:
+  """u of the output layer for loss_factor |M(k) - target|^2, clipped.
+
+  The target is a constant of the inner loss.
+  """
+  error = (2.0 * cfg.loss_factor) * (outputs - targets)
+  return clip_norm(error, cfg.error_clip)
+
+
+def divisor(cfg: MemoryConfig, chunk_length: int) -> int:
+  """What step and erase are divided by: the configured chunk length, or 1."""
+  return chunk_length if cfg.step_scale == "mean" else 1
+
+
+def write_layer(
+  x: jax.Array,
+  error: jax.Array,
+  weight: jax.Array,
+  momentum: jax.Array | None,
+  gates: Gates,
+  decays: chunked.ChunkDecays,
   cfg: MemoryConfig,
   *,
-  token_exact: bool = False,
-) -> Weights:
-  """u of both layers for loss_factor |M(k) - target|^2 at one state.
+  divide: int,
+  queries: jax.Array | None = None,
+) -> chunked.LinearRuleOutput:
+  """One chunk of (P) on one layer; token-exact read where queries are given.
 
-  The target is a constant of the inner loss.  Setting B clips both errors to
-  `error_clip`.  Setting A (`token_exact`) uses for the output layer the dot
-  product objective on the residual target, u = M_0's prediction - target,
-  which is constant in D: the erase term then completes the error token by
-  token; it is not clipped.
+  x [..., C, K], error [..., C, E], weight and momentum [..., E, K].
   """
-  error = (2.0 * cfg.loss_factor) * (keys.outputs - targets)
-  clipped = clip_norm(error, cfg.error_clip)
-  hidden = None
-  if keys.slope is not None:
-    hidden = architectures.backward_hidden(initial, fast, clipped, keys.slope)
-    hidden = clip_norm(hidden, cfg.error_clip)
-  if token_exact:
-    clipped = keys.outputs - targets
-    if keys.fast.output is not None:
-      clipped = clipped - keys.fast.output
-  return Weights(hidden, clipped)
+  step, erase = layer_rates(x, gates, cfg, divide)
+  return chunked.chunk_rule(
+    x,
+    error,
+    weight=weight,
+    momentum=momentum,
+    decays=decays,
+    learn_rate=step,
+    erase=erase,
+    queries=queries,
+    read="post" if cfg.read == "token_post" else "pre",
+  )
+
+
+def retained(retention: jax.Array, cfg: MemoryConfig) -> jax.Array:
+  """alpha, or 1 where the memory does not forget."""
+  return jnp.ones_like(retention) if cfg.retention == "none" else retention

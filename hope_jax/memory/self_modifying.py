@@ -8,12 +8,15 @@ on per-head slices p of slow projections, taken at its chunk's first state:
   vhat_box = M_box(v_t), M_box learns k_t -> vhat_box with eta_t, alpha_t
 
 A box that is not adaptive passes p on (k, v, q) or is a slow gate (eta,
-alpha).  None of the boxes reads the main memory, so that their scan, with its
-own chunk length, runs before that of `deep.run_memory`.  Boxes of one shape
-lie side by side on axis G: "projection" (k, v, q) and "gate" (eta, alpha).
-The boxes always learn by setting B.
+alpha).  M_eta and M_alpha have one output and no residual.  None of the boxes
+reads the main memory, so that their scan, with its own chunk length, runs
+before that of `deep.run_memory`.  The boxes always learn by setting B.
 
-Legend: B batch, H heads, G boxes, T tokens, C chunk length, K head dim.
+All boxes learn from the same k_t with the same gates: their hidden layers
+are one linear map with G F outputs.
+
+Legend: B batch, H heads, G boxes, T tokens, C chunk length, K head dim,
+F hidden of one box, E output dim.
 """
 
 from typing import Any, NamedTuple
@@ -23,11 +26,23 @@ import jax.numpy as jnp
 
 from hope_jax.config import MemoryConfig
 from hope_jax.memory import architectures, chunks, deep, rules
-from hope_jax.memory.architectures import Weights, l2_normalize
+from hope_jax.memory.architectures import l2_normalize
 from hope_jax.memory.rules import Gates
 from pallas_kernels.linear_rule import chunked
 
-GROUPS = {"projection": ("k", "v", "q"), "gate": ("eta", "alpha")}
+PROJECTIONS, GATES = ("k", "v", "q"), ("eta", "alpha")
+
+
+class Boxes(NamedTuple):
+  """Weights of the adaptive boxes, None where there is none of a kind.
+
+  hidden [..., H, G F, K] (all boxes), projection [..., H, G, K, F] (k, v, q),
+  gate [..., H, G, 1, F] (eta, alpha).
+  """
+
+  hidden: jax.Array | None
+  projection: jax.Array | None
+  gate: jax.Array | None
 
 
 class Slow(NamedTuple):
@@ -54,46 +69,132 @@ class Projected(NamedTuple):
   gates: Gates
 
 
-def group_boxes(cfg: MemoryConfig) -> dict[str, tuple[str, ...]]:
-  """Adaptive boxes per group; groups without any are left out."""
-  groups = {
-    name: tuple(box for box in boxes if box in cfg.adaptive)
-    for name, boxes in GROUPS.items()
-  }
-  return {name: boxes for name, boxes in groups.items() if boxes}
+def members(cfg: MemoryConfig, kind: tuple[str, ...]) -> tuple[str, ...]:
+  """The adaptive boxes of a kind, in the order of their axis G."""
+  return tuple(box for box in kind if box in cfg.adaptive)
+
+
+def _by_box(x_BHCF: jax.Array, count: int) -> jax.Array:
+  """[B, H, C, G F] -> [B, H, G, C, F]."""
+  x = x_BHCF.reshape(*x_BHCF.shape[:-1], count, -1)
+  return x.swapaxes(2, 3)
+
+
+def _apply(weight: jax.Array, x_BHGCF: jax.Array) -> jax.Array:
+  """Every box its own weight [(B), H, G, E, F]: [B, H, G, C, E]."""
+  if weight.ndim == x_BHGCF.ndim:
+    return jnp.einsum("BHGCF,BHGEF->BHGCE", x_BHGCF, weight)
+  return jnp.einsum("BHGCF,HGEF->BHGCE", x_BHGCF, weight)
+
+
+def slow_hidden(
+  initial: Boxes | None, p: Slow, cfg: MemoryConfig
+) -> tuple[jax.Array, jax.Array | None]:
+  """The boxes' inputs p [B, H, G, T, K] and their hidden products with M_0."""
+  inputs = {"k": p.k, "v": p.v, "q": p.q, "eta": p.k, "alpha": p.k}
+  boxes = members(cfg, PROJECTIONS) + members(cfg, GATES)
+  x = jnp.stack([inputs[box] for box in boxes], axis=2)
+  if initial is None or initial.hidden is None:
+    return x, None
+  return x, _apply(_boxed(initial.hidden, len(boxes)), x)
+
+
+def _boxed(hidden: jax.Array, count: int) -> jax.Array:
+  """[..., G F, K] -> [..., G, F, K]."""
+  return hidden.reshape(*hidden.shape[:-2], count, -1, hidden.shape[-1])
 
 
 def project(
-  slow: dict[str, Weights] | None,
-  fast: dict[str, Weights] | None,
+  slow: Boxes | None,
+  fast: Boxes | None,
   p: Slow,
+  inputs: tuple[jax.Array, jax.Array | None] | None,
   cfg: MemoryConfig,
 ) -> Projected:
-  """k, v, q and gates at one state of the boxes."""
-  boxes = group_boxes(cfg)
-  made = {}
-  inputs = {"k": p.k, "v": p.v, "q": p.q, "eta": p.k, "alpha": p.k}
-  for name, members in boxes.items():
-    x = jnp.stack([inputs[box] for box in members], axis=2)
-    outputs = architectures.forward(
-      None if slow is None else slow[name],
-      None if fast is None else fast[name],
-      x,
-      cfg.activation,
-    ).outputs
-    made.update({box: outputs[:, :, i] for i, box in enumerate(members)})
-  eta = p.eta + made["eta"][..., 0] if "eta" in made else p.eta
-  alpha = p.alpha + made["alpha"][..., 0] if "alpha" in made else p.alpha
+  """k, v, q and gates at one state of the boxes, W = `slow` + `fast`.
+
+  `inputs` come from `slow_hidden`; None without adaptive boxes.
+  """
+  made = {"k": p.k, "v": p.v, "q": p.q, "eta": p.eta, "alpha": p.alpha}
+  if inputs is not None:
+    projections, gates = members(cfg, PROJECTIONS), members(cfg, GATES)
+    split = len(projections)
+    x, z = inputs
+    features = x
+    is_mlp = z is not None or (fast is not None and fast.hidden is not None)
+    if is_mlp:
+      if fast is not None:
+        product = _apply(_boxed(fast.hidden, x.shape[2]), x)
+        z = product if z is None else z + product
+      features = architectures.activate(z, cfg.activation)[0]
+    parts = {
+      "projection": features[:, :, :split],
+      "gate": features[:, :, split:],
+    }
+
+    def outputs(kind):
+      products = [
+        _apply(getattr(boxes, kind), parts[kind])
+        for boxes in (slow, fast)
+        if boxes is not None
+      ]
+      return sum(products[1:], products[0])
+
+    if projections:
+      y = outputs("projection")
+      y = x[:, :, :split] + y if is_mlp else y
+      made.update({box: y[:, :, i] for i, box in enumerate(projections)})
+    if gates:
+      y = outputs("gate")
+      for i, box in enumerate(gates):
+        made[box] = made[box] + y[:, :, i, :, 0]
   return Projected(
-    k=l2_normalize(made.get("k", p.k)),
-    v=made.get("v", p.v),
-    q=l2_normalize(made.get("q", p.q)),
-    gates=Gates(jax.nn.softplus(eta), jax.nn.sigmoid(-alpha), p.beta),
+    k=l2_normalize(made["k"]),
+    v=made["v"],
+    q=l2_normalize(made["q"]),
+    gates=Gates(
+      jax.nn.softplus(made["eta"]), jax.nn.sigmoid(-made["alpha"]), p.beta
+    ),
+  )
+
+
+class BoxTrace(NamedTuple):
+  """Forward pass of all boxes on one input; per layer inputs and outputs."""
+
+  features: jax.Array  # [B, H, G, C, F], input of the output layers
+  slope: jax.Array | None  # act'(z), [B, H, C, G F]
+  projection: jax.Array | None  # [B, H, G, C, K]
+  gate: jax.Array | None  # [B, H, G, C, 1]
+
+
+def forward(boxes: Boxes, x: jax.Array, cfg: MemoryConfig) -> BoxTrace:
+  """M_box(x) for the same x [B, H, C, K] in every box."""
+  projections, gates = members(cfg, PROJECTIONS), members(cfg, GATES)
+  count, split = len(projections) + len(gates), len(projections)
+  if boxes.hidden is None:
+    x_G = jnp.repeat(x[:, :, None], count, axis=2)
+    features, slope, residual = x_G, None, None
+  else:
+    z = architectures.apply(x, boxes.hidden)
+    features, slope = architectures.activate(z, cfg.activation)
+    features, residual = _by_box(features, count), x[:, :, None]
+
+  def outputs(weight, features, residual):
+    if weight is None:
+      return None
+    y = _apply(weight, features)
+    return y if residual is None else residual + y
+
+  return BoxTrace(
+    features,
+    slope,
+    outputs(boxes.projection, features[:, :, :split], residual),
+    outputs(boxes.gate, features[:, :, split:], None),
   )
 
 
 def run_projections(
-  initial: dict[str, Weights],
+  initial: Boxes,
   p: Slow,
   cfg: MemoryConfig,
   *,
@@ -105,77 +206,48 @@ def run_projections(
   """Runs all adaptive boxes along the sequence.
 
   Args:
-    initial: M_0 per group, hidden [H, G, F, K], output [H, G, E, F].
+    initial: M_0 of the boxes.
     p: slow projections and gate terms of the whole sequence.
+    state, segments, with_dynamics: as in `deep.run_memory`.
     frozen: boxes that are not written to; all of them: the twin.
   """
-  boxes = group_boxes(cfg)
-  if all(box in frozen for box in cfg.adaptive):
-    return project(initial, None, p, cfg), state, None
+  if not cfg.adaptive:
+    return project(None, None, p, None, cfg), state, None
   chunk_length = cfg.projection_chunk_length
+  if all(box in frozen for box in cfg.adaptive):
+    return _slow_projections(initial, p, cfg), state, None
   layout = chunks.plan(p.k.shape[2], chunk_length, state)
   continued = state is not None
   if state is None:
     state = chunks.fresh(deep.zero_state(initial, p.k.shape[0], cfg))
-  slow, now, origin = deep.anchored(initial, state.now, cfg)
-  start = deep.anchored(initial, {**state.now, "weight": state.start}, cfg)[1]
-  xs = jax.tree.map(lambda x: layout.split(x, axis=2), p)
+  slow, state, origin = deep.anchored(initial, state, cfg)
+  inputs = slow_hidden(slow, p, cfg)
+  xs = (
+    jax.tree.map(lambda x: layout.split(x, axis=2), p),
+    jax.tree.map(lambda x: layout.split(x, axis=3), inputs),
+  )
 
-  def step(start, now, p, live):
-    made = project(slow, start, p, cfg)
+  def step(start, now, xs, live):
+    made = project(slow, start, *xs, cfg)
+    start = start if slow is None else architectures.whole(slow, start)
     gates = made.gates._replace(
-      retention=deep.retained(made.gates.retention, cfg)
+      retention=rules.retained(made.gates.retention, cfg)
     )
-    if live is not None:
-      live = jnp.broadcast_to(live[None, None], gates.retention.shape)
-    decays = chunked.chunk_decays(
-      gates.retention, gates.momentum_decay, live=live
+    after, trace, targets = learn_chunk(
+      start, now, made, gates, live, frozen, cfg
     )
-    decays, box_gates = jax.tree.map(
-      lambda x: jnp.expand_dims(x, 2), (decays, gates)
-    )
-    weight, momentum, dynamics = {}, {}, {}
-    for name, members in boxes.items():
-      base = None if slow is None else slow[name]
-      on = jnp.array([box not in frozen for box in members], jnp.float32)
-      k, v = (
-        jnp.repeat(x[:, :, None], len(members), axis=2)
-        for x in (made.k, made.v)
-      )
-      trace = architectures.forward(base, start[name], k, cfg.activation)
-      targets = architectures.forward(
-        base, start[name], v, cfg.activation
-      ).outputs
-      errors = rules.layer_errors(base, start[name], trace, targets, cfg)
-      group_gates = box_gates._replace(
-        learn_rate=box_gates.learn_rate * on[None, None, :, None]
-      )
-      _, after = deep.write_layers(
-        trace,
-        errors,
-        {
-          "weight": now["weight"][name],
-          "momentum": now["momentum"] and now["momentum"][name],
-        },
-        group_gates,
-        decays,
-        cfg,
-        divide=deep.chunk_divisors(cfg, chunk_length, exact=False),
-        is_chunk_start=not continued,
-      )
-      weight[name], momentum[name] = after["weight"], after["momentum"]
-      if with_dynamics:
-        dynamics[name] = deep.dynamics_of(
-          initial[name], base, trace, targets, group_gates, after, cfg, k
-        )
-    if now["momentum"] is None:
-      momentum = None
-    return {"weight": weight, "momentum": momentum}, (made, dynamics)
+    dynamics = {}
+    if with_dynamics:
+      final = after["weight"]
+      final = final if slow is None else architectures.whole(slow, final)
+      later = forward(final, made.k, cfg)
+      dynamics = _dynamics(initial, final, gates, trace, later, targets, cfg)
+    return after, (made, dynamics)
 
   resets = chunks.chunk_resets(segments, layout)
   (made, dynamics), state = chunks.scan_chunks(
     step,
-    chunks.ChunkState(now, start["weight"], state.position),
+    state,
     xs,
     layout,
     chunk_length=chunk_length,
@@ -186,3 +258,126 @@ def run_projections(
   made = jax.tree.map(lambda x: layout.merge(x, axis=2), made)
   dynamics = {name: deep.summarize(d) for name, d in dynamics.items()}
   return made, deep.difference(initial, state, cfg), dynamics
+
+
+def _slow_projections(initial: Boxes, p: Slow, cfg: MemoryConfig) -> Projected:
+  """The twin: every box at M_0, chunk by chunk as the live ones, so that it
+  is the live model with all rates 0 bit for bit."""
+  layout = chunks.plan(p.k.shape[2], cfg.projection_chunk_length, None)
+  xs = (
+    jax.tree.map(lambda x: layout.split(x, axis=2), p),
+    jax.tree.map(
+      lambda x: layout.split(x, axis=3), slow_hidden(initial, p, cfg)
+    ),
+  )
+  made = jax.lax.map(lambda xs: project(initial, None, *xs, cfg), xs)
+  return jax.tree.map(lambda x: layout.merge(x, axis=2), made)
+
+
+def learn_chunk(
+  start: Boxes,
+  now: dict[str, Any],
+  made: Projected,
+  gates: Gates,
+  live: jax.Array | None,
+  frozen: tuple[str, ...],
+  cfg: MemoryConfig,
+) -> tuple[dict[str, Any], BoxTrace, BoxTrace]:
+  """One chunk of all boxes: (state after, trace of k, trace of v = targets)."""
+  size = made.k.shape[2]
+  both = forward(start, jnp.concatenate([made.k, made.v], axis=2), cfg)
+  at_chunk = lambda part, axis: None if part is None else (
+    jax.lax.slice_in_dim(part, 0, size, axis=axis),
+    jax.lax.slice_in_dim(part, size, 2 * size, axis=axis),
+  )
+  parts = [
+    at_chunk(part, 2 if name == "slope" else 3) or (None, None)
+    for name, part in zip(BoxTrace._fields, both, strict=True)
+  ]
+  trace, targets = (BoxTrace(*(part[i] for part in parts)) for i in (0, 1))
+
+  if live is not None:
+    live = jnp.broadcast_to(live[None, None], gates.retention.shape)
+  decays = chunked.chunk_decays(
+    gates.retention, gates.momentum_decay, live=live
+  )
+  boxed_decays, boxed_gates = jax.tree.map(
+    lambda x: jnp.expand_dims(x, 2), (decays, gates)
+  )
+  divide = rules.divisor(cfg, cfg.projection_chunk_length)
+  momentum = now["momentum"] or Boxes(None, None, None)
+  weight, after_momentum, back = {}, {}, []
+  first = 0
+  for kind, boxes in (("projection", PROJECTIONS), ("gate", GATES)):
+    boxes = members(cfg, boxes)
+    if not boxes:
+      continue
+    on = jnp.array([box not in frozen for box in boxes], jnp.float32)
+    error = on[None, None, :, None, None] * rules.output_error(
+      getattr(trace, kind), getattr(targets, kind), cfg
+    )
+    back.append(
+      jnp.einsum("BHGCE,BHGEF->BHCGF", error, getattr(start, kind))
+    )
+    out = rules.write_layer(
+      trace.features[:, :, first : first + len(boxes)],
+      error,
+      getattr(now["weight"], kind),
+      getattr(momentum, kind),
+      boxed_gates,
+      boxed_decays,
+      cfg,
+      divide=divide,
+    )
+    weight[kind], after_momentum[kind] = out.weight, out.momentum
+    first += len(boxes)
+
+  if start.hidden is not None:
+    errors = jnp.concatenate(back, axis=3)
+    slope = trace.slope.reshape(errors.shape)
+    errors = rules.clip_norm(errors * slope, cfg.error_clip)
+    out = rules.write_layer(
+      made.k,
+      errors.reshape(*errors.shape[:3], -1),
+      now["weight"].hidden,
+      momentum.hidden,
+      gates,
+      decays,
+      cfg,
+      divide=divide,
+    )
+    weight["hidden"], after_momentum["hidden"] = out.weight, out.momentum
+  absent = dict.fromkeys(Boxes._fields)
+  after: dict[str, Any] = {"weight": Boxes(**(absent | weight))}
+  after["momentum"] = None
+  if now["momentum"] is not None:
+    after["momentum"] = Boxes(**(absent | after_momentum))
+  return after, trace, targets
+
+
+def _dynamics(initial, final, gates, trace, later, targets, cfg):
+  """Scalars of one chunk, per kind of box, as in `deep.dynamics_of`."""
+  shared = {
+    "learn_rate": jnp.mean(gates.learn_rate),
+    "half_life": deep.half_life(gates.retention),
+  }
+  hidden = {}
+  if initial.hidden is not None:
+    hidden = {"hidden": (initial.hidden, final.hidden)}
+  dynamics = {}
+  for kind in ("projection", "gate"):
+    if getattr(trace, kind) is None:
+      continue
+    size = {**hidden, kind: (getattr(initial, kind), getattr(final, kind))}
+    change = [
+      deep.relative_change(base, weight, is_whole=True)
+      for base, weight in size.values()
+    ]
+    dynamics[kind] = {
+      **shared,
+      "relative_change": jnp.mean(jnp.stack(change)),
+      **deep.loss_dynamics(
+        getattr(trace, kind), getattr(later, kind), getattr(targets, kind), cfg
+      ),
+    }
+  return dynamics

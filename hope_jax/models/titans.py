@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from hope_jax.config import ModelConfig
 from hope_jax.memory import chunks, deep, self_modifying
 from hope_jax.memory.architectures import Weights, rms_normalize
+from hope_jax.memory.self_modifying import Boxes
 from hope_jax.models import attention, layers
 from hope_jax.models.interface import MixerOutput
 
@@ -105,21 +106,24 @@ def _inverse_softplus(x):
   return jnp.log(jnp.expm1(x))
 
 
-def initial_shapes(config: ModelConfig) -> dict[str, Weights]:
-  """Shapes of M_0 per group: the main memory and the adaptive boxes."""
+def initial_shapes(config: ModelConfig) -> tuple[Weights, Boxes]:
+  """Shapes of M_0: the main memory and the adaptive boxes."""
   cfg, heads, dim = config.memory, config.num_heads, config.head_dim
-  hidden = cfg.hidden or dim
-
-  def shapes(*lead, outputs=dim):
-    if cfg.architecture == "matrix":
-      return Weights(None, (*lead, outputs, dim))
-    return Weights((*lead, hidden, dim), (*lead, outputs, hidden))
-
-  groups = {"memory": shapes(heads)}
-  for name, boxes in self_modifying.group_boxes(cfg).items():
-    outputs = 1 if name == "gate" else dim
-    groups[name] = shapes(heads, len(boxes), outputs=outputs)
-  return groups
+  is_matrix = cfg.architecture == "matrix"
+  hidden = dim if is_matrix else cfg.hidden or dim
+  projections = len(self_modifying.members(cfg, self_modifying.PROJECTIONS))
+  gates = len(self_modifying.members(cfg, self_modifying.GATES))
+  count = projections + gates
+  return (
+    Weights(
+      None if is_matrix else (heads, hidden, dim), (heads, dim, hidden)
+    ),
+    Boxes(
+      None if is_matrix or not count else (heads, count * hidden, dim),
+      (heads, projections, dim, hidden) if projections else None,
+      (heads, gates, 1, hidden) if gates else None,
+    ),
+  )
 
 
 class InitialWeights(nn.Module):
@@ -129,19 +133,23 @@ class InitialWeights(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self) -> dict[str, Weights]:
-    initial = {}
-    for group, shapes in initial_shapes(self.config).items():
-      std = 0.1 if group == "memory" else 0.02
-      hidden = None
-      if shapes.hidden is not None:
-        hidden = self._weight(
-          f"{group}_hidden", self.config.head_dim**-0.5, shapes.hidden
+  def __call__(self) -> tuple[Weights, Boxes]:
+    memory, boxes = initial_shapes(self.config)
+
+    def weights(group, shapes, output_std):
+      return type(shapes)(
+        *(
+          shape
+          and self._weight(
+            f"{group}_{name}",
+            self.config.head_dim**-0.5 if name == "hidden" else output_std,
+            shape,
+          )
+          for name, shape in shapes._asdict().items()
         )
-      initial[group] = Weights(
-        hidden, self._weight(f"{group}_output", std, shapes.output)
       )
-    return initial
+
+    return weights("memory", memory, 0.1), weights("boxes", boxes, 0.02)
 
   def _weight(self, name, std, shape):
     axes = ("heads", *("boxes",) * (len(shape) - 3), "memory_out", "memory_in")
@@ -183,21 +191,18 @@ def sow_dynamics(module: nn.Module, name: str, values: dict | None):
 
 def init_state(config: ModelConfig, batch_size: int) -> dict[str, Any]:
   """Fast state before the first token: D = 0, S = 0 of all memories."""
-  shapes = jax.tree.map(
-    jnp.zeros,
-    initial_shapes(config),
-    is_leaf=lambda x: isinstance(x, tuple) and isinstance(x[0], int),
+  memory, boxes = (
+    type(shapes)(*(shape and jnp.zeros(shape) for shape in shapes))
+    for shapes in initial_shapes(config)
   )
   zero = lambda tree: chunks.fresh(
     deep.zero_state(tree, batch_size, config.memory)
   )
-  state = {
-    "memory": zero(shapes.pop("memory")),
+  return {
+    "memory": zero(memory),
+    "boxes": zero(boxes),
     "conv": attention.init_conv_state(config, batch_size, NAMES),
   }
-  if shapes:
-    state["projections"] = zero(shapes)
-  return state
 
 
 class SelfModifyingTitans(nn.Module):
@@ -219,11 +224,9 @@ class SelfModifyingTitans(nn.Module):
     )
     logits = Gates(cfg, name="gates")(x_BTD)
     beta = logits.get("beta")
-    initial = InitialWeights(cfg, name="initial")()
-    memory = initial.pop("memory")
-    new_state = {"conv": conv}
+    memory, boxes = InitialWeights(cfg, name="initial")()
     made, boxes_state, dynamics = self_modifying.run_projections(
-      initial,
+      boxes,
       self_modifying.Slow(
         k=projected["key"],
         v=projected["value"],
@@ -233,7 +236,7 @@ class SelfModifyingTitans(nn.Module):
         beta=None if beta is None else nn.sigmoid(beta),
       ),
       cfg.memory,
-      state=state.get("projections") if state else None,
+      state=state["boxes"] if state else None,
       segments=segments,
       frozen=tuple(b for b in cfg.memory.adaptive if not cfg.is_live(b)),
       with_dynamics=with_dynamics,
@@ -255,9 +258,6 @@ class SelfModifyingTitans(nn.Module):
     layers.sow_dynamics(self, "memory", out.dynamics)
     y_BTD = ReadOut(cfg, name="readout")(x_BTD, out.outputs)
     values = made.v.swapaxes(1, 2).reshape(x_BTD.shape)
-    if state is None:
-      return MixerOutput(y_BTD, values, None)
-    new_state["memory"] = out.state
-    if "projections" in state:
-      new_state["projections"] = boxes_state
-    return MixerOutput(y_BTD, values, new_state)
+    if state is not None:
+      state = {"memory": out.state, "boxes": boxes_state, "conv": conv}
+    return MixerOutput(y_BTD, values, state)

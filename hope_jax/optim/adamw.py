@@ -13,7 +13,7 @@ import optax
 from hope_jax.config import OptConfig
 
 MEMORY_NAMES = ("initial", "gates")
-NO_DECAY_NAMES = ("norm", "conv", "bias", "scale")
+NO_DECAY_NAMES = ("norm", "conv")
 
 
 def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
@@ -27,18 +27,21 @@ def group(path: tuple[Any, ...]) -> str:
   return "memory" if set(MEMORY_NAMES) & set(names) else "base"
 
 
-def is_decayed(path: tuple[Any, ...]) -> bool:
-  """Whether weight decay applies: not to memories, norms, convolutions."""
-  if group(path) == "memory":
+def is_decayed(path: tuple[Any, ...], value: jax.Array) -> bool:
+  """Whether weight decay applies: to the matrices of the `base` group.
+
+  Not to convolutions, norms and other vectors; a vector of a scanned block
+  has two axes, the first of which is the layer.
+  """
+  names = path_names(path)
+  if group(path) == "memory" or value.ndim - ("blocks" in names) < 2:
     return False
-  return not any(n.startswith(NO_DECAY_NAMES) for n in path_names(path))
+  return not any(name.startswith(NO_DECAY_NAMES) for name in names)
 
 
 def decay_mask(params: Any) -> Any:
   """`is_decayed` of every parameter."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: is_decayed(path), params
-  )
+  return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
 def groups(params: Any) -> Any:
@@ -49,10 +52,12 @@ def groups(params: Any) -> Any:
 def schedule(config: OptConfig, steps: int) -> optax.Schedule:
   """Linear from 0 over `warmup_steps`, then a cosine down to `steps`.
 
+  Runs shorter than twice the warm-up spend half of their steps on it.
+
   Update number s (from 0) uses schedule(s + 1), so that the first update is
   not wasted on rate 0.
   """
-  warmup = min(config.warmup_steps, steps - 1)
+  warmup = min(config.warmup_steps, steps // 2)
   cosine = optax.warmup_cosine_decay_schedule(
     init_value=0.0,
     peak_value=config.peak_lr,

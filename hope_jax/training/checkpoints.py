@@ -38,7 +38,7 @@ def restore(manager: ocp.CheckpointManager, abstract: Any) -> Any:
   if step is None:
     return None
   args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-  return manager.restore(step, args=args).state
+  return manager.restore(step, args=args)["state"]
 
 
 def restore_params(workdir: pathlib.Path, abstract: Any) -> tuple[int, Any]:
@@ -60,4 +60,4 @@ def restore_params(workdir: pathlib.Path, abstract: Any) -> tuple[int, Any]:
       partial_restore=True,
     )
     restored = manager.restore(step, args=ocp.args.Composite(state=args))
-  return step, jax.block_until_ready(restored.state["params"])
+  return step, jax.block_until_ready(restored["state"]["params"])

@@ -11,15 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from hope_jax.config import Config
 from hope_jax.models.language_model import LanguageModel
+from hope_jax.training import sharding
 
 # Path components that say nothing to a reader.
 _SILENT = ("blocks", "mixer")
 
 
-def build(config: Config) -> Callable[[Any, Any], Any]:
+def build(config: Config, mesh: Mesh) -> Callable[[Any, Any], Any]:
   """Jitted (params, batch) -> the sown tree; call it inside the mesh."""
   model = LanguageModel(config.model)
 
@@ -36,7 +38,7 @@ def build(config: Config) -> Callable[[Any, Any], Any]:
       sown.get("dynamics", {}),
     )
 
-  return jax.jit(collect)
+  return jax.jit(collect, out_shardings=sharding.replicated(mesh))
 
 
 def flatten(sown: Any) -> dict[str, float]:
@@ -45,7 +47,8 @@ def flatten(sown: Any) -> dict[str, float]:
   flat = {}
   for path, values in jax.tree_util.tree_leaves_with_path(sown):
     names = [key.key for key in path if hasattr(key, "key")]
-    tail = "/".join(name for name in names if name not in _SILENT)
+    shown = [name for name in names if name not in _SILENT]
+    tail = "/".join(shown).replace(".", "/")
     for layer, value in enumerate(np.asarray(values)):
       flat[f"dynamics/layer_{layer}/{tail}"] = float(value)
   return flat

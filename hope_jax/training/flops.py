@@ -10,13 +10,15 @@ length counts once.
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from hope_jax.config import Config
-from hope_jax.models.language_model import LanguageModel, ModelOutput
+from hope_jax.models.language_model import LanguageModel
+from hope_jax.training.step import forward
 
 # Part of jax's device_kind, lower case -> dense bfloat16 FLOP/s of one chip.
 # The first entry that matches counts.  From the makers' data sheets.
@@ -34,7 +36,7 @@ PEAK_FLOPS = {
 }
 
 
-def peak_flops(device: jax.Device) -> float | None:
+def peak_flops(device: Any) -> float | None:
   """Peak of one chip, None where it is not known (a CPU)."""
   kind = device.device_kind.lower()
   return next((v for key, v in PEAK_FLOPS.items() if key in kind), None)
@@ -45,11 +47,12 @@ def count(function: Any, *args: Any) -> float:
   return _count_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def per_token(config: Config) -> float:
+def per_token(config: Config, params: Any = None) -> float:
   """FLOPs of loss and gradient per token, nothing recomputed counted twice.
 
   Recomputation (remat) is switched off for the count: it is the chip's work,
-  not the model's.
+  not the model's.  `params` (shapes are enough) saves tracing the model's
+  initialisation.
   """
   memory = dataclasses.replace(config.model.memory, remat="none")
   model = LanguageModel(
@@ -57,13 +60,14 @@ def per_token(config: Config) -> float:
   )
   length = config.data.sequence_length
   tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
-  variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+  if params is None:
+    variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    params = nn.unbox(variables["params"])
 
-  def total(variables: Any, tokens: jax.Array) -> jax.Array:
-    output = cast(ModelOutput, model.apply(variables, tokens))
-    return jnp.sum(output.logits)
+  def total(params: Any, tokens: jax.Array) -> jax.Array:
+    return jnp.sum(forward(model, params, tokens).logits)
 
-  return count(jax.grad(total), variables, tokens) / length
+  return count(jax.grad(total), params, tokens) / length
 
 
 def _count_jaxpr(jaxpr: Any) -> float:

@@ -41,18 +41,18 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     print(f"{workdir} is finished: {workdir_lib.RESULT} exists")
     return result
   manager = checkpoints.open_manager(workdir, options.keep_checkpoints)
-  flops_per_token = flops.per_token(config)
 
+  # 2. The state, new or restored.
+  compiled = step_lib.build(config, mesh)
+  flops_per_token = flops.per_token(config, compiled.abstract_state.params)
   with sharding.activate(mesh):
-    # 2. The state, new or restored.
-    compiled = step_lib.build(config, mesh)
     state = checkpoints.restore(manager, compiled.abstract_state)
     if state is None:
       state = compiled.init(jax.random.key(options.seed))
     start = int(state.step)
     parameters = step_lib.count_parameters(state.params)
     has_dynamics = bool(config.model.fast_levels)
-    collect = dynamics.build(config)
+    collect = dynamics.build(config, mesh)
 
     # 3. The input, from the step where the state is.
     batch_size = config.data.batch_size
@@ -92,7 +92,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         state, scalars = compiled.train_step(state, batch)
         meter.flush()
         is_last = step == options.steps
-        if step in (1, start + 1) or is_last or is_due(step, options.log_every):
+        if step == 1 or is_last or is_due(step, options.log_every):
           meter.hold(step, scalars)
         watch = has_dynamics and is_due(step, options.dynamics_every)
         check = is_due(step, options.eval_every) and not is_last

@@ -67,8 +67,7 @@ class Writer:
       return
     self._file.write(json.dumps(record) + "\n")
     if self._wandb is not None:
-      named = {f"{kind}/{k}": v for k, v in values.items()}
-      self._wandb.log(named, step=step)
+      self._wandb.log(_named(kind, values), step=step)
     if kind != "dynamics":
       self._show(kind, step, values)
 
@@ -164,13 +163,21 @@ class Meter:
       self._last = (step, then + time.perf_counter() - start)
 
   def median_tokens_per_second(self) -> float:
-    """Over the intervals after the first (the only one, if it is)."""
-    rates = [
-      r["tokens_per_second"]
-      for r in self._writer.records
-      if "tokens_per_second" in r
-    ]
-    return float(np.median(rates[1:] or rates)) if rates else math.nan
+    """Over the log intervals after the first, as far as there are any."""
+    train = [r for r in self._writer.records if r["kind"] == "train"]
+    rates = [r["tokens_per_second"] for r in train if "tokens_per_second" in r]
+    if not rates:  # too short a run: the compilation counts, too
+      rates = [train[-1]["tokens"] / train[-1]["seconds"]]
+    return float(np.median(rates[1:] or rates))
+
+
+def _named(kind: str, values: dict[str, Any]) -> dict[str, Any]:
+  """{"loss": ...} -> {"train/loss": ...} or {"eval/valid/loss": ...}."""
+  if kind == "dynamics":  # names itself
+    return values
+  values = dict(values)
+  prefix = f"{kind}/{values.pop('split')}" if "split" in values else kind
+  return {f"{prefix}/{name}": value for name, value in values.items()}
 
 
 def _start_wandb(workdir: pathlib.Path, config: Config) -> Any:

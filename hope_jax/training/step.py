@@ -62,12 +62,19 @@ class Compiled(NamedTuple):
   abstract_state: TrainState
 
 
+def forward(
+  model: nn.Module, params: Any, tokens_BT: jax.Array, **kwargs: Any
+) -> ModelOutput:
+  """The model as a function of its parameters."""
+  output = model.apply({"params": params}, tokens_BT, **kwargs)
+  return cast(ModelOutput, output)
+
+
 def batch_sums(model: nn.Module, params: Any, batch: Batch) -> Sums:
   """Loss and accuracy sums of one batch."""
-  output = model.apply(
-    {"params": params}, batch["tokens"], segments=batch.get("segments")
-  )
-  logits = cast(ModelOutput, output).logits.astype(jnp.float32)
+  logits = forward(
+    model, params, batch["tokens"], segments=batch.get("segments")
+  ).logits.astype(jnp.float32)
   targets, weights = batch["targets"], batch["weights"]
   loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
   correct = jnp.argmax(logits, axis=-1) == targets
@@ -119,7 +126,7 @@ def _train_step(
   metrics = TrainMetrics(
     loss=sums.loss / total,
     accuracy=sums.correct / total,
-    grad_norm=optax.global_norm(grads),
+    grad_norm=optax.tree.norm(grads),
     lr=jnp.asarray(rate(state.step), jnp.float32),
   )
   params = optax.apply_updates(state.params, updates)

@@ -13,6 +13,7 @@ from hope_jax import config as config_lib
 from hope_jax.config import Config, ConfigError
 
 CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
+MAY_CHANGE = ("mesh.", "train.wandb")
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -51,14 +52,14 @@ def read_result(workdir: pathlib.Path) -> dict[str, Any] | None:
 def claim(workdir: pathlib.Path, config: Config, *, write: bool) -> None:
   """Makes `workdir` the folder of a run of `config`, or checks that it is.
 
-  The mesh may change between the sessions of a run, nothing else may.  With
-  `write` off (all processes but one) it only checks.
+  The mesh and wandb may change between the sessions of a run, nothing else
+  may.  With `write` off (all processes but one) it only checks.
   """
   path = workdir / CONFIG
   if path.exists():
     old, new = (_flatten(c) for c in (read_config(workdir), config))
     for name, value in new.items():
-      if old[name] != value and not name.startswith("mesh."):
+      if old[name] != value and not name.startswith(MAY_CHANGE):
         raise ConfigError(
           f"{workdir} holds a run with {name}={old[name]!r}, not {value!r}:"
           " choose another --workdir, or remove this one"

@@ -10,7 +10,7 @@ eta = learn_rate, delta = erase, W = weight, S = momentum, u = output error.
 """
 
 import functools
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +96,7 @@ def linear_rule(
     implementation = _best_implementation()
   _validate_choice("implementation", implementation, Implementation)
 
-  arguments = dict(
+  arguments: dict[str, Any] = dict(
     weight=weight,
     momentum=momentum,
     retention=retention,

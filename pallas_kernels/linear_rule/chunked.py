@@ -22,7 +22,7 @@ alpha = retention, beta = momentum_decay, eta = learn_rate, delta = erase.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,14 +48,15 @@ class ChunkDecays(NamedTuple):
 
   pair: jax.Array  # A
   pair_prev: jax.Array  # prevA: row t holds A_{t-1,i}; zero rows at resets
-  pair_momentum: jax.Array | None  # K; None without momentum, then K = A
-  pair_momentum_prev: jax.Array | None  # prevK
   start: jax.Array  # a
   start_prev: jax.Array  # prev_a: row 0 is 1, or 0 if token 0 resets
-  start_momentum: jax.Array | None  # m; None without momentum, then m = 0
-  start_momentum_prev: jax.Array | None  # prev_m
-  momentum_pair_last: jax.Array | None  # last row of B
-  momentum_start_last: jax.Array | None  # b_C
+  # Arrays, or all None without momentum: then K = A and m = 0.
+  pair_momentum: Any = None  # K
+  pair_momentum_prev: Any = None  # prevK
+  start_momentum: Any = None  # m
+  start_momentum_prev: Any = None  # prev_m
+  momentum_pair_last: Any = None  # last row of B
+  momentum_start_last: Any = None  # b_C
 
 
 def chunk_decays(
@@ -80,27 +81,27 @@ def chunk_decays(
     reset = reset.astype(bool)
   pair, start = _cumulative_products(retention, reset)
   pair = _mask_columns(pair, live)
-  pair_momentum = start_momentum = pair_last = start_last = None
-  if momentum_decay is not None:
-    if live is not None:
-      momentum_decay = jnp.where(live, momentum_decay, 1)
-    momentum_pair, momentum_start = _cumulative_products(momentum_decay, reset)
-    momentum_pair = _mask_columns(momentum_pair, live)
-    pair_momentum = _einsum_exact("...ij,...jk->...ik", pair, momentum_pair)
-    start_momentum = jnp.sum(pair * momentum_start[..., None, :], axis=-1)
-    pair_last = momentum_pair[..., -1, :]
-    start_last = momentum_start[..., -1]
-  return ChunkDecays(
+  decays = ChunkDecays(
     pair=pair,
     pair_prev=_previous_row(pair, reset, axis=-2),
-    pair_momentum=pair_momentum,
-    pair_momentum_prev=_previous_row(pair_momentum, reset, axis=-2),
     start=start,
     start_prev=_previous_row(start, reset, axis=-1, first=1),
+  )
+  if momentum_decay is None:
+    return decays
+  if live is not None:
+    momentum_decay = jnp.where(live, momentum_decay, 1)
+  momentum_pair, momentum_start = _cumulative_products(momentum_decay, reset)
+  momentum_pair = _mask_columns(momentum_pair, live)
+  pair_momentum = _einsum_exact("...ij,...jk->...ik", pair, momentum_pair)
+  start_momentum = jnp.sum(pair * momentum_start[..., None, :], axis=-1)
+  return decays._replace(
+    pair_momentum=pair_momentum,
+    pair_momentum_prev=_previous_row(pair_momentum, reset, axis=-2),
     start_momentum=start_momentum,
     start_momentum_prev=_previous_row(start_momentum, reset, axis=-1),
-    momentum_pair_last=pair_last,
-    momentum_start_last=start_last,
+    momentum_pair_last=momentum_pair[..., -1, :],
+    momentum_start_last=momentum_start[..., -1],
   )
 
 
@@ -111,12 +112,10 @@ def decays_for_read(decays: ChunkDecays, read: Read) -> ChunkDecays:
   """
   if read == "post":
     return decays
-  pair_momentum = decays.pair_momentum
-  if pair_momentum is not None:
-    pair_momentum = pair_momentum[..., -1:, :]
-  return decays._replace(
-    pair=decays.pair[..., -1:, :], pair_momentum=pair_momentum
+  pair, pair_momentum = jax.tree.map(
+    lambda rows: rows[..., -1:, :], (decays.pair, decays.pair_momentum)
   )
+  return decays._replace(pair=pair, pair_momentum=pair_momentum)
 
 
 def _cumulative_products(factor, reset):
@@ -133,7 +132,9 @@ def _cumulative_products(factor, reset):
   log_sum = jnp.cumsum(jnp.log(jnp.where(is_zero, 1, factor)), axis=-1)
   num_zeros = jnp.cumsum(is_zero, axis=-1)
   zero_sum = jnp.cumsum(jnp.where(is_zero, factor, 0), axis=-1)
-  num_resets = None if reset is None else jnp.cumsum(reset, axis=-1)
+  sums = [log_sum, num_zeros, zero_sum]
+  if reset is not None:
+    sums.append(jnp.cumsum(reset, axis=-1))
 
   def product(late, early, mask):
     """The product over the tokens after `early` up to `late`."""
@@ -144,9 +145,6 @@ def _cumulative_products(factor, reset):
     zero_factor = jnp.where(n == 0, 1, jnp.where(n == 1, zeros, 0))
     return jnp.exp(log) * jnp.where(mask, zero_factor, 0)
 
-  sums = [log_sum, num_zeros, zero_sum]
-  if reset is not None:
-    sums.append(num_resets)
   tokens = jnp.arange(factor.shape[-1])
   causal = jnp.broadcast_to(
     tokens[:, None] >= tokens[None, :], (*factor.shape, factor.shape[-1])
@@ -166,8 +164,6 @@ def _mask_columns(pair, live):
 
 def _previous_row(rows, reset, *, axis, first=0):
   """Moves rows one token later; a token that resets sees none before it."""
-  if rows is None:
-    return None
   widths = [(0, 0)] * rows.ndim
   widths[axis] = (1, 0)
   rows = jnp.pad(rows, widths, constant_values=first)
@@ -264,6 +260,7 @@ def chunk_rule(
 
   Dead tokens and resets are in `decays`; the rates of dead tokens may have any
   finite value. Without momentum, `decays` must be made without momentum_decay.
+  A leading axis of decays and rates may be 1 where several maps share them.
 
   Args:
     x: inputs, [..., C, K].
@@ -282,58 +279,56 @@ def chunk_rule(
   Returns:
     outputs [..., C, E] and the state after the chunk, float32 or float64.
   """
-  has_momentum = momentum is not None
-  assert has_momentum == (decays.pair_momentum is not None)
   gram_precision = "default" if x.dtype == jnp.bfloat16 else "highest"
-  x, u, queries, weight, momentum = _to_compute_dtype(
-    x, u, queries, weight, momentum
+  x, u, queries, weight, momentum = jax.tree.map(
+    _widen, (x, u, queries, weight, momentum)
   )
-  mix = decays.pair_momentum if has_momentum else decays.pair
-  mix_prev = decays.pair_momentum_prev if has_momentum else decays.pair_prev
+  mix, mix_prev = decays.pair, decays.pair_prev
+  if momentum is not None:
+    mix, mix_prev = decays.pair_momentum, decays.pair_momentum_prev
+  assert (momentum is None) == (decays.pair_momentum is None)
   eta_col = learn_rate[..., None, :]
-  delta_col = None if erase is None else erase[..., None, :]
-
-  def read_start(rows, rows_weight, start, start_momentum):
-    """What rows read of the chunk's first state: a X W_0^T + m X S_0^T."""
-    if rows_weight is None:
-      rows_weight = _einsum("...CK,...EK->...CE", rows, weight)
-    y = start[..., None] * rows_weight
-    if has_momentum:
-      rows_momentum = _einsum("...CK,...EK->...CE", rows, momentum)
-      y += start_momentum[..., None] * rows_momentum
-    return y
 
   writes = (mix[..., -1, :] * learn_rate)[..., None] * u
   if erase is not None:
+    delta_col = erase[..., None, :]
     if gram is None:
       gram = _einsum("...CK,...DK->...CD", x, x, precision=gram_precision)
-    r = read_start(x, x_weight, decays.start_prev, decays.start_momentum_prev)
+    r = _read_start(
+      x,
+      x_weight,
+      weight,
+      momentum,
+      decays.start_prev,
+      decays.start_momentum_prev,
+    )
     r -= _einsum("...CD,...DE->...CE", mix_prev * eta_col * gram, u)
     inverse = unit_lower_inverse(decays.pair_prev * delta_col * gram)
-    r = _einsum_exact("...CD,...DE->...CE", inverse, r)
+    r = _einsum_exact("...CD,...DE->...CE", inverse, r)  # rows W_{t-1} x_t
     writes += (decays.pair[..., -1, :] * erase)[..., None] * r
 
   outputs = None
   if queries is not None:
-    post = read == "post"
-    scores = _einsum("...CK,...DK->...CD", queries, x)
-    outputs = read_start(
+    pre = read == "pre"
+    outputs = _read_start(
       queries,
       queries_weight,
-      decays.start if post else decays.start_prev,
-      decays.start_momentum if post else decays.start_momentum_prev,
+      weight,
+      momentum,
+      decays.start_prev if pre else decays.start,
+      decays.start_momentum_prev if pre else decays.start_momentum,
     )
-    read_mix = mix if post else mix_prev
-    outputs -= _einsum("...CD,...DE->...CE", read_mix * eta_col * scores, u)
+    scores = _einsum("...CK,...DK->...CD", queries, x)
+    written = (mix_prev if pre else mix) * eta_col * scores
+    outputs -= _einsum("...CD,...DE->...CE", written, u)
     if erase is not None:
-      read_pair = decays.pair if post else decays.pair_prev
-      outputs -= _einsum(
-        "...CD,...DE->...CE", read_pair * delta_col * scores, r
-      )
+      pair = decays.pair_prev if pre else decays.pair
+      erased = pair * delta_col * scores
+      outputs -= _einsum("...CD,...DE->...CE", erased, r)
 
   next_weight = decays.start[..., -1, None, None] * weight
   next_weight -= _einsum("...CE,...CK->...EK", writes, x)
-  if not has_momentum:
+  if momentum is None:
     return LinearRuleOutput(outputs, next_weight, None)
   next_weight += decays.start_momentum[..., -1, None, None] * momentum
   writes = (decays.momentum_pair_last * learn_rate)[..., None] * u
@@ -342,13 +337,19 @@ def chunk_rule(
   return LinearRuleOutput(outputs, next_weight, next_momentum)
 
 
-def _to_compute_dtype(*arrays):
-  return tuple(
-    None
-    if array is None
-    else array.astype(jnp.promote_types(jnp.float32, array.dtype))
-    for array in arrays
-  )
+def _read_start(rows, rows_weight, weight, momentum, start, start_momentum):
+  """What rows read of the chunk's first state: a X W_0^T + m X S_0^T."""
+  if rows_weight is None:
+    rows_weight = _einsum("...CK,...EK->...CE", rows, weight)
+  y = start[..., None] * rows_weight
+  if momentum is not None:
+    rows_momentum = _einsum("...CK,...EK->...CE", rows, momentum)
+    y += start_momentum[..., None] * rows_momentum
+  return y
+
+
+def _widen(array):
+  return array.astype(jnp.promote_types(jnp.float32, array.dtype))
 
 
 # --------------------------------------------------------- all the chunks
@@ -409,8 +410,10 @@ def linear_rule_chunked(
     return (out.weight, out.momentum), out.outputs
 
   chunks = (*split((x, u, queries)), decays, *split((learn_rate, erase)))
+  dtype = reference.state_dtype(weight, chunks)
+  state = jax.tree.map(lambda leaf: leaf.astype(dtype), (weight, momentum))
   (weight, momentum), outputs = scan_lib.checkpointed_scan(
-    body, _to_compute_dtype(weight, momentum), chunks, policy=checkpoint
+    body, state, chunks, policy=checkpoint
   )
   if outputs is not None:
     outputs = scan_lib.merge_chunks(outputs, num_tokens).astype(u.dtype)

@@ -23,6 +23,11 @@ class LinearRuleOutput(NamedTuple):
   momentum: jax.Array | None  # [B, H, E, K], at least float32
 
 
+def state_dtype(*trees) -> jnp.dtype:
+  """The dtype of state and arithmetic: float32, or float64 if any array is."""
+  return jnp.result_type(jnp.float32, *jax.tree.leaves(trees))
+
+
 def linear_rule_reference(
   x: jax.Array,
   u: jax.Array,
@@ -47,7 +52,6 @@ def linear_rule_reference(
   Without momentum S_t is the write -eta_t u_t x_t^T alone. Shapes as in
   `api.linear_rule`.
   """
-  dtype = jnp.promote_types(jnp.float32, jnp.result_type(x, u, weight))
   tokens = dict(
     x=x,
     u=u,
@@ -57,6 +61,7 @@ def linear_rule_reference(
     erase=erase,
     queries=queries,
   )
+  dtype = state_dtype(weight, tokens)
   tokens = jax.tree.map(lambda leaf: leaf.astype(dtype), tokens)
   tokens["reset"] = reset
 

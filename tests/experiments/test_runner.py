@@ -7,7 +7,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -30,7 +29,7 @@ BASE = Trial(
 def _runner(plan, out, **options) -> runner.Runner:
   if not callable(plan):
     trials = list(plan)
-    plan = lambda _: trials  # noqa: E731
+    plan = lambda _: trials
   return runner.Runner(
     plan,
     out,
@@ -47,9 +46,10 @@ def _trial(name: str, **overrides) -> Trial:
   )
 
 
-def _starts(out: pathlib.Path, name: str) -> list[float]:
+def _starts(out: pathlib.Path, name: str) -> list[int]:
+  """Process ids, one per start of the trial."""
   path = out / name / "starts.txt"
-  return [float(t) for t in path.read_text().split()] if path.exists() else []
+  return [int(pid) for pid in path.read_text().split()] if path.exists() else []
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +78,19 @@ def test_failing_trial_is_reported_and_the_others_run(tmp_path, capsys):
   assert (bad.status, good.status) == (runner.FAILED, runner.DONE)
   assert "the loss is nan at step 3" in bad.message
   assert "FAILED  bad" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("log", "reason"),
+  [
+    ("step 1\nerror: the loss is nan\n", "error: the loss is nan"),
+    ("a.b.XlaRuntimeError: no memory\n---\nFor simplicity", "no memory"),
+    ("Killed\n", "Killed"),
+    ("", "nothing"),
+  ],
+)
+def test_last_error_finds_the_line_that_says_why(log, reason):
+  assert reason in runner.last_error(log)
 
 
 def test_failed_trial_is_tried_again_by_the_next_run(tmp_path):
@@ -122,36 +135,96 @@ def test_budget_stops_what_runs_and_lists_what_is_left(tmp_path, capsys):
   assert not _starts(tmp_path, "next")
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_jobs_is_the_number_of_trials_at_a_time(tmp_path, jobs):
-  trials = [_trial(name, **{"train.log_every": 60}) for name in "abc"]
+@pytest.mark.parametrize(("jobs", "expected"), [(1, [1, 1, 1]), (2, [1, 2, 2])])
+def test_jobs_is_the_number_of_trials_at_a_time(tmp_path, jobs, expected):
+  lengths = {"a": 60, "b": 250, "c": 60}  # c starts while b still runs
+  trials = [
+    _trial(name, **{"train.log_every": n}) for name, n in lengths.items()
+  ]
   experiment = _runner(trials, tmp_path, jobs=jobs)
-  most = 0
+  assert experiment.run() == 0
+  intervals = [r.result["interval"] for r in experiment.records()]
+  running = [
+    sum(start <= at < end for start, end in intervals) for at, _ in intervals
+  ]
+  assert sorted(running) == expected
 
-  def watch():
-    nonlocal most
-    while worker.is_alive():
-      most = max(most, len(experiment._running))
-      time.sleep(0.01)
 
-  worker = threading.Thread(target=lambda: None)
-  watcher = threading.Thread(target=watch)
-  worker.start()
-  worker.join()
-  worker = threading.current_thread()
-  stop = threading.Event()
-
-  def watch_until_stopped():
-    nonlocal most
-    while not stop.is_set():
-      most = max(most, len(experiment._running))
-      time.sleep(0.01)
-
-  watcher = threading.Thread(target=watch_until_stopped)
-  watcher.start()
+def _is_alive(pid: int) -> bool:
   try:
-    assert experiment.run() == 0
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_ends_the_children_and_says_what_is_left(tmp_path, number):
+  script = f"""
+import pathlib, sys
+from experiments import runner, trials
+trial = trials.Trial("t", "r", "long", "configs/shakespeare.py", "hope",
+                     {{"train.steps": 7}})
+experiment = runner.Runner(lambda _: [trial], pathlib.Path({str(tmp_path)!r}),
+                           train=[sys.executable, {str(FAKE)!r}, "train"])
+sys.exit(experiment.run())
+"""
+  process = subprocess.Popen(
+    [sys.executable, "-c", script],
+    stdout=subprocess.PIPE,
+    text=True,
+    cwd=ROOT,
+  )
+  try:
+    deadline = time.monotonic() + 60
+    while not _starts(tmp_path, "long") and time.monotonic() < deadline:
+      time.sleep(0.05)
+    (child,) = _starts(tmp_path, "long")
+    process.send_signal(number)
+    shown, _ = process.communicate(timeout=10)
   finally:
-    stop.set()
-    watcher.join()
-  assert most == jobs
+    process.kill()
+  assert process.returncode == 130
+  assert "left    long" in shown
+  assert not _is_alive(child)
+
+
+def test_evaluations_run_once_after_training(tmp_path):
+  off = Evaluation("off", ("--writes=off", "--level=memory"))
+  trial = dataclasses.replace(_trial("a"), evaluations=(off,))
+  for _ in range(2):
+    experiment = _runner([trial], tmp_path)
+    assert experiment.run() == 0
+    (record,) = experiment.records()
+    assert record.evaluations["off"]["level"] == "memory"
+  log = (tmp_path / "a" / "log.txt").read_text()
+  assert log.count("--writes=off") == 1
+
+
+def test_evaluation_older_than_the_training_is_repeated(tmp_path):
+  off = Evaluation("off", ("--writes=off",))
+  trial = dataclasses.replace(_trial("a"), evaluations=(off,))
+  assert _runner([trial], tmp_path).run() == 0
+  os.utime(tmp_path / "a" / "evaluate_off.json", (1, 1))
+  assert _runner([trial], tmp_path).run() == 0
+  assert (tmp_path / "a" / "evaluate_off.json").stat().st_mtime > 1
+
+
+def test_sweep_chooses_the_rate_on_validation_loss(tmp_path):
+  off = Evaluation("off", ("--writes=off",))
+  row = dataclasses.replace(BASE, evaluations=(off,))
+  # Rate 0.5 fails; 0.002 is best on validation, 0.004 on test.
+  plan = staged([row], rates=(0.001, 0.002, 0.004, 0.5), seeds=(0, 1, 2))
+  experiment = _runner(plan, tmp_path, jobs=2)
+  assert experiment.run() == 1  # the failed trial
+  records = {r.trial.name: r for r in experiment.records()}
+  assert len(records) == 6
+  final = [r for r in records.values() if r.trial.is_final]
+  assert {r.trial.overrides["opt.peak_lr"] for r in final} == {0.002}
+  assert sorted(r.trial.seed for r in final) == [0, 1, 2]
+  assert all("off" in r.evaluations for r in final)
+  grid = [r for r in records.values() if not r.trial.is_final]
+  assert not any(r.evaluations for r in grid)
+  assert json.loads(
+    (tmp_path / "text/hope/lr_0.002-seed_2/result.json").read_text()
+  )["test_loss"] == pytest.approx(1.9)

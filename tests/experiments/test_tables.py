@@ -1,0 +1,152 @@
+"""Tables, results.json and plots of an experiment."""
+
+import json
+import math
+import pathlib
+
+import pytest
+
+from experiments import plots, tables
+from experiments.language_modeling import run as language_modeling
+from experiments.mqar import run as mqar
+from experiments.runner import DONE, FAILED, Record
+from experiments.trials import Evaluation, Trial
+from hope_jax import config as config_lib
+
+
+def _record(
+  row: str,
+  seed: int,
+  loss: float,
+  *,
+  status: str = DONE,
+  is_final: bool = True,
+  group: str = "text",
+  folder: str = ".",
+) -> Record:
+  trial = Trial(
+    group=group,
+    row=row,
+    name=f"{row}-{seed}-{loss}",
+    config="configs/shakespeare.py",
+    mode="hope",
+    seed=seed,
+    evaluations=(Evaluation("off_cms_0", ()),) if is_final else (),
+    is_final=is_final,
+  )
+  result = {
+    "parameters": 1_000_000,
+    "tokens": 4096,
+    "test_loss": loss,
+    "accuracy": loss / 4,
+    "tokens_per_second": 1000.0 + seed,
+    "config": config_lib.to_dict(config_lib.Config()),
+  }
+  off = {"off_cms_0": {"loss": loss + 1, "accuracy": 0.1}}
+  return Record(
+    trial,
+    status,
+    result if status == DONE else None,
+    off if is_final and status == DONE else {},
+    "" if status == DONE else "exit code 1",
+    pathlib.Path(folder),
+  )
+
+
+def test_mean_std_uses_the_sample_deviation():
+  assert tables.mean_std([1.0, 2.0, 3.0]) == "2.000 ± 1.000"
+  assert tables.mean_std([1.5]) == "1.500"
+  assert tables.mean_std([]) == "-"
+
+
+def test_markdown_aligns_and_fills_missing_cells():
+  text = tables.markdown([{"model": "a", "x": "1"}, {"model": "bb", "y": "2"}])
+  assert text.splitlines() == [
+    "| model |   x |   y |",
+    "| ----- | --: | --: |",
+    "| a     |   1 |     |",
+    "| bb    |     |   2 |",
+  ]
+
+
+def test_table_is_over_final_finished_trials_only():
+  records = [
+    _record("hope", 0, 1.0),
+    _record("hope", 1, 3.0),
+    _record("hope", 2, 9.0, status=FAILED),
+    _record("hope", 0, 7.0, is_final=False),
+    _record("hope", 0, 7.0, group="other"),
+  ]
+  text = tables.table(records, "text", language_modeling.COLUMNS)
+  header, _, live, off = (
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in text.splitlines()
+  )
+  live = dict(zip(header, live, strict=True))
+  off = dict(zip(header, off, strict=True))
+  assert live["test loss"] == "2.000 ± 1.414"
+  assert (live["seeds"], live["trials"]) == ("2", "4")
+  assert live["bits per byte"].startswith(f"{2 / math.log(2):.3f}")
+  assert off["model"] == "hope, writes off: cms_0"
+  assert off["test loss"] == "3.000 ± 1.414"
+
+
+def test_table_of_an_unfinished_row_has_dashes():
+  text = tables.table(
+    [_record("hope", 0, 1.0, status=FAILED)], "text", mqar.COLUMNS
+  )
+  cells = [cell.strip() for cell in text.splitlines()[2].split("|")[1:-1]]
+  assert cells == ["hope", *["-"] * 6, "0", "1"]
+
+
+def test_results_json_lists_every_trial(tmp_path):
+  records = [_record("hope", 0, 1.0), _record("hope", 1, 2.0, status=FAILED)]
+  tables.write_results(tmp_path / "results.json", "x", records, scale="cpu")
+  content = json.loads((tmp_path / "results.json").read_text())
+  assert content["scale"] == "cpu"
+  assert [t["status"] for t in content["trials"]] == [DONE, FAILED]
+  assert content["trials"][0]["result"]["test_loss"] == 1.0
+  assert content["trials"][1]["message"] == "exit code 1"
+
+
+def test_smooth_is_a_trailing_mean():
+  smooth = plots._smooth(plots.np.array([3.0, 5.0, 7.0, 9.0]), 3)
+  assert smooth.tolist() == pytest.approx([3.0, 4.0, 5.0, 7.0])
+
+
+def test_plots_are_written(tmp_path):
+  rows = [
+    {"step": 1, "kind": "train", "loss": 3.0},
+    {"step": 2, "kind": "train", "loss": 2.0},
+    {"step": 2, "kind": "eval", "split": "valid", "loss": 2.5},
+    {"step": 2, "kind": "eval", "split": "test", "loss": 2.6},
+  ]
+  lines = "".join(json.dumps(row) + "\n" for row in rows)
+  (tmp_path / "metrics.jsonl").write_text(lines)
+  record = _record("hope", 0, 1.0, folder=str(tmp_path))
+  tokens, loss = plots._curve([record], "eval")
+  assert (tokens * 1e6).tolist() == [2 * 8 * 256] and loss.tolist() == [2.5]
+  path = tmp_path / "plots" / "loss.png"
+  plots.loss_curves(path, {"hope": [record], "none": []}, "title")
+  assert path.read_bytes().startswith(b"\x89PNG")
+  path = tmp_path / "bars.png"
+  plots.bars(
+    path, {"hope": {"8": [1.0, 2.0]}, "x": {"8": []}}, title="t", ylabel="y"
+  )
+  assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("module", [language_modeling, mqar])
+def test_report_of_a_partly_failed_experiment(tmp_path, module, capsys):
+  group = next(iter(getattr(module, "GROUPS", {"text": ""})))
+  rows = list(module.ROWS)
+  records = [
+    _record(rows[2], 0, 1.0, group=group, folder=str(tmp_path)),
+    _record(rows[0], 0, 1.0, group=group, status=FAILED),
+  ]
+  module.report(records, tmp_path, "cpu")
+  shown = capsys.readouterr().out
+  assert "1 of 2 trials done" in shown
+  content = json.loads((tmp_path / "results.json").read_text())
+  assert len(content["trials"]) == 2
+  assert (tmp_path / "table.md").exists() and list(tmp_path.glob("*.png"))

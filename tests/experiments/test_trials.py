@@ -1,0 +1,127 @@
+"""Plans and sweeps, without running anything."""
+
+import dataclasses
+
+import pytest
+
+from experiments import trials
+from experiments.language_modeling import run as language_modeling
+from experiments.mqar import run as mqar
+from hope_jax import config as config_lib
+
+ROW = trials.Trial(
+  group="text",
+  row="hope",
+  name="text/hope",
+  config="configs/shakespeare.py",
+  mode="hope",
+)
+RATES = (0.001, 0.002, 0.004)
+
+
+def _result(valid_loss: float) -> dict:
+  return {"valid_loss": valid_loss}
+
+
+def _grid(*losses: float | None) -> dict:
+  """Results of ROW's grid; None is a failed trial."""
+  names = [f"text/hope/lr_{rate:g}-seed_0" for rate in RATES]
+  results = [None if loss is None else _result(loss) for loss in losses]
+  return dict(zip(names, results, strict=False))
+
+
+@pytest.mark.parametrize(
+  ("losses", "rate"),
+  [
+    ((2.0, 1.8, 1.9), 0.002),
+    ((2.0, None, 1.9), 0.004),
+    ((float("nan"), 1.8, float("inf")), 0.002),
+    ((None, None, None), None),
+    ((2.0, 1.8), None),  # the third is not finished
+  ],
+)
+def test_best_is_the_lowest_finite_validation_loss(losses, rate):
+  results = _grid(*losses)
+  grid, chosen = trials.sweep(ROW, results, rates=RATES, seeds=(0, 1))
+  assert [t.overrides["opt.peak_lr"] for t in grid] == list(RATES)
+  expected = [] if rate is None else [(rate, 0), (rate, 1)]
+  assert [(t.overrides["opt.peak_lr"], t.seed) for t in chosen] == expected
+
+
+def test_staged_chosen_trial_replaces_its_twin_of_the_grid():
+  plan = trials.staged([ROW], rates=RATES, seeds=(0, 1, 2))
+  assert len(plan({})) == 3
+  planned = plan(_grid(2.0, 1.8, 1.9))
+  names = [t.name for t in planned]
+  assert len(names) == len(set(names)) == 5
+  assert sum(t.is_final for t in planned) == 3
+
+
+def test_resolve_applies_overrides_and_seed():
+  trial = dataclasses.replace(
+    ROW, overrides={"model.inner_rates": "off", "opt.peak_lr": 0.25}, seed=3
+  )
+  config = trials.resolve(trial)
+  assert config.model.inner_rates == "off"
+  assert (config.opt.peak_lr, config.train.seed, config.data.seed) == (
+    0.25,
+    3,
+    3,
+  )
+
+
+def test_resolve_missing_config_file_raises():
+  with pytest.raises(config_lib.ConfigError, match="nowhere"):
+    trials.resolve(dataclasses.replace(ROW, config="configs/nowhere.py"))
+
+
+def test_is_same_ignores_the_mesh_only():
+  config = trials.resolve(ROW)
+  recorded = config_lib.to_dict(config)
+  assert trials.is_same({**recorded, "mesh": {"fsdp": 4}}, config)
+  changed = {**recorded["opt"], "peak_lr": 0.25}
+  assert not trials.is_same({**recorded, "opt": changed}, config)
+  assert not trials.is_same({**recorded, "of_old": {}}, config)
+
+
+@pytest.mark.parametrize(
+  ("plan", "rows"),
+  [
+    (language_modeling.demo_plan(), 4),
+    (language_modeling.demo_plan(",smoke"), 4),
+    (language_modeling.cpu_plan("data"), 12 * 3),
+    (mqar.PLANS["cpu"](), 12 * 3),
+    (mqar.PLANS["smoke"](), 12 * 2),
+  ],
+)
+def test_experiment_plans_resolve_with_unique_names(plan, rows):
+  planned = plan({})
+  assert len({trial.name for trial in planned}) == len(planned) == rows
+  for trial in planned:
+    trials.resolve(trial)
+
+
+def test_experiments_give_every_row_the_same_grid_and_tokens():
+  for plan in (language_modeling.cpu_plan("data"), mqar.PLANS["cpu"]()):
+    settings: dict[str, dict[str, set]] = {}
+    for trial in plan({}):
+      config = trials.resolve(trial)
+      tokens = config.train.steps * (
+        config.data.batch_size * config.data.sequence_length
+      )
+      row = settings.setdefault(trial.group, {}).setdefault(trial.row, set())
+      row.add((config.opt.peak_lr, tokens, config.opt.warmup_steps))
+    for rows in settings.values():
+      assert len(rows) == 6
+      assert len(set(map(frozenset, rows.values()))) == 1
+
+
+def test_twins_differ_from_the_live_rows_by_inner_rates_only():
+  planned = language_modeling.cpu_plan("data")({})
+  by_row = {(t.group, t.row, t.overrides["opt.peak_lr"]): t for t in planned}
+  for (group, row, rate), trial in by_row.items():
+    if row.endswith("twin"):
+      live = by_row[group, row.removesuffix(" twin"), rate]
+      off = {"model.inner_rates": "off"}
+      assert trial.overrides == {**live.overrides, **off}
+      assert trial.mode == live.mode

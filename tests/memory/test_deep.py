@@ -1,0 +1,265 @@
+"""The deep memory against token loops, and what it must do."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hope_jax.config import MemoryConfig
+from hope_jax.memory import chunks, deep
+from hope_jax.memory.architectures import Weights
+from hope_jax.memory.rules import Gates
+from tests.memory import oracle
+
+B, H, T, K, F = 2, 2, 21, 4, 6
+
+# Equations 86-88 as printed: the rule on the whole matrix, sums, eta' = eta.
+LITERAL = MemoryConfig(
+  adaptive=("k", "v", "eta", "alpha"),
+  retention="zero",
+  momentum="sum",
+  delta_rule="literal",
+  proximal=False,
+  step_scale="sum",
+  loss_factor=1.0,
+  error_clip=0.0,
+  read="token_pre",
+  chunk_length=1,
+  projection_chunk_length=1,
+)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+  with jax.enable_x64(True):
+    yield
+
+
+def random_memory(seed=0, length=T, architecture="mlp"):
+  rng = np.random.default_rng(seed)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape))
+  unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+  is_mlp = architecture == "mlp"
+  initial = Weights(
+    normal(H, F, K) / 2 if is_mlp else None,
+    normal(H, K, F if is_mlp else K) / 3,
+  )
+  sequence = (
+    unit(normal(B, H, length, K)),
+    normal(B, H, length, K),
+    unit(normal(B, H, length, K)),
+  )
+  gate = lambda low, high: jnp.asarray(
+    rng.uniform(low, high, size=(B, H, length))
+  )
+  retention = gate(0.6, 1.0)
+  retention = retention.at[:, :, length // 2].set(0.0)  # an exact zero
+  return initial, sequence, Gates(
+    gate(0.05, 0.9), retention, gate(0.3, 0.9)
+  )
+
+
+def by_name(weights):
+  named = {"output": weights.output}
+  if weights.hidden is not None:
+    named["hidden"] = weights.hidden
+  return named
+
+
+def loop(initial, sequence, gates, cfg):
+  """The oracle over batch and heads: outputs [B, H, T, K]."""
+  one = lambda weights, sequence, gates: oracle.run_memory(
+    weights, *sequence, gates, cfg
+  )[0]
+  heads = jax.vmap(one)
+  batch = jax.vmap(heads, in_axes=(None, 0, 0))
+  return jax.jit(batch)(by_name(initial), sequence, tuple(gates))
+
+
+def chunked(initial, sequence, gates, cfg, **kwargs):
+  if cfg.momentum == "none":
+    gates = gates._replace(momentum_decay=None)
+  return jax.jit(
+    lambda *a: deep.run_memory(*a, cfg=cfg, **kwargs).outputs
+  )(initial, *sequence, gates)
+
+
+OPTIONS = [
+  {},
+  {"read": "token_post"},
+  {"read": "chunk", "target": "shared"},
+  {"setting": "token_exact"},
+  {"setting": "token_exact", "momentum": "none", "architecture": "matrix"},
+  {"delta_rule": "none", "target": "shared"},
+  {"delta_rule": "literal", "momentum": "sum", "retention": "none"},
+  {"retention": "zero", "step_scale": "sum", "loss_factor": 1.0},
+  {"retention": "zero", "setting": "token_exact", "read": "token_post"},
+  {"architecture": "matrix", "error_clip": 0.0, "proximal": False},
+]
+
+
+@pytest.mark.parametrize("chunk_length", [1, 3, 16, 64])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_memory_equals_token_loop(options, chunk_length):
+  cfg = MemoryConfig(chunk_length=chunk_length, **options)
+  case = random_memory(architecture=cfg.architecture)
+  np.testing.assert_allclose(
+    chunked(*case, cfg), loop(*case, cfg), atol=1e-10, rtol=1e-10
+  )
+
+
+def test_memory_literal_equals_written_out_equations():
+  """Eq. 86-88 by hand: no shared code with the oracle's rule."""
+  initial, sequence, gates = random_memory(length=9)
+  ours = chunked(initial, sequence, gates, LITERAL)
+  for b, h in itertools.product(range(B), range(H)):
+    w1, w2 = initial.output[h], initial.hidden[h]
+    s1, s2 = jnp.zeros_like(w1), jnp.zeros_like(w2)
+    memory = lambda w1, w2, x: x + w1 @ jax.nn.silu(w2 @ x)
+    for t in range(9):
+      k, v, q = (x[b, h, t] for x in sequence)
+      eta, alpha, beta = (g[b, h, t] for g in gates)
+      o = memory(w1, w2, q)  # (86)
+      np.testing.assert_allclose(ours[b, h, t], o, atol=1e-10)
+      target = memory(w1, w2, v)  # (87)
+
+      def loss(w1, w2, k=k, target=target, memory=memory):
+        return jnp.sum((memory(w1, w2, k) - target) ** 2)
+
+      g1, g2 = jax.grad(loss, (0, 1))(w1, w2)
+      hidden = jax.nn.silu(w2 @ k)
+      s1, s2 = beta * s1 - eta * g1, beta * s2 - eta * g2
+      w1 = w1 @ (
+        alpha * jnp.eye(F) - eta * jnp.outer(hidden, hidden)
+      ) + s1  # (88)
+      w2 = w2 @ (alpha * jnp.eye(K) - eta * jnp.outer(k, k)) + s2
+
+
+def test_memory_outer_gradients_equal_token_loop():
+  cfg = MemoryConfig(chunk_length=4)
+  initial, sequence, gates = random_memory(length=10)
+
+  def total(run):
+    return lambda *a: jnp.sum(jnp.sin(run(*a, cfg)))
+
+  ours = jax.grad(total(chunked), (0, 1, 2))(initial, sequence, gates)
+  loops = jax.grad(total(loop), (0, 1, 2))(initial, sequence, gates)
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(loops), strict=True):
+    assert jnp.linalg.norm(b) > 0
+    np.testing.assert_allclose(a, b, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("remat", ["none", "chunk", "sqrt"])
+def test_memory_remat_keeps_gradients(remat):
+  case = random_memory(length=200)
+  gradient = lambda policy: jax.grad(
+    lambda initial: jnp.sum(
+      chunked(
+        initial, *case[1:], MemoryConfig(chunk_length=2, remat=policy)
+      )
+      ** 2
+    )
+  )(case[0])
+  for a, b in zip(gradient(remat), gradient("none"), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-9)
+
+
+def test_memory_is_causal():
+  initial, sequence, gates = random_memory()
+  cfg = MemoryConfig(chunk_length=4, read="token_post")
+  before = chunked(initial, sequence, gates, cfg)
+  changed = tuple(x.at[:, :, 13].add(1.0) for x in sequence)
+  after = chunked(initial, changed, gates, cfg)
+  np.testing.assert_array_equal(before[:, :, :13], after[:, :, :13])
+  assert jnp.abs(before - after)[:, :, 13:].max() > 1e-6
+
+
+def test_memory_without_writes_is_the_slow_model():
+  initial, sequence, gates = random_memory()
+  for retention, setting in (
+    ("start", "chunk_l2"),
+    ("start", "token_exact"),
+    ("none", "chunk_l2"),
+  ):
+    cfg = MemoryConfig(chunk_length=4, retention=retention, setting=setting)
+    off = gates._replace(learn_rate=jnp.zeros_like(gates.learn_rate))
+    live = chunked(initial, sequence, off, cfg)
+    slow = chunked(initial, sequence, gates, cfg, live=False)
+    np.testing.assert_array_equal(live, slow)
+
+
+@pytest.mark.parametrize("retention", ["start", "zero"])
+@pytest.mark.parametrize("pieces", [(21,), (1,) * 21, (5, 1, 7, 1, 7)])
+def test_memory_in_pieces_equals_one_pass(retention, pieces):
+  cfg = MemoryConfig(chunk_length=4, retention=retention)
+  initial, sequence, gates = random_memory()
+  whole = chunked(initial, sequence, gates, cfg)
+  state = chunks.fresh(deep.zero_state(initial, B, cfg))
+  outputs, first = [], 0
+  for size in pieces:
+    at = lambda x, first=first, size=size: x[:, :, first : first + size]
+    out = deep.run_memory(
+      initial,
+      *map(at, sequence),
+      Gates(*map(at, gates)),
+      cfg,
+      state=state,
+    )
+    outputs.append(out.outputs)
+    state, first = out.state, first + size
+  np.testing.assert_allclose(
+    jnp.concatenate(outputs, axis=2), whole, atol=1e-10
+  )
+
+
+def test_memory_forgets_at_document_borders():
+  cfg = MemoryConfig(chunk_length=4, read="token_post")
+  initial, sequence, gates = random_memory(length=20)
+  segments = jnp.repeat(jnp.array([0, 1]), jnp.array([8, 12]))[None]
+  packed = chunked(
+    initial, sequence, gates, cfg, segments=jnp.repeat(segments, B, 0)
+  )
+  part = lambda first, last: chunked(
+    initial,
+    tuple(x[:, :, first:last] for x in sequence),
+    Gates(*(g[:, :, first:last] for g in gates)),
+    cfg,
+  )
+  apart = jnp.concatenate([part(0, 8), part(8, 20)], axis=2)
+  np.testing.assert_allclose(packed, apart, atol=1e-12)
+
+
+def test_memory_recalls_what_it_was_told():
+  """Setting A: after one write of k -> v, M(k) is v up to the step size."""
+  initial, sequence, _ = random_memory(length=2)
+  keys = jnp.repeat(sequence[0][:, :, :1], 2, axis=2)
+  cfg = MemoryConfig(
+    setting="token_exact",
+    target="shared",
+    architecture="matrix",
+    momentum="none",
+    chunk_length=2,
+    read="token_pre",
+  )
+  initial = Weights(None, initial.output[:, :, :K])
+  gates = Gates(jnp.full((B, H, 2), 99.0), jnp.ones((B, H, 2)), None)
+  out = chunked(initial, (keys, sequence[1], keys), gates, cfg)
+  first = sequence[1][:, :, 0]
+  np.testing.assert_allclose(out[:, :, 1], first, atol=0.03)
+
+
+def test_memory_changes_by_a_percent_in_4k_tokens():
+  with jax.enable_x64(False):
+    cfg = dataclasses.replace(MemoryConfig(), chunk_length=64)
+    initial, sequence, _ = jax.tree.map(
+      lambda x: x.astype(jnp.float32), random_memory(length=4096)
+    )
+    gates = Gates(*(jnp.full((B, H, 4096), g) for g in (0.7, 0.9999, 0.88)))
+    out = deep.run_memory(
+      initial, *sequence, gates, cfg, with_dynamics=True
+    )
+    assert out.dynamics["relative_change"] > 0.01
+    assert jnp.isfinite(out.outputs).all()

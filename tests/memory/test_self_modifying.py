@@ -1,0 +1,153 @@
+"""Adaptive projections against the token loop."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hope_jax.config import MemoryConfig
+from hope_jax.memory import chunks, deep, self_modifying
+from hope_jax.memory.self_modifying import Boxes, Slow
+from tests.memory import oracle
+from tests.memory.test_deep import LITERAL
+
+B, H, T, K, F = 2, 2, 21, 4, 6
+
+
+@pytest.fixture(autouse=True)
+def float64():
+  with jax.enable_x64(True):
+    yield
+
+
+def random_boxes(cfg, seed=0):
+  rng = np.random.default_rng(seed)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape)) / 2
+  projections = self_modifying.members(cfg, self_modifying.PROJECTIONS)
+  gates = self_modifying.members(cfg, self_modifying.GATES)
+  is_matrix = cfg.architecture == "matrix"
+  width = K if is_matrix else F
+  count = len(projections + gates)
+  initial = Boxes(
+    None if is_matrix else normal(H, count * F, K),
+    normal(H, len(projections), K, width) if projections else None,
+    normal(H, len(gates), 1, width) if gates else None,
+  )
+  slow = Slow(
+    *(2 * normal(B, H, T, K) for _ in range(3)),
+    normal(B, H, T),
+    normal(B, H, T) - 1,
+    None if cfg.momentum == "none" else jax.nn.sigmoid(normal(B, H, T)),
+  )
+  return initial, slow
+
+
+def box_weights(initial, cfg):
+  """{box: {"hidden", "output"}}, heads in front."""
+  kinds = {
+    "projection": self_modifying.members(cfg, self_modifying.PROJECTIONS),
+    "gate": self_modifying.members(cfg, self_modifying.GATES),
+  }
+  named, place = {}, 0
+  for kind, boxes in kinds.items():
+    for i, box in enumerate(boxes):
+      named[box] = {"output": getattr(initial, kind)[:, i]}
+      if initial.hidden is not None:
+        named[box]["hidden"] = initial.hidden[:, place * F : (place + 1) * F]
+      place += 1
+  return named
+
+
+def run(initial, slow, cfg, **kwargs):
+  made, state, _ = jax.jit(
+    lambda *a: self_modifying.run_projections(*a, cfg, **kwargs)
+  )(initial, slow)
+  return [made.k, made.v, made.q, made.gates.learn_rate, made.gates.retention]
+
+
+CASES = [
+  {},
+  {"adaptive": ("k", "v", "q", "eta", "alpha")},
+  {"adaptive": ("v",), "momentum": "none"},
+  {"adaptive": ("eta", "alpha"), "setting": "token_exact"},
+  {"adaptive": ("k", "eta"), "delta_rule": "none", "retention": "none"},
+  {"architecture": "matrix", "retention": "zero"},
+  dataclasses.asdict(LITERAL),
+]
+
+
+@pytest.mark.parametrize("chunk_length", [1, 3, 16, 64])
+@pytest.mark.parametrize("options", CASES, ids=lambda o: str(o)[:60])
+def test_projections_equal_token_loop(options, chunk_length):
+  cfg = MemoryConfig(
+    **options | {"projection_chunk_length": chunk_length}
+  )
+  initial, slow = random_boxes(cfg)
+  if not cfg.proximal:  # the literal rule is stable for small steps only
+    slow = slow._replace(eta=slow.eta - 4)
+  ours = run(initial, slow, cfg)
+  sequence = {
+    name: x for name, x in slow._asdict().items() if x is not None
+  }
+  sequence.setdefault("beta", jnp.zeros((B, H, T)))
+  heads = jax.vmap(lambda weights, at: oracle.run_boxes(weights, at, cfg)[0])
+  batch = jax.jit(jax.vmap(heads, in_axes=(None, 0)))
+  expected = batch(box_weights(initial, cfg), sequence)
+  for a, e in zip(ours, expected, strict=True):
+    np.testing.assert_allclose(a, e, atol=1e-10)
+
+
+def test_projections_outer_gradient_reaches_every_box():
+  cfg = MemoryConfig(
+    adaptive=("k", "v", "q", "eta", "alpha"), projection_chunk_length=4
+  )
+  initial, slow = random_boxes(cfg)
+  gradient = jax.grad(
+    lambda initial: sum(jnp.sum(jnp.sin(x)) for x in run(initial, slow, cfg))
+  )(initial)
+  assert (jnp.linalg.norm(gradient.hidden, axis=-1) > 0).all()
+  assert (jnp.linalg.norm(gradient.projection, axis=(-2, -1)) > 0).all()
+  assert (jnp.linalg.norm(gradient.gate, axis=(-2, -1)) > 0).all()
+
+
+def test_frozen_box_stays_and_the_others_learn():
+  cfg = MemoryConfig(projection_chunk_length=4)
+  initial, slow = random_boxes(cfg)
+  state = chunks.fresh(deep.zero_state(initial, B, cfg))
+  _, state, _ = self_modifying.run_projections(
+    initial, slow, cfg, state=state, frozen=("v", "alpha")
+  )
+  weight = state.now["weight"]
+  change = {
+    box: jnp.abs(layers["output"]).max()
+    for box, layers in box_weights(
+      jax.tree.map(lambda w: w[0], weight), cfg
+    ).items()
+  }
+  assert change["v"] == change["alpha"] == 0
+  assert change["k"] > 0 and change["eta"] > 0
+
+
+@pytest.mark.parametrize("retention", ["start", "zero"])
+def test_projections_in_pieces_equal_one_pass(retention):
+  cfg = MemoryConfig(projection_chunk_length=4, retention=retention)
+  initial, slow = random_boxes(cfg)
+  whole = run(initial, slow, cfg)
+  state, parts, first = (
+    chunks.fresh(deep.zero_state(initial, B, cfg)),
+    [],
+    0,
+  )
+  for size in (5, 1, 7, 1, 7):
+    piece = jax.tree.map(lambda x: x[:, :, first : first + size], slow)  # noqa: B023
+    made, state, _ = self_modifying.run_projections(
+      initial, piece, cfg, state=state
+    )
+    parts.append(made)
+    first += size
+  k = jnp.concatenate([part.k for part in parts], axis=2)
+  eta = jnp.concatenate([part.gates.learn_rate for part in parts], axis=2)
+  np.testing.assert_allclose(k, whole[0], atol=1e-10)
+  np.testing.assert_allclose(eta, whole[3], atol=1e-10)

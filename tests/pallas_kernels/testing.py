@@ -1,0 +1,84 @@
+"""What the tests of `linear_rule` share."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.linear_rule import linear_rule
+
+
+@functools.cache
+def _fast_compiler_options():
+  """Most of the time of these tests is compilation: 4 times less of it."""
+  options = {"xla_backend_optimization_level": 0}
+  faster = options | {"xla_cpu_use_fusion_emitters": False}
+  try:
+    jax.jit(lambda x: x + 1, compiler_options=faster)(0)
+  except jax.errors.JaxRuntimeError:  # not an option of this jaxlib
+    return options
+  return faster
+
+
+def fast_jit(fn):
+  return jax.jit(fn, compiler_options=_fast_compiler_options())
+
+
+def random_inputs(
+  shape=(1, 2, 70, 5, 3),
+  *,
+  momentum=True,
+  erase=True,
+  zeros=False,
+  resets=False,
+  dtype=np.float64,
+):
+  """Random arguments of `linear_rule` as a dict; options drop or spice them."""
+  b, h, t, k, e = shape
+  rng = np.random.default_rng(0)
+  keys = rng.normal(size=(b, h, t, k))
+  inputs = dict(
+    x=keys / np.linalg.norm(keys, axis=-1, keepdims=True),
+    u=rng.normal(size=(b, h, t, e)),
+    queries=rng.normal(size=(b, h, t, k)) / k**0.5,
+    weight=rng.normal(size=(b, h, e, k)),
+    momentum=rng.normal(size=(b, h, e, k)),
+    retention=rng.uniform(0.8, 1, size=(b, h, t)),
+    momentum_decay=rng.uniform(0.3, 1, size=(b, h, t)),
+    learn_rate=rng.uniform(size=(b, h, t)),
+    erase=rng.uniform(size=(b, h, t)),
+  )
+  if zeros:  # alone, side by side, in the first and in the last token
+    for token in (0, 5, 6, 18, t - 1):
+      inputs["retention"][:, 0, token] = 0
+    for token in (0, 3, 4, 18, 50):
+      inputs["momentum_decay"][:, 0, token] = 0
+  inputs = {name: jnp.asarray(v, dtype) for name, v in inputs.items()}
+  if not momentum:
+    inputs |= dict(momentum=None, momentum_decay=None)
+  if not erase:
+    inputs["erase"] = None
+  inputs["reset"] = None
+  if resets:  # also next to zeros, and in the first token of a head
+    reset = rng.uniform(size=(b, h, t)) < 0.1
+    reset[:, 1, 0] = True
+    inputs["reset"] = jnp.asarray(reset)
+  return inputs
+
+
+def call(inputs, **options):
+  inputs = dict(inputs)
+  return linear_rule(inputs.pop("x"), inputs.pop("u"), **inputs, **options)
+
+
+def assert_close(got, want, tolerance):
+  """Compares trees; the error is relative to the largest entry of each leaf."""
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+
+  def check(path, a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    error = np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-3)
+    assert error <= tolerance, (jax.tree_util.keystr(path), error)
+
+  jax.tree_util.tree_map_with_path(check, got, want)

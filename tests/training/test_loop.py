@@ -1,0 +1,193 @@
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from hope_jax import config as config_lib
+from hope_jax.config import ConfigError
+from hope_jax.training import checkpoints, loop, metrics, sharding, step
+
+# What differs between two runs of the same computation.
+CLOCK = ("seconds", "tokens_per_second", "model_flops_per_second")
+
+
+class Killed(Exception):
+  """Stands for a machine that goes away."""
+
+
+def without_clock(record):
+  return {k: v for k, v in record.items() if k not in CLOCK}
+
+
+def final_state(config, workdir):
+  mesh = sharding.make_mesh(config.mesh)
+  manager = checkpoints.open_manager(workdir, keep=2)
+  abstract = step.build(config, mesh).abstract_state
+  state = checkpoints.restore(manager, abstract)
+  manager.close()
+  return jax.device_get(state)
+
+
+def kill_at(monkeypatch, number):
+  """Makes the training step after update `number` fail."""
+  real = step.build
+
+  def build(config, mesh):
+    compiled = real(config, mesh)
+
+    def train_step(state, batch):
+      if int(state.step) == number:
+        raise Killed
+      return compiled.train_step(state, batch)
+
+    return compiled._replace(train_step=train_step)
+
+  monkeypatch.setattr(step, "build", build)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """Folder and result of the tiny run, uninterrupted, by config."""
+  done = {}
+
+  def get(config):
+    if config not in done:
+      folder = tmp_path_factory.mktemp("finished")
+      done[config] = folder, loop.train(config, folder)
+    return done[config]
+
+  return get
+
+
+def test_train_writes_the_promised_result(tiny, finished):
+  folder, result = finished(tiny)
+  assert json.loads((folder / "result.json").read_text()) == result | {
+    "config": json.loads(json.dumps(result["config"]))
+  }
+  assert result["tokens"] == 6 * 4 * 32 and result["steps"] == 6
+  assert result["model"] == "transformer" and result["seed"] == 0
+  assert result["parameters"] == step.count_parameters(
+    final_state(tiny, folder).params
+  )
+  assert result["perplexity"] == math.exp(result["test_loss"])
+  assert result["bits_per_byte"] == result["test_loss"] / math.log(2)
+  assert 0 <= result["accuracy"] <= 1
+  assert result["tokens_per_second"] > 0 and result["flops_per_token"] > 0
+  stored = config_lib.from_config_dict(
+    json.loads((folder / "config.json").read_text())
+  )
+  assert stored == tiny
+
+
+def test_train_logs_on_schedule(tiny, finished):
+  records = metrics.read(finished(tiny)[0])
+  steps = {
+    kind: [r["step"] for r in records if r["kind"] == kind]
+    for kind in ("train", "eval")
+  }
+  assert steps == {"train": [1, 2, 4, 6], "eval": [3, 6, 6]}
+  assert [r.get("split") for r in records if r["kind"] == "eval"] == [
+    "valid",
+    "valid",
+    "test",
+  ]
+
+
+@pytest.mark.parametrize("killed_after", [1, 3, 5])
+def test_resume_equals_uninterrupted_bit_for_bit(
+  tiny, finished, tmp_path, monkeypatch, killed_after
+):
+  folder, result = finished(tiny)
+  with monkeypatch.context() as patch:
+    kill_at(patch, killed_after)
+    with pytest.raises(Killed):
+      loop.train(tiny, tmp_path)
+  assert not (tmp_path / "result.json").exists()
+  resumed = loop.train(tiny, tmp_path)
+  assert without_clock(resumed) == without_clock(result)
+  assert [without_clock(r) for r in metrics.read(tmp_path)] == [
+    without_clock(r) for r in metrics.read(folder)
+  ]
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    final_state(tiny, folder),
+    final_state(tiny, tmp_path),
+  )
+
+
+def test_resume_starts_from_the_checkpoint(tiny, tmp_path, monkeypatch):
+  with monkeypatch.context() as patch:
+    kill_at(patch, 5)
+    with pytest.raises(Killed):
+      loop.train(tiny, tmp_path)
+  seen = []
+  real = step.build
+
+  def build(config, mesh):
+    compiled = real(config, mesh)
+
+    def train_step(state, batch):
+      seen.append(int(state.step))
+      return compiled.train_step(state, batch)
+
+    return compiled._replace(train_step=train_step)
+
+  monkeypatch.setattr(step, "build", build)
+  loop.train(tiny, tmp_path)
+  assert seen == [4, 5]
+
+
+def test_train_again_changes_nothing(tiny, finished, capsys):
+  folder, result = finished(tiny)
+  before = (folder / "metrics.jsonl").read_text()
+  again = loop.train(tiny, folder)
+  assert "finished" in capsys.readouterr().out
+  assert again["test_loss"] == result["test_loss"]
+  assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_train_refuses_the_folder_of_another_run(tiny, finished):
+  folder, _ = finished(tiny)
+  other = dataclasses.replace(
+    tiny, opt=dataclasses.replace(tiny.opt, peak_lr=1e-3)
+  )
+  with pytest.raises(ConfigError, match="opt.peak_lr=0.01, not 0.001"):
+    loop.train(other, folder)
+
+
+def test_train_keeps_the_newest_checkpoints(tiny, finished):
+  folder, _ = finished(tiny)
+  kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+  assert kept == ["4", "6"]
+
+
+def test_train_stops_when_the_loss_is_no_number(tiny, tmp_path, monkeypatch):
+  real = step.build
+
+  def build(config, mesh):
+    compiled = real(config, mesh)
+
+    def train_step(state, batch):
+      batch = batch | {"weights": batch["weights"] * math.nan}
+      return compiled.train_step(state, batch)
+
+    return compiled._replace(train_step=train_step)
+
+  monkeypatch.setattr(step, "build", build)
+  with pytest.raises(metrics.Diverged, match="step 1"):
+    loop.train(tiny, tmp_path)
+  assert not (tmp_path / "result.json").exists()
+  assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_train_works_without_intermediate_events(tiny, tmp_path):
+  """0 switches an event off; the shortest run still has a result."""
+  train = dataclasses.replace(
+    tiny.train, steps=1, eval_every=0, checkpoint_every=0, dynamics_every=0
+  )
+  result = loop.train(dataclasses.replace(tiny, train=train), tmp_path)
+  assert result["tokens_per_second"] > 0
+  assert (tmp_path / "checkpoints" / "1").is_dir()

@@ -1,0 +1,127 @@
+import collections
+import json
+import sys
+import types
+
+import pytest
+
+from hope_jax.config import Config, ConfigError, TrainConfig
+from hope_jax.training import metrics
+
+Scalars = collections.namedtuple("Scalars", "loss accuracy")
+CONFIG = Config()
+
+
+def lines(folder):
+  return (folder / "metrics.jsonl").read_text().splitlines()
+
+
+def meter_of(writer):
+  return metrics.Meter(
+    writer, tokens_per_step=100, flops_per_token=7.0, peak_flops=None
+  )
+
+
+def test_writer_drops_what_a_resumed_run_repeats(tmp_path):
+  writer = metrics.Writer(tmp_path, CONFIG, 0)
+  for step in (1, 2, 3):
+    writer.write("train", step, {"loss": 1.0})
+  writer.close()
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 4, "kind": "tra')  # cut short by a crash
+  writer = metrics.Writer(tmp_path, CONFIG, 2)
+  writer.write("eval", 3, {"loss": 2.0, "accuracy": 0.5})
+  writer.close()
+  assert [json.loads(line) for line in lines(tmp_path)] == [
+    {"step": 1, "kind": "train", "loss": 1.0},
+    {"step": 2, "kind": "train", "loss": 1.0},
+    {"step": 3, "kind": "eval", "loss": 2.0, "accuracy": 0.5},
+  ]
+  assert metrics.read(tmp_path) == writer.records
+
+
+def test_meter_fetches_one_step_late(tmp_path):
+  meter = meter_of(metrics.Writer(tmp_path, CONFIG, 0))
+  meter.hold(1, Scalars(2.0, 0.5))
+  assert lines(tmp_path) == []
+  meter.flush()
+  assert json.loads(lines(tmp_path)[0])["loss"] == 2.0
+  meter.flush()
+  assert len(lines(tmp_path)) == 1
+
+
+def test_meter_speed_leaves_pauses_out(tmp_path, monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+  writer = metrics.Writer(tmp_path, CONFIG, 0)
+  meter = meter_of(writer)
+  now[0] = 50.0  # compilation
+  meter.hold(1, Scalars(2.0, 0.5))
+  meter.flush()
+  for step, seconds in ((11, 10.0), (21, 5.0), (31, 4.0)):
+    now[0] += 100.0
+    with meter.paused():
+      now[0] += 1000.0
+    now[0] += seconds - 100.0
+    meter.hold(step, Scalars(2.0, 0.5))
+    meter.flush()
+  rates = [r.get("tokens_per_second") for r in writer.records]
+  assert rates == [None, 100.0, 200.0, 250.0]
+  assert writer.records[1]["model_flops_per_second"] == 700.0
+  assert meter.median_tokens_per_second() == 225.0
+  assert writer.records[-1]["seconds"] == meter.seconds == 3069.0
+  assert writer.records[-1]["tokens"] == 3100
+
+
+def test_meter_counts_seconds_of_earlier_sessions(tmp_path):
+  writer = metrics.Writer(tmp_path, CONFIG, 0)
+  writer.write("train", 1, {"loss": 1.0, "seconds": 500.0})
+  writer.close()
+  meter = meter_of(metrics.Writer(tmp_path, CONFIG, 1))
+  assert 500.0 <= meter.seconds < 501.0
+
+
+def test_meter_stops_at_a_loss_that_is_no_number(tmp_path):
+  meter = meter_of(metrics.Writer(tmp_path, CONFIG, 0))
+  with pytest.raises(metrics.Diverged, match="step 8"):
+    meter.hold(8, Scalars(float("nan"), 0.0))
+    meter.flush()
+
+
+def test_wandb_is_optional_and_clearly_missed(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "wandb", None)
+  metrics.Writer(tmp_path, CONFIG, 0).close()
+  online = Config(train=TrainConfig(wandb="online"))
+  with pytest.raises(ConfigError, match="pip install wandb"):
+    metrics.Writer(tmp_path, online, 0)
+
+
+def test_wandb_gets_the_same_records(tmp_path, monkeypatch):
+  """A stand-in module; the calls are those of the real one's documents."""
+  logged, started = [], []
+
+  def init(**options):
+    started.append(options)
+    log = types.SimpleNamespace(
+      log=lambda values, step: logged.append((step, values)),
+      finish=lambda: logged.append("end"),
+    )
+    return log
+
+  monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+  offline = Config(train=TrainConfig(wandb="offline"))
+  for _ in range(2):
+    writer = metrics.Writer(tmp_path, offline, 0)
+    writer.write("train", 3, {"loss": 1.0})
+    writer.write("eval", 3, {"split": "test", "loss": 2.0, "accuracy": 0.5})
+    writer.write("dynamics", 3, {"dynamics/layer_0/memory/loss": 3.0})
+    writer.close()
+  once = [
+    (3, {"train/loss": 1.0}),
+    (3, {"eval/test/loss": 2.0, "eval/test/accuracy": 0.5}),
+    (3, {"dynamics/layer_0/memory/loss": 3.0}),
+    "end",
+  ]
+  assert logged == 2 * once
+  assert started[0]["mode"] == "offline"
+  assert started[0]["id"] == started[1]["id"]  # a resumed run continues

@@ -1,0 +1,176 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+
+from hope_jax.config import (
+  Config,
+  ConfigError,
+  DataConfig,
+  EvalConfig,
+  MeshConfig,
+  ModelConfig,
+)
+from hope_jax.training import sharding
+
+ONE = jax.devices()[:1]
+
+
+def test_make_mesh_fills_the_open_axis():
+  mesh = sharding.make_mesh(MeshConfig(), ONE)
+  assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
+    MeshConfig(data=2),
+    MeshConfig(data=-1, fsdp=2),
+    MeshConfig(data=-1, fsdp=-1),
+    MeshConfig(data=0),
+  ],
+)
+def test_make_mesh_rejects_what_does_not_fit(config):
+  with pytest.raises(ConfigError, match="mesh="):
+    sharding.make_mesh(config, ONE)
+
+
+def test_put_batch_places_the_rows_of_this_process():
+  mesh = sharding.make_mesh(MeshConfig(), ONE)
+  rows = sharding.process_rows(mesh, 4)
+  local = np.arange(12).reshape(4, 3)
+  placed = sharding.put_batch({"tokens": local}, mesh, 4, rows)["tokens"]
+  assert rows == (0, 4) and placed.sharding.mesh == mesh
+  np.testing.assert_array_equal(placed, local)
+
+
+EIGHT = """
+import dataclasses, json, pathlib, sys
+import jax
+from hope_jax import config as config_lib
+from hope_jax.config import MeshConfig
+from hope_jax.data import pipeline
+from hope_jax.training import checkpoints, evaluation, sharding, step
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+config = config_lib.from_config_dict(json.loads(sys.argv[1]))
+folder = pathlib.Path(sys.argv[2])
+source = pipeline.load(config)
+size = config.data.batch_size
+report = {"devices": jax.device_count()}
+
+def run(name, mesh_config, devices, restore=False, **train):
+  cfg = dataclasses.replace(
+    config, train=dataclasses.replace(config.train, **train))
+  mesh = sharding.make_mesh(mesh_config, devices)
+  sharding.check_batches(cfg, mesh)
+  rows = sharding.process_rows(mesh, size)
+  batches = pipeline.TrainBatches(source["train"], size, rows, 6)
+  compiled = step.build(cfg, mesh)
+  manager = checkpoints.open_manager(folder, keep=2)
+  with sharding.activate(mesh):
+    state = (checkpoints.restore(manager, compiled.abstract_state)
+      if restore else compiled.init(jax.random.key(0)))
+    losses = []
+    for number in range(int(state.step), int(state.step) + 3):
+      batch = sharding.put_batch(batches[number], mesh, size, rows)
+      state, metrics = compiled.train_step(state, batch)
+      losses.append((float(metrics.loss), float(metrics.grad_norm)))
+    test = evaluation.evaluate(compiled.eval_step, state.params,
+      source["test"], config=cfg, mesh=mesh)
+  if not restore and mesh.size == 8:
+    checkpoints.save(manager, 3, state)
+  manager.close()
+  report[name] = {
+    "losses": losses,
+    "test": test["loss"],
+    "compiled": compiled.train_step._cache_size(),
+    "spread": {
+      jax.tree_util.keystr(path, simple=True, separator="/"):
+        (len({str(s.index) for s in x.addressable_shards}), x.ndim)
+      for path, x in jax.tree_util.tree_leaves_with_path(state)},
+  }
+
+cube = MeshConfig(data=2, fsdp=2, tensor=2)
+run("one", MeshConfig(), jax.devices()[:1])
+run("eight", cube, jax.devices())
+run("eight_parts", cube, jax.devices(), accumulate=2)
+run("resumed", MeshConfig(data=1, fsdp=4), jax.devices()[:4], restore=True)
+run("resumed_one", MeshConfig(), jax.devices()[:1], restore=True)
+print(json.dumps(report))
+"""
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory, compilation_cache):
+  """Reports of the same run on meshes of 1 and 8 fake devices."""
+  config = Config(
+    # MQAR's vocabulary of 65 is one that no mesh axis divides.
+    model=ModelConfig(
+      vocab_size=65, width=16, num_layers=2, num_heads=2, ffn_hidden=32
+    ),
+    data=DataConfig(kind="mqar", sequence_length=32, batch_size=8),
+    eval=EvalConfig(batches=2, batch_size=8),
+  )
+  flags = "--xla_force_host_platform_device_count=8"
+  child = subprocess.run(
+    [
+      sys.executable,
+      "-c",
+      textwrap.dedent(EIGHT),
+      json.dumps(dataclasses.asdict(config)),
+      str(tmp_path_factory.mktemp("eight")),
+    ],
+    env=os.environ
+    | compilation_cache
+    | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    timeout=400,
+    check=False,
+  )
+  assert child.returncode == 0, child.stderr[-3000:]
+  return json.loads(child.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", ["eight", "eight_parts"])
+def test_eight_devices_equal_one(eight, name):
+  assert eight["devices"] == 8
+  np.testing.assert_allclose(
+    eight["one"]["losses"], eight[name]["losses"], rtol=1e-5
+  )
+  np.testing.assert_allclose(
+    eight["one"]["test"], eight[name]["test"], rtol=1e-4
+  )
+
+
+def test_eight_devices_split_parameters_and_moments(eight):
+  spread = eight["eight"]["spread"]
+  kernels = {
+    name: parts
+    for name, (parts, _) in spread.items()
+    if name.endswith(("mixer/query/kernel", "down/kernel"))
+  }
+  assert len(kernels) == 2 * 3  # parameter and two moments of each
+  assert set(kernels.values()) == {4}  # fsdp x tensor
+  embeddings = [v[0] for k, v in spread.items() if k.endswith("embedding")]
+  assert embeddings == [2, 2, 2]  # 65 rows do not divide: fsdp alone
+
+
+def test_eight_devices_do_not_recompile(eight):
+  assert {eight[name]["compiled"] for name in eight if name != "devices"} == {1}
+
+
+def test_checkpoint_restores_onto_other_meshes(eight):
+  np.testing.assert_allclose(
+    eight["resumed"]["losses"], eight["resumed_one"]["losses"], rtol=1e-5
+  )
+  assert (
+    eight["resumed"]["losses"][0] != eight["one"]["losses"][0]
+  )  # it did go on
