@@ -67,10 +67,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
 def last_error(log: str) -> str:
   """The last line of a log that names an error, else the last line."""
   lines = log.strip().splitlines() or ["nothing was printed"]
-  errors = [
-    l for l in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", l)
-  ]
-  return (errors or lines)[-1]
+  names_error = re.compile(r"error: |[\w.]*(Error|Exception)\b").match
+  return (list(filter(names_error, lines)) or lines)[-1]
 
 
 def _flag(value: Any) -> str:

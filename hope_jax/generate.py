@@ -25,12 +25,8 @@ from hope_jax.training import (
   command,
   sharding,
 )
-from hope_jax.training import (
-  step as step_lib,
-)
-from hope_jax.training import (
-  workdir as workdir_lib,
-)
+from hope_jax.training import step as step_lib
+from hope_jax.training import workdir as workdir_lib
 
 
 def define_flags() -> None:

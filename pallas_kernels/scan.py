@@ -7,7 +7,6 @@ are recomputed: `checkpointed_scan` stores O(sqrt(N)) of them.
 Dimensions: B batch, H heads, T tokens, N chunks, C chunk length, G group.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args
@@ -25,16 +24,16 @@ def checkpointed_scan(
   xs,
   *,
   policy: CheckpointPolicy = "sqrt",
-  threshold: int = 32,
+  threshold: int = 64,
 ) -> tuple[Carry, Any]:
   """`jax.lax.scan(body, carry, xs)` with a choice of what is stored.
 
   * "none": everything the backward pass needs, as `jax.lax.scan`;
   * "chunk": the N carries; the body runs twice;
-  * "sqrt": as "none" up to `threshold` steps. Beyond, groups of
-    G = ceil(sqrt(N)) steps: about sqrt(N) carries, and one group's steps in
-    full while it is differentiated; the body runs twice. The N mod G steps
-    that fill no group follow as a group of their own.
+  * "sqrt": as "chunk" up to `threshold` steps. Beyond, groups of
+    G = ceil(sqrt(N)) steps: about sqrt(N) carries, and G more while one group
+    is differentiated; the body runs three times. The N mod G steps that fill
+    no group follow in a scan of their own.
 
   Values and gradients do not depend on the policy.
   """
@@ -48,31 +47,29 @@ def checkpointed_scan(
   if policy == "none":
     return jax.lax.scan(body, carry, xs)
 
+  step = jax.checkpoint(body, prevent_cse=False)
   num_steps = leaves[0].shape[0]
-  if policy == "chunk":
-    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), carry, xs)
-  if num_steps <= threshold:
-    return jax.lax.scan(body, carry, xs)
+  if policy == "chunk" or num_steps <= threshold:
+    return jax.lax.scan(step, carry, xs)
 
   group = math.ceil(math.sqrt(num_steps))
   num_grouped = num_steps // group * group
 
-  @functools.partial(jax.checkpoint, prevent_cse=False)
   def run_group(carry, xs):
-    return jax.lax.scan(body, carry, xs)
+    return jax.lax.scan(step, carry, xs)
 
   grouped = jax.tree.map(
     lambda leaf: leaf[:num_grouped].reshape(-1, group, *leaf.shape[1:]), xs
   )
-  carry, ys = jax.lax.scan(run_group, carry, grouped)
+  carry, ys = jax.lax.scan(
+    jax.checkpoint(run_group, prevent_cse=False), carry, grouped
+  )
   ys = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), ys)
   if num_grouped == num_steps:
     return carry, ys
   rest = jax.tree.map(lambda leaf: leaf[num_grouped:], xs)
-  carry, ys_rest = run_group(carry, rest)
-  return carry, jax.tree.map(
-    lambda a, b: jnp.concatenate([a, b]), ys, ys_rest
-  )
+  carry, ys_rest = jax.lax.scan(step, carry, rest)
+  return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ys, ys_rest)
 
 
 def split_chunks(

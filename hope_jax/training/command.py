@@ -3,6 +3,7 @@
 Exit code 2: the command line or the config is wrong; 1: the run failed.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -17,7 +18,11 @@ from hope_jax.training import metrics
 def fail(message: str, code: int) -> NoReturn:
   """Prints one line on stderr and exits."""
   print(f"error: {' '.join(message.split())}", file=sys.stderr)
-  sys.exit(code)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  # Not sys.exit: a compilation that was interrupted goes on in a thread of
+  # its own, and tearing the interpreter down under it is a crash.
+  os._exit(code)
 
 
 def define_config() -> None:
@@ -76,7 +81,8 @@ def run(main: Callable[[], None]) -> None:
       fail(str(error), 2)
     except metrics.Diverged as error:
       fail(str(error), 1)
-    except KeyboardInterrupt:
-      fail("interrupted; run the same command again to resume", 130)
+    except KeyboardInterrupt as error:
+      saved = f" ({error})" if str(error) else ""
+      fail(f"interrupted{saved}; run the same command again to resume", 130)
 
   app.run(guarded, flags_parser=_parse_flags)

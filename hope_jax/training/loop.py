@@ -13,15 +13,12 @@ from hope_jax.training import (
   dynamics,
   evaluation,
   flops,
+  interruption,
   metrics,
   sharding,
 )
-from hope_jax.training import (
-  step as step_lib,
-)
-from hope_jax.training import (
-  workdir as workdir_lib,
-)
+from hope_jax.training import step as step_lib
+from hope_jax.training import workdir as workdir_lib
 
 
 def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
@@ -87,27 +84,30 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
 
     # 5. The loop: a step is dispatched before the last one's metrics are read.
     try:
-      for step in range(start + 1, options.steps + 1):
-        batch = sharding.put_batch(next(batches), mesh, batch_size, rows)
-        state, scalars = compiled.train_step(state, batch)
-        meter.flush()
-        is_last = step == options.steps
-        if step == 1 or is_last or is_due(step, options.log_every):
-          meter.hold(step, scalars)
-        watch = has_dynamics and is_due(step, options.dynamics_every)
-        check = is_due(step, options.eval_every) and not is_last
-        keep = is_due(step, options.checkpoint_every) or is_last
-        if watch or check or keep:
-          jax.block_until_ready(scalars)
+      with interruption.watch() as should_stop:
+        for step in range(start + 1, options.steps + 1):
+          batch = sharding.put_batch(next(batches), mesh, batch_size, rows)
+          state, scalars = compiled.train_step(state, batch)
           meter.flush()
-          with meter.paused():
-            if watch:
-              sown = jax.device_get(collect(state.params, batch))
-              writer.write("dynamics", step, dynamics.flatten(sown))
-            if check:
-              writer.write("eval", step, {"split": "valid", **score("valid")})
-            if keep:
-              checkpoints.save(manager, step, state)
+          is_last, is_stop = step == options.steps, should_stop(step)
+          if step == 1 or is_last or is_due(step, options.log_every):
+            meter.hold(step, scalars)
+          watch = has_dynamics and is_due(step, options.dynamics_every)
+          check = is_due(step, options.eval_every) and not is_last
+          keep = is_due(step, options.checkpoint_every) or is_last or is_stop
+          if watch or check or keep:
+            jax.block_until_ready(scalars)
+            meter.flush()
+            with meter.paused():
+              if watch:
+                sown = jax.device_get(collect(state.params, batch))
+                writer.write("dynamics", step, dynamics.flatten(sown))
+              if check:
+                writer.write("eval", step, {"split": "valid", **score("valid")})
+              if keep:
+                checkpoints.save(manager, step, state)
+          if is_stop and not is_last:
+            raise interruption.Interrupted(f"saved step {step}")
 
       # 6. The result.
       scores = {split: score(split) for split in ("valid", "test")}

@@ -85,7 +85,8 @@ def test_failing_trial_is_reported_and_the_others_run(tmp_path, capsys):
   [
     ("step 1\nerror: the loss is nan\n", "error: the loss is nan"),
     ("a.b.XlaRuntimeError: no memory\n---\nFor simplicity", "no memory"),
-    ("Killed\n", "Killed"),
+    ("KeyError: 1\nDuring handling ...\nOSError: disk full\n", "disk full"),
+    ("step 1\nKilled\n", "Killed"),
     ("", "nothing"),
   ],
 )

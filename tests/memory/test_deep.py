@@ -13,6 +13,7 @@ from hope_jax.memory import chunks, deep
 from hope_jax.memory.architectures import Weights
 from hope_jax.memory.rules import Gates
 from tests.memory import oracle
+from tests.pallas_kernels.testing import fast_jit
 
 B, H, T, K, F = 2, 2, 21, 4, 6
 
@@ -76,19 +77,18 @@ def loop(initial, sequence, gates, cfg):
   )[0]
   heads = jax.vmap(one)
   batch = jax.vmap(heads, in_axes=(None, 0, 0))
-  return jax.jit(batch)(by_name(initial), sequence, tuple(gates))
+  return fast_jit(batch)(by_name(initial), sequence, tuple(gates))
 
 
 def chunked(initial, sequence, gates, cfg, **kwargs):
   if cfg.momentum == "none":
     gates = gates._replace(momentum_decay=None)
-  return jax.jit(
+  return fast_jit(
     lambda *a: deep.run_memory(*a, cfg=cfg, **kwargs).outputs
   )(initial, *sequence, gates)
 
 
 OPTIONS = [
-  {},
   {"read": "token_post"},
   {"read": "chunk", "target": "shared"},
   {"setting": "token_exact"},
@@ -101,8 +101,12 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("chunk_length", [1, 3, 16, 64])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+  ("options", "chunk_length"),
+  [({}, 1), ({}, 3), ({}, 16), ({}, 64)]
+  + [(options, 3 if i % 2 else 16) for i, options in enumerate(OPTIONS)],
+  ids=str,
+)
 def test_memory_equals_token_loop(options, chunk_length):
   cfg = MemoryConfig(chunk_length=chunk_length, **options)
   case = random_memory(architecture=cfg.architecture)

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import signal
 
 import jax
 import numpy as np
@@ -8,7 +9,14 @@ import pytest
 
 from hope_jax import config as config_lib
 from hope_jax.config import ConfigError
-from hope_jax.training import checkpoints, loop, metrics, sharding, step
+from hope_jax.training import (
+  checkpoints,
+  interruption,
+  loop,
+  metrics,
+  sharding,
+  step,
+)
 
 # What differs between two runs of the same computation.
 CLOCK = ("seconds", "tokens_per_second", "model_flops_per_second")
@@ -96,6 +104,26 @@ def test_train_logs_on_schedule(tiny, finished):
   ]
 
 
+def test_train_writes_metrics_one_step_late(tiny, tmp_path, monkeypatch):
+  """The newest record on disk when each of the 6 steps is dispatched."""
+  newest = []
+  real = step.build
+
+  def build(config, mesh):
+    compiled = real(config, mesh)
+
+    def train_step(state, batch):
+      newest.append(max([r["step"] for r in metrics.read(tmp_path)] or [0]))
+      return compiled.train_step(state, batch)
+
+    return compiled._replace(train_step=train_step)
+
+  monkeypatch.setattr(step, "build", build)
+  train = dataclasses.replace(tiny.train, eval_every=0, checkpoint_every=0)
+  loop.train(dataclasses.replace(tiny, train=train), tmp_path)
+  assert newest == [0, 0, 1, 2, 2, 4]
+
+
 @pytest.mark.parametrize("killed_after", [1, 3, 5])
 def test_resume_equals_uninterrupted_bit_for_bit(
   tiny, finished, tmp_path, monkeypatch, killed_after
@@ -116,6 +144,52 @@ def test_resume_equals_uninterrupted_bit_for_bit(
     final_state(tiny, folder),
     final_state(tiny, tmp_path),
   )
+
+
+def signal_at(monkeypatch, number, *signals):
+  """Sends this process `signals` during update `number`."""
+  real = step.build
+
+  def build(config, mesh):
+    compiled = real(config, mesh)
+
+    def train_step(state, batch):
+      if int(state.step) + 1 == number:
+        for each in signals:
+          signal.raise_signal(each)
+      return compiled.train_step(state, batch)
+
+    return compiled._replace(train_step=train_step)
+
+  monkeypatch.setattr(step, "build", build)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_signal_saves_and_the_run_resumes_bit_for_bit(
+  tiny, finished, tmp_path, monkeypatch, name
+):
+  folder, result = finished(tiny)
+  before = [signal.getsignal(each) for each in interruption.SIGNALS]
+  with monkeypatch.context() as patch:
+    signal_at(patch, 3, getattr(signal, name))
+    with pytest.raises(interruption.Interrupted, match="step 3"):
+      loop.train(tiny, tmp_path)
+  assert [signal.getsignal(each) for each in interruption.SIGNALS] == before
+  assert (tmp_path / "checkpoints" / "3").is_dir()
+  assert without_clock(loop.train(tiny, tmp_path)) == without_clock(result)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    final_state(tiny, folder),
+    final_state(tiny, tmp_path),
+  )
+
+
+def test_second_signal_stops_at_once(tiny, tmp_path, monkeypatch):
+  signal_at(monkeypatch, 3, signal.SIGINT, signal.SIGINT)
+  with pytest.raises(KeyboardInterrupt) as stopped:
+    loop.train(tiny, tmp_path)
+  assert stopped.type is KeyboardInterrupt
+  assert not (tmp_path / "checkpoints" / "3").exists()
 
 
 def test_resume_starts_from_the_checkpoint(tiny, tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ def test_claim_accepts_a_config_from_before_a_new_field(tmp_path):
   del values["opt"]["memory_lr_ratio"]
   path.write_text(json.dumps(values))
   workdir.claim(tmp_path, Config(), write=True)
+  assert workdir.read_config(tmp_path) == Config()
 
 
 def test_claim_without_write_only_checks(tmp_path):

@@ -1,0 +1,52 @@
+"""Stopping a run without losing its work.
+
+The first SIGINT (Ctrl-C) or SIGTERM (a scheduler, a preempted machine) lets
+the loop finish its step and save a checkpoint; a second one stops at once.
+With several processes, jax's preemption service agrees on one step.
+"""
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+  """The run was asked to stop, and its state is saved."""
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[Callable[[int], bool]]:
+  """Yields should_stop(step), to be asked by every process at every step."""
+  if jax.process_count() > 1:
+    yield multihost_utils.reached_preemption_sync_point
+    return
+  if threading.current_thread() is not threading.main_thread():
+    yield lambda step: False  # only the main thread hears signals
+    return
+  heard = []
+
+  def handle(number: int, frame: Any) -> None:
+    del frame
+    if heard:
+      raise KeyboardInterrupt
+    heard.append(number)
+    print(
+      "stopping after this step (again: stop at once)",
+      file=sys.stderr,
+      flush=True,
+    )
+
+  old = {number: signal.signal(number, handle) for number in SIGNALS}
+  try:
+    yield lambda step: bool(heard)
+  finally:
+    for number, handler in old.items():
+      signal.signal(number, handler)

@@ -1,0 +1,143 @@
+"""Continuum memory: a loop of `jax.grad` steps, periods, twins."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hope_jax.memory import chunks, cms, rules
+
+B, T, D, F, C = 2, 22, 5, 7, 4
+
+
+@pytest.fixture(autouse=True)
+def float64():
+  with jax.enable_x64(True):
+    yield
+
+
+def random_level(seed=0):
+  rng = np.random.default_rng(seed)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape))
+  slow = cms.LevelWeights(normal(D, F), normal(D, F), normal(F, D) / 3)
+  return slow, normal(B, T, D), normal(B, T, D)
+
+
+def run(slow, n, value, **kwargs):
+  options = dict(chunk_length=C, error_clip=1.0, policy="sqrt") | kwargs
+  return cms.run_level(slow, n, value, 0.3, **options)
+
+
+def block(weights, n):
+  return (jax.nn.silu(n @ weights.gate) * (n @ weights.up)) @ weights.down
+
+
+def loop_by_grad(slow, n, value, error_clip):
+  """Token by token: outputs at the chunk's first state, writes at its end."""
+  weights, pending, outputs = slow, None, []
+  for t in range(n.shape[0]):
+    if t % C == 0:
+      weights = weights if pending is None else pending
+      pending = weights
+    outputs.append(block(weights, n[t]))
+    error = rules.clip_norm(outputs[-1] - value[t], error_clip)
+    hidden = jax.nn.silu(n[t] @ weights.gate) * (n[t] @ weights.up)
+
+    def through(gate, up, t=t, error=error, weights=weights):
+      return jnp.vdot(error, (jax.nn.silu(gate) * up) @ weights.down)
+
+    errors = jax.grad(through, (0, 1))(n[t] @ weights.gate, n[t] @ weights.up)
+    errors = [rules.clip_norm(e, error_clip) for e in errors]
+    rate = lambda x: 0.3 / (1 + 0.3 * x @ x) / C
+    pending = cms.LevelWeights(
+      pending.gate - rate(n[t]) * jnp.outer(n[t], errors[0]),
+      pending.up - rate(n[t]) * jnp.outer(n[t], errors[1]),
+      pending.down - rate(hidden) * jnp.outer(hidden, error),
+    )
+  return jnp.stack(outputs)
+
+
+@pytest.mark.parametrize("error_clip", [0.0, 1.0])
+def test_level_equals_loop_of_gradient_steps(error_clip):
+  slow, n, value = random_level()
+  ours, _, _ = run(slow, n, value, error_clip=error_clip)
+  for b in range(B):
+    expected = loop_by_grad(slow, n[b], value[b], error_clip)
+    np.testing.assert_allclose(ours[b], expected, atol=1e-12)
+
+
+def test_unclipped_write_is_the_gradient_of_the_loss():
+  """One chunk of equal inputs: D is -rate * grad of 1/2 |y - value|^2."""
+  slow, n, value = random_level()
+  n, value = n[:, :1], value[:, :1]
+  state = chunks.fresh(cms.zero_state(slow, B))
+  _, state, _ = run(slow, n, value, error_clip=0.0, chunk_length=1, state=state)
+  loss = lambda w: 0.5 * jnp.sum((block(w, n[0, 0]) - value[0, 0]) ** 2)
+  gradient = jax.grad(loss)(slow)
+  square = n[0, 0] @ n[0, 0]
+  np.testing.assert_allclose(
+    state.now["weight"].up[0], -0.3 / (1 + 0.3 * square) * gradient.up
+  )
+
+
+def test_level_changes_only_at_its_period():
+  slow, n, value = random_level()
+  state = chunks.fresh(cms.zero_state(slow, B))
+  for t in range(T):
+    before = state.start.up
+    _, state, _ = run(
+      slow, n[:, t : t + 1], value[:, t : t + 1], state=state
+    )
+    changed = bool(jnp.any(before != state.start.up))
+    assert changed == ((t + 1) % C == 0)
+
+
+@pytest.mark.parametrize("pieces", [(1,) * T, (3, 1, 9, 1, 8)])
+def test_level_in_pieces_equals_one_pass(pieces):
+  slow, n, value = random_level()
+  whole, _, _ = run(slow, n, value)
+  state, outputs, first = chunks.fresh(cms.zero_state(slow, B)), [], 0
+  for size in pieces:
+    part = slice(first, first + size)
+    y, state, _ = run(slow, n[:, part], value[:, part], state=state)
+    outputs.append(y)
+    first += size
+  np.testing.assert_allclose(
+    jnp.concatenate(outputs, axis=1), whole, atol=1e-12
+  )
+
+
+def test_level_without_rate_is_the_slow_block():
+  slow, n, value = random_level()
+  live, _, _ = cms.run_level(
+    slow, n, value, 0.0, chunk_length=C, error_clip=1.0, policy="sqrt"
+  )
+  np.testing.assert_array_equal(live, cms.feed_forward(slow, None, n))
+
+
+def test_level_is_causal_and_reads_whole_chunks():
+  slow, n, value = random_level()
+  before, _, _ = run(slow, n, value)
+  after, _, _ = run(slow, n, value.at[:, 5].add(1.0))
+  np.testing.assert_array_equal(before[:, :8], after[:, :8])
+  assert jnp.abs(before - after)[:, 8:].max() > 1e-6
+
+
+def test_level_starts_anew_with_a_document():
+  slow, n, value = random_level()
+  segments = (jnp.arange(T) >= 8).astype(jnp.int32)[None].repeat(B, 0)
+  packed, _, _ = run(slow, n, value, segments=segments)
+  apart, _, _ = run(slow, n[:, 8:], value[:, 8:])
+  np.testing.assert_allclose(packed[:, 8:], apart, atol=1e-12)
+
+
+def test_outer_gradient_goes_through_the_writes():
+  slow, n, value = random_level()
+  loss = lambda value, rate: jnp.sum(
+    cms.run_level(
+      slow, n, value, rate, chunk_length=C, error_clip=1.0, policy="sqrt"
+    )[0]
+    ** 2
+  )
+  to_value, to_rate = jax.grad(loss, (0, 1))(value, 0.3)
+  assert jnp.abs(to_value[:, : T - C]).max() > 0 and to_rate != 0

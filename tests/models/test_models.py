@@ -1,0 +1,203 @@
+"""What holds for every sequence layer, with and without a CMS."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hope_jax.config import CMSConfig, MemoryConfig, ModelConfig
+from hope_jax.models import language_model
+from hope_jax.models.block import SEQUENCE_LAYERS
+from tests.pallas_kernels.testing import fast_jit
+
+B, T = 2, 40
+TITANS = MemoryConfig(
+  adaptive=(),
+  target="shared",
+  delta_rule="literal",
+  chunk_length=4,
+  projection_chunk_length=8,
+)
+HOPE = dataclasses.replace(
+  TITANS,
+  adaptive=("k", "v", "q", "eta", "alpha"),
+  target="self",
+  delta_rule="proximal",
+)
+CMS = CMSConfig(hidden=(8, 8, 16), chunk_lengths=(4, 8, 0))
+MEMORIES = {"titans": TITANS, "hope": HOPE}
+NAMES = tuple(SEQUENCE_LAYERS)
+
+
+def make(name, **fields):
+  defaults = dict(
+    sequence_layer=name,
+    vocab_size=31,
+    width=16,
+    num_layers=2,
+    num_heads=2,
+    ffn_hidden=32,
+    context_length=T,
+    memory=MEMORIES.get(name, TITANS),
+    cms=CMS if name.startswith("hope") else CMSConfig(),
+  )
+  return ModelConfig(**defaults | fields)
+
+
+def init(config, seed=0):
+  model = language_model.LanguageModel(config)
+  tokens = jax.random.randint(jax.random.key(seed), (B, T), 0, 31)
+  params = fast_jit(model.init)(jax.random.key(seed + 1), tokens)["params"]
+  params = nn.unbox(params)
+  # The 0.02 of the slow weights is small at this width: let them matter.
+  params = jax.tree.map(lambda x: x * 4 if x.ndim > 2 else x, params)
+  return model, params, tokens
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_model_is_causal(name):
+  model, params, tokens = init(make(name))
+  run = fast_jit(lambda tokens: model.apply({"params": params}, tokens).logits)
+  before, after = run(tokens), run(tokens.at[:, 21].add(1) % 31)
+  np.testing.assert_array_equal(before[:, :21], after[:, :21])
+  assert jnp.abs(before - after)[:, 21].max() > 1e-4
+  assert jnp.abs(before - after)[:, 30:].max() > 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prefill_and_decode_equal_the_full_pass(name):
+  config = make(name)
+  model, params, tokens = init(config)
+  apply = fast_jit(lambda *a: model.apply({"params": params}, *a))
+  full = apply(tokens).logits
+  state = language_model.init_state(config, B)
+  out = apply(tokens[:, :29], state)
+  logits = [out.logits]
+  for t in range(29, T):
+    out = apply(tokens[:, t : t + 1], out.state)
+    logits.append(out.logits)
+  np.testing.assert_allclose(
+    jnp.concatenate(logits, axis=1), full, atol=2e-5, rtol=1e-4
+  )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_documents_do_not_see_each_other(name):
+  model, params, tokens = init(make(name))
+  segments = (jnp.arange(T) >= 16).astype(jnp.int32)[None].repeat(B, 0)
+  apply = fast_jit(
+    lambda tokens, segments: model.apply(
+      {"params": params}, tokens, None, segments
+    ).logits
+  )
+  packed = apply(tokens, segments)
+  apart = apply(tokens[:, 16:], jnp.zeros((B, T - 16), jnp.int32))
+  np.testing.assert_allclose(packed[:, 16:], apart, atol=2e-5, rtol=1e-4)
+
+
+def without_rates(params):
+  """All inner learn rates exactly 0, everything else as it is."""
+
+  def change(path, x):
+    name = jax.tree_util.keystr(path)
+    if "eta_bias" in name or "gates_learn_rate" in name:
+      return jnp.full_like(x, -1e9)
+    return x
+
+  return jax.tree_util.tree_map_with_path(change, params)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "transformer"])
+@pytest.mark.parametrize("read", ["token_pre", "chunk"])
+def test_rates_zero_is_the_twin_bit_for_bit(name, read):
+  config = make(name)
+  memory = dataclasses.replace(config.memory, read=read)
+  config = dataclasses.replace(config, memory=memory)
+  _, params, tokens = init(config)
+  params = without_rates(params)
+  twin = dataclasses.replace(config, inner_rates="off")
+  logits = [
+    jax.jit(language_model.LanguageModel(c).apply)(
+      {"params": params}, tokens
+    ).logits
+    for c in (config, twin)
+  ]
+  np.testing.assert_array_equal(*logits)
+
+
+@pytest.mark.parametrize("name", ["titans", "hope"])
+def test_every_initial_state_and_gate_gets_a_gradient(name):
+  model, params, tokens = init(make(name))
+
+  def loss(params):
+    logits = model.apply({"params": params}, tokens).logits
+    picked = jnp.take_along_axis(
+      nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1
+    )
+    return -jnp.mean(picked)
+
+  gradient = fast_jit(jax.grad(loss))(params)
+  mixer = gradient["blocks"]["mixer"]
+  for group in ("initial", "gates"):
+    for leaf_name, leaf in jax.tree_util.tree_leaves_with_path(mixer[group]):
+      per_layer = jnp.linalg.norm(leaf.reshape(leaf.shape[0], -1), axis=1)
+      assert (per_layer > 0).all(), (group, leaf_name)
+  if name == "hope":
+    boxes = mixer["initial"]["boxes_hidden"]  # [L, H, G F, K]
+    per_box = boxes.reshape(2, 2, 5, 8, 8)
+    assert (jnp.linalg.norm(per_box, axis=(3, 4)) > 0).all()
+    for level in ("level_0", "level_1"):
+      rates = gradient["blocks"]["cms"][level]["gates_learn_rate"]
+      assert (rates != 0).all()
+
+
+@pytest.mark.parametrize("level", make("hope").fast_levels)
+def test_every_level_of_hope_changes_the_output(level):
+  config = make("hope")
+  model, params, tokens = init(config)
+  live = fast_jit(model.apply)({"params": params}, tokens).logits
+  frozen = dataclasses.replace(config, frozen_levels=(level,))
+  off = fast_jit(language_model.LanguageModel(frozen).apply)(
+    {"params": params}, tokens
+  ).logits
+  assert jnp.abs(live - off).max() > 1e-6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_remat_and_dtype_keep_the_function(name):
+  config = make(name)
+  model, params, tokens = init(config)
+
+  def gradient(**fields):
+    changed = language_model.LanguageModel(
+      dataclasses.replace(config, **fields)
+    )
+    loss = lambda p: jnp.sum(
+      changed.apply({"params": p}, tokens).logits ** 2
+    )
+    return fast_jit(jax.value_and_grad(loss))(params)
+
+  (plain, g), (saved, h) = gradient(), gradient(remat="full")
+  np.testing.assert_allclose(plain, saved, rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(g), jax.tree.leaves(h), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * jnp.abs(a).max())
+  half = language_model.LanguageModel(
+    dataclasses.replace(config, dtype="bfloat16")
+  )
+  logits = fast_jit(half.apply)({"params": params}, tokens).logits
+  full = fast_jit(model.apply)({"params": params}, tokens).logits
+  error = jnp.abs(logits - full).mean() / jnp.abs(full).mean()
+  assert error < 3e-2
+
+
+@pytest.mark.parametrize("name", ["titans", "hope"])
+def test_dynamics_are_finite_scalars_per_layer(name):
+  model, params, tokens = init(make(name))
+  _, sown = model.apply({"params": params}, tokens, mutable=["dynamics"])
+  leaves = jax.tree.leaves(sown)
+  assert leaves
+  for leaf in leaves:
+    assert leaf.shape == (2,) and jnp.isfinite(leaf).all()
