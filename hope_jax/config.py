@@ -12,7 +12,7 @@ one-line `ConfigError`.  The paper's symbols become words here:
 import dataclasses
 import difflib
 import typing
-from typing import Any
+from typing import Any, Literal
 
 
 class ConfigError(ValueError):
@@ -75,7 +75,7 @@ class MemoryConfig:
   half_life_max: float = 16384.0
   initial_learn_rate: float = 0.7
   initial_momentum: float = 0.88
-  remat: str = "sqrt"
+  remat: Literal["none", "chunk", "sqrt"] = "sqrt"
 
   def __post_init__(self):
     _choice(self.architecture, "memory.architecture", ("mlp", "matrix"))
@@ -351,6 +351,9 @@ def _convert_value(hint: Any, value: Any, name: str) -> Any:
       value = (value,)
     item = typing.get_args(hint)[0]
     return tuple(_convert_value(item, v, name) for v in value)
+  if origin is Literal:
+    _choice(value, name, typing.get_args(hint))
+    return value
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
   if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

@@ -36,11 +36,11 @@ def l2_normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
 class Weights(NamedTuple):
   """One value per layer: hidden [..., F, K] (None: matrix), output [..., E, F].
 
-  Also used for what belongs to a layer: momenta, inputs, errors.
+  Also used for what belongs to a layer: momenta, inputs, shapes.
   """
 
-  hidden: jax.Array | None
-  output: jax.Array
+  hidden: Any
+  output: Any
 
 
 class Trace(NamedTuple):

@@ -16,7 +16,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.scan import checkpointed_scan
+from pallas_kernels.scan import CheckpointPolicy, checkpointed_scan
 
 
 @flax.struct.dataclass
@@ -32,6 +32,10 @@ class ChunkState:
   now: dict[str, Any]
   start: Any
   position: jax.Array
+
+  def with_weights(self, now_weight: Any, start: Any) -> "ChunkState":
+    """The same state with other weights."""
+    return ChunkState({**self.now, "weight": now_weight}, start, self.position)
 
 
 def fresh(now: dict[str, Any]) -> ChunkState:
@@ -97,7 +101,7 @@ def scan_chunks(
   layout: Layout,
   *,
   chunk_length: int,
-  policy: str,
+  policy: CheckpointPolicy,
   continued: bool,
   resets: tuple[jax.Array, dict[str, Any]] | None = None,
 ) -> tuple[Any, ChunkState | None]:
@@ -118,9 +122,7 @@ def scan_chunks(
       return now
     assert resets is not None
     return jax.tree.map(
-      lambda a, b: jnp.where(
-        reset_B.reshape(-1, *(1,) * (a.ndim - 1)), b, a
-      ),
+      lambda a, b: jnp.where(reset_B.reshape(-1, *(1,) * (a.ndim - 1)), b, a),
       now,
       resets[1],
     )

@@ -20,14 +20,15 @@ import jax
 import jax.numpy as jnp
 
 from hope_jax.memory import chunks, deep, rules
+from pallas_kernels.scan import CheckpointPolicy
 
 
 class LevelWeights(NamedTuple):
   """gate, up [..., D, F], down [..., F, D]: slow, or fast with B in front."""
 
-  gate: jax.Array
-  up: jax.Array
-  down: jax.Array
+  gate: Any
+  up: Any
+  down: Any
 
 
 def zero_state(slow: LevelWeights, batch_size: int) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def run_level(
   *,
   chunk_length: int,
   error_clip: float,
-  policy: str,
+  policy: CheckpointPolicy,
   state: chunks.ChunkState | None = None,
   segments: jax.Array | None = None,
   with_dynamics: bool = False,
@@ -70,9 +71,7 @@ def run_level(
   # The slow products of all tokens at once; the scan adds the fast ones.
   slow_gate = jnp.einsum("BTD,DF->BTF", inputs, slow.gate)
   slow_up = jnp.einsum("BTD,DF->BTF", inputs, slow.up)
-  xs = [
-    layout.split(x, axis=1) for x in (inputs, values, slow_gate, slow_up)
-  ]
+  xs = [layout.split(x, axis=1) for x in (inputs, values, slow_gate, slow_up)]
 
   def step(start, now, xs, live):
     n, value, slow_gate, slow_up = xs

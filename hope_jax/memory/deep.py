@@ -60,10 +60,7 @@ def anchored(
   if cfg.retention != "zero":
     return initial, state, zero
   add = lambda weight: architectures.whole(initial, weight)
-  state = state.replace(
-    now={**state.now, "weight": add(state.now["weight"])},
-    start=add(state.start),
-  )
+  state = state.with_weights(add(state.now["weight"]), add(state.start))
   return None, state, {**zero, "weight": add(zero["weight"])}
 
 
@@ -175,7 +172,10 @@ def learn_chunk(
   inputs = jnp.concatenate([keys, values], axis=2) if learns_own else keys
   whole = start if slow is None else architectures.whole(slow, start)
   trace = architectures.forward(whole, inputs, cfg.activation)
-  first = lambda x: None if x is None else x[:, :, :size]
+
+  def first(x) -> Any:
+    return None if x is None else x[:, :, :size]
+
   predictions = first(trace.outputs)
   targets = trace.outputs[:, :, size:] if learns_own else values
   error = rules.output_error(predictions, targets, cfg)
@@ -185,7 +185,8 @@ def learn_chunk(
   token_read = cfg.read != "chunk"
   momentum = now["momentum"] or Weights(None, None)
 
-  hidden, read_features = None, query[0]
+  hidden: Any = None
+  read_features = query[0]
   if whole.hidden is not None:
     hidden = rules.write_layer(
       keys,
@@ -201,7 +202,7 @@ def learn_chunk(
       divide=divide,
       queries=query[0] if token_read else None,
     )
-    z = (
+    z: Any = (
       hidden.outputs
       if token_read
       else architectures.apply(query[0], start.hidden)
@@ -224,7 +225,7 @@ def learn_chunk(
     divide=1 if exact else divide,
     queries=read_features if token_read else None,
   )
-  fast = (
+  fast: Any = (
     output.outputs
     if token_read
     else architectures.apply(read_features, start.output)
@@ -258,10 +259,7 @@ def difference(
   if state is None or cfg.retention != "zero":
     return state
   minus = lambda w: jax.tree.map(lambda a, b: b - a[None], initial, w)
-  return state.replace(
-    now={**state.now, "weight": minus(state.now["weight"])},
-    start=minus(state.start),
-  )
+  return state.with_weights(minus(state.now["weight"]), minus(state.start))
 
 
 def dynamics_of(
@@ -319,9 +317,10 @@ def relative_change(initial: Any, weight: Any, is_whole: bool = False):
     change = jax.tree.map(lambda w, m: w - m[None], weight, initial)
 
   def square(tree):
-    return sum(
+    squares = [
       jnp.sum(jnp.square(w), axis=(-2, -1)) for w in jax.tree.leaves(tree)
-    )
+    ]
+    return sum(squares[1:], squares[0])
 
   return jnp.median(jnp.sqrt(square(change) / square(initial)[None]))
 

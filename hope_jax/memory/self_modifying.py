@@ -40,9 +40,9 @@ class Boxes(NamedTuple):
   gate [..., H, G, 1, F] (eta, alpha).
   """
 
-  hidden: jax.Array | None
-  projection: jax.Array | None
-  gate: jax.Array | None
+  hidden: Any
+  projection: Any
+  gate: Any
 
 
 class Slow(NamedTuple):
@@ -99,7 +99,7 @@ def slow_hidden(
   return x, _apply(_boxed(initial.hidden, len(boxes)), x)
 
 
-def _boxed(hidden: jax.Array, count: int) -> jax.Array:
+def _boxed(hidden: Any, count: int) -> jax.Array:
   """[..., G F, K] -> [..., G, F, K]."""
   return hidden.reshape(*hidden.shape[:-2], count, -1, hidden.shape[-1])
 
@@ -126,6 +126,7 @@ def project(
       if fast is not None:
         product = _apply(_boxed(fast.hidden, x.shape[2]), x)
         z = product if z is None else z + product
+      assert z is not None
       features = architectures.activate(z, cfg.activation)[0]
     parts = {
       "projection": features[:, :, :split],
@@ -159,12 +160,12 @@ def project(
 
 
 class BoxTrace(NamedTuple):
-  """Forward pass of all boxes on one input; per layer inputs and outputs."""
+  """Forward pass of all boxes on one input; None where there is no box."""
 
-  features: jax.Array  # [B, H, G, C, F], input of the output layers
-  slope: jax.Array | None  # act'(z), [B, H, C, G F]
-  projection: jax.Array | None  # [B, H, G, C, K]
-  gate: jax.Array | None  # [B, H, G, C, 1]
+  features: Any  # [B, H, G, C, F], input of the output layers
+  slope: Any  # act'(z), [B, H, C, G F]
+  projection: Any  # [B, H, G, C, K]
+  gate: Any  # [B, H, G, C, 1]
 
 
 def forward(boxes: Boxes, x: jax.Array, cfg: MemoryConfig) -> BoxTrace:
@@ -228,7 +229,7 @@ def run_projections(
   )
 
   def step(start, now, xs, live):
-    made = project(slow, start, *xs, cfg)
+    made = project(slow, start, xs[0], xs[1], cfg)
     start = start if slow is None else architectures.whole(slow, start)
     gates = made.gates._replace(
       retention=rules.retained(made.gates.retention, cfg)
@@ -270,7 +271,7 @@ def _slow_projections(initial: Boxes, p: Slow, cfg: MemoryConfig) -> Projected:
       lambda x: layout.split(x, axis=3), slow_hidden(initial, p, cfg)
     ),
   )
-  made = jax.lax.map(lambda xs: project(initial, None, *xs, cfg), xs)
+  made = jax.lax.map(lambda xs: project(initial, None, xs[0], xs[1], cfg), xs)
   return jax.tree.map(lambda x: layout.merge(x, axis=2), made)
 
 
@@ -286,9 +287,13 @@ def learn_chunk(
   """One chunk of all boxes: (state after, trace of k, trace of v = targets)."""
   size = made.k.shape[2]
   both = forward(start, jnp.concatenate([made.k, made.v], axis=2), cfg)
-  at_chunk = lambda part, axis: None if part is None else (
-    jax.lax.slice_in_dim(part, 0, size, axis=axis),
-    jax.lax.slice_in_dim(part, size, 2 * size, axis=axis),
+  at_chunk = lambda part, axis: (
+    None
+    if part is None
+    else (
+      jax.lax.slice_in_dim(part, 0, size, axis=axis),
+      jax.lax.slice_in_dim(part, size, 2 * size, axis=axis),
+    )
   )
   parts = [
     at_chunk(part, 2 if name == "slope" else 3) or (None, None)
@@ -316,9 +321,7 @@ def learn_chunk(
     error = on[None, None, :, None, None] * rules.output_error(
       getattr(trace, kind), getattr(targets, kind), cfg
     )
-    back.append(
-      jnp.einsum("BHGCE,BHGEF->BHCGF", error, getattr(start, kind))
-    )
+    back.append(jnp.einsum("BHGCE,BHGEF->BHCGF", error, getattr(start, kind)))
     out = rules.write_layer(
       trace.features[:, :, first : first + len(boxes)],
       error,

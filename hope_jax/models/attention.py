@@ -89,7 +89,7 @@ class Attention(nn.Module):
           cfg.conv_window, p.dtype, name=f"conv_{name}"
         )(p, state.conv[name] if state else None, segments)
       projected[name] = p.reshape(heads)
-    start = state.position if state else 0
+    start = state.position if state else jnp.zeros((), jnp.int32)
     position = start + jnp.arange(length)
     q = rotate(projected["query"], position, cfg.rope_base)
     k = rotate(projected["key"], position, cfg.rope_base)

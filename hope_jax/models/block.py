@@ -6,6 +6,8 @@
 another mixer and one slow FFN level.)
 """
 
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -26,8 +28,8 @@ SEQUENCE_LAYERS = {
 class BlockState:
   """Fast state of one block; `cms` has one entry per fast level."""
 
-  mixer: object
-  cms: object
+  mixer: Any
+  cms: Any
 
 
 def init_state(config: ModelConfig, batch_size: int) -> BlockState:

@@ -64,7 +64,7 @@ class FastLevel(nn.Module):
       self._weight("down", std / (2 * cfg.num_layers) ** 0.5, ("mlp", "embed")),
     )
     start = math.log(math.expm1(cfg.cms.initial_learn_rate))
-    rate = self.param("gates_learn_rate", lambda key: jnp.full((), start))
+    rate: Any = self.param("gates_learn_rate", lambda key: jnp.full((), start))
     n = n_BTD.astype(jnp.float32)
     if not cfg.is_live(self.level):
       return cms.feed_forward(slow, None, n).astype(n_BTD.dtype), state
@@ -85,7 +85,7 @@ class FastLevel(nn.Module):
     layers.sow_dynamics(self, self.level, dynamics)
     return y.astype(n_BTD.dtype), state
 
-  def _weight(self, name, std, axes):
+  def _weight(self, name, std, axes) -> Any:
     sizes = {"embed": self.config.width, "mlp": self.hidden}
     return self.param(
       name,

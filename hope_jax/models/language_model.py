@@ -57,7 +57,7 @@ class LanguageModel(nn.Module):
     x_BTD = nn.with_logical_constraint(
       embed(tokens_BT), ("batch", "length", "act")
     )
-    layer = block.Block
+    layer: Any = block.Block
     if cfg.remat != "none":
       policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
       layer = nn.remat(
@@ -65,7 +65,8 @@ class LanguageModel(nn.Module):
         prevent_cse=False,
         policy=policy if cfg.remat == "dots" else None,
       )
-    layer = nn.scan(
+    scan: Any = nn.scan  # its annotations know no tuple of axes
+    layer = scan(
       layer,
       variable_axes={"params": 0, "dynamics": 0},
       split_rngs={"params": True},

@@ -34,9 +34,7 @@ def dense(
     features,
     use_bias=False,
     dtype=jnp.dtype(config.dtype),
-    kernel_init=nn.with_logical_partitioning(
-      nn.initializers.normal(std), axes
-    ),
+    kernel_init=nn.with_logical_partitioning(nn.initializers.normal(std), axes),
     name=name,
   )
 
@@ -70,7 +68,7 @@ class ShortConv(nn.Module):
   ) -> tuple[jax.Array, jax.Array]:
     batch, length, width = x_BTD.shape
     bound = self.window**-0.5
-    kernel_WD = self.param(
+    kernel: Any = self.param(
       "kernel",
       nn.with_logical_partitioning(
         lambda key, shape: jax.random.uniform(
@@ -79,7 +77,8 @@ class ShortConv(nn.Module):
         ("window", "heads"),
       ),
       (self.window, width),
-    ).astype(self.dtype)
+    )
+    kernel_WD = kernel.astype(self.dtype)
     if state is None:
       state = jnp.zeros((batch, self.window - 1, width), x_BTD.dtype)
     padded = jnp.concatenate([state.astype(x_BTD.dtype), x_BTD], axis=1)

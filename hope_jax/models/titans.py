@@ -86,7 +86,7 @@ class Gates(nn.Module):
       del starts["beta"]
     logits = {}
     for name, start in starts.items():
-      bias = self.param(
+      bias: Any = self.param(
         f"{name}_bias",
         nn.with_logical_partitioning(
           lambda key, start=start: start, ("heads",)
@@ -115,9 +115,7 @@ def initial_shapes(config: ModelConfig) -> tuple[Weights, Boxes]:
   gates = len(self_modifying.members(cfg, self_modifying.GATES))
   count = projections + gates
   return (
-    Weights(
-      None if is_matrix else (heads, hidden, dim), (heads, dim, hidden)
-    ),
+    Weights(None if is_matrix else (heads, hidden, dim), (heads, dim, hidden)),
     Boxes(
       None if is_matrix or not count else (heads, count * hidden, dim),
       (heads, projections, dim, hidden) if projections else None,
@@ -151,7 +149,7 @@ class InitialWeights(nn.Module):
 
     return weights("memory", memory, 0.1), weights("boxes", boxes, 0.02)
 
-  def _weight(self, name, std, shape):
+  def _weight(self, name, std, shape) -> Any:
     axes = ("heads", *("boxes",) * (len(shape) - 3), "memory_out", "memory_in")
     return self.param(
       name,
@@ -168,7 +166,7 @@ class ReadOut(nn.Module):
   @nn.compact
   def __call__(self, x_BTD, o_BHTK):
     cfg = self.config
-    scale = self.param(
+    scale: Any = self.param(
       "norm_scale",
       nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
       (cfg.head_dim,),

@@ -190,6 +190,7 @@ def unit_lower_inverse(strict_lower: jax.Array) -> jax.Array:
   dM = -M tril(dL, -1) M, hence dL = -tril(M^T dM M^T, -1) in reverse.
   """
   size = strict_lower.shape[-1]
+  assert strict_lower.shape[-2] == size, strict_lower.shape
   base = min(_BASE_BLOCK, size)
   num_blocks = 1 << (-(-size // base) - 1).bit_length()
   padding = base * num_blocks - size

@@ -85,9 +85,7 @@ def test_level_changes_only_at_its_period():
   state = chunks.fresh(cms.zero_state(slow, B))
   for t in range(T):
     before = state.start.up
-    _, state, _ = run(
-      slow, n[:, t : t + 1], value[:, t : t + 1], state=state
-    )
+    _, state, _ = run(slow, n[:, t : t + 1], value[:, t : t + 1], state=state)
     changed = bool(jnp.any(before != state.start.up))
     assert changed == ((t + 1) % C == 0)
 

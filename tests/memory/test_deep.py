@@ -58,9 +58,7 @@ def random_memory(seed=0, length=T, architecture="mlp"):
   )
   retention = gate(0.6, 1.0)
   retention = retention.at[:, :, length // 2].set(0.0)  # an exact zero
-  return initial, sequence, Gates(
-    gate(0.05, 0.9), retention, gate(0.3, 0.9)
-  )
+  return initial, sequence, Gates(gate(0.05, 0.9), retention, gate(0.3, 0.9))
 
 
 def by_name(weights):
@@ -83,9 +81,9 @@ def loop(initial, sequence, gates, cfg):
 def chunked(initial, sequence, gates, cfg, **kwargs):
   if cfg.momentum == "none":
     gates = gates._replace(momentum_decay=None)
-  return fast_jit(
-    lambda *a: deep.run_memory(*a, cfg=cfg, **kwargs).outputs
-  )(initial, *sequence, gates)
+  return fast_jit(lambda *a: deep.run_memory(*a, cfg=cfg, **kwargs).outputs)(
+    initial, *sequence, gates
+  )
 
 
 OPTIONS = [
@@ -136,9 +134,9 @@ def test_memory_literal_equals_written_out_equations():
       g1, g2 = jax.grad(loss, (0, 1))(w1, w2)
       hidden = jax.nn.silu(w2 @ k)
       s1, s2 = beta * s1 - eta * g1, beta * s2 - eta * g2
-      w1 = w1 @ (
-        alpha * jnp.eye(F) - eta * jnp.outer(hidden, hidden)
-      ) + s1  # (88)
+      w1 = (
+        w1 @ (alpha * jnp.eye(F) - eta * jnp.outer(hidden, hidden)) + s1
+      )  # (88)
       w2 = w2 @ (alpha * jnp.eye(K) - eta * jnp.outer(k, k)) + s2
 
 
@@ -161,9 +159,7 @@ def test_memory_remat_keeps_gradients(remat):
   case = random_memory(length=200)
   gradient = lambda policy: jax.grad(
     lambda initial: jnp.sum(
-      chunked(
-        initial, *case[1:], MemoryConfig(chunk_length=2, remat=policy)
-      )
+      chunked(initial, *case[1:], MemoryConfig(chunk_length=2, remat=policy))
       ** 2
     )
   )(case[0])
@@ -262,8 +258,6 @@ def test_memory_changes_by_a_percent_in_4k_tokens():
       lambda x: x.astype(jnp.float32), random_memory(length=4096)
     )
     gates = Gates(*(jnp.full((B, H, 4096), g) for g in (0.7, 0.9999, 0.88)))
-    out = deep.run_memory(
-      initial, *sequence, gates, cfg, with_dynamics=True
-    )
+    out = deep.run_memory(initial, *sequence, gates, cfg, with_dynamics=True)
     assert out.dynamics["relative_change"] > 0.01
     assert jnp.isfinite(out.outputs).all()

@@ -11,8 +11,8 @@ from hope_jax.config import MemoryConfig
 from hope_jax.memory import chunks, deep, self_modifying
 from hope_jax.memory.self_modifying import Boxes, Slow
 from tests.memory import oracle
-from tests.pallas_kernels.testing import fast_jit
 from tests.memory.test_deep import LITERAL
+from tests.pallas_kernels.testing import fast_jit
 
 B, H, T, K, F = 2, 2, 21, 4, 6
 
@@ -85,16 +85,12 @@ CASES = [
   ids=lambda o: str(o)[:40],
 )
 def test_projections_equal_token_loop(options, chunk_length):
-  cfg = MemoryConfig(
-    **options | {"projection_chunk_length": chunk_length}
-  )
+  cfg = MemoryConfig(**options | {"projection_chunk_length": chunk_length})
   initial, slow = random_boxes(cfg)
   if not cfg.proximal:  # the literal rule is stable for small steps only
     slow = slow._replace(eta=slow.eta - 4)
   ours = run(initial, slow, cfg)
-  sequence = {
-    name: x for name, x in slow._asdict().items() if x is not None
-  }
+  sequence = {name: x for name, x in slow._asdict().items() if x is not None}
   sequence.setdefault("beta", jnp.zeros((B, H, T)))
   heads = jax.vmap(lambda weights, at: oracle.run_boxes(weights, at, cfg)[0])
   batch = fast_jit(jax.vmap(heads, in_axes=(None, 0)))
