@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hope_jax.memory import chunks, cms, rules
+from tests.pallas_kernels.testing import fast_jit
 
 B, T, D, F, C = 2, 22, 5, 7, 4
 
@@ -23,9 +24,9 @@ def random_level(seed=0):
   return slow, normal(B, T, D), normal(B, T, D)
 
 
-def run(slow, n, value, **kwargs):
+def run(slow, n, value, state=None, **kwargs):
   options = dict(chunk_length=C, error_clip=1.0, policy="sqrt") | kwargs
-  return cms.run_level(slow, n, value, 0.3, **options)
+  return cms.run_level(slow, n, value, 0.3, state=state, **options)
 
 
 def block(weights, n):
@@ -82,10 +83,11 @@ def test_unclipped_write_is_the_gradient_of_the_loss():
 
 def test_level_changes_only_at_its_period():
   slow, n, value = random_level()
+  step = fast_jit(run)
   state = chunks.fresh(cms.zero_state(slow, B))
   for t in range(T):
     before = state.start.up
-    _, state, _ = run(slow, n[:, t : t + 1], value[:, t : t + 1], state=state)
+    _, state, _ = step(slow, n[:, t : t + 1], value[:, t : t + 1], state)
     changed = bool(jnp.any(before != state.start.up))
     assert changed == ((t + 1) % C == 0)
 
@@ -94,10 +96,11 @@ def test_level_changes_only_at_its_period():
 def test_level_in_pieces_equals_one_pass(pieces):
   slow, n, value = random_level()
   whole, _, _ = run(slow, n, value)
+  step = fast_jit(run)
   state, outputs, first = chunks.fresh(cms.zero_state(slow, B)), [], 0
   for size in pieces:
     part = slice(first, first + size)
-    y, state, _ = run(slow, n[:, part], value[:, part], state=state)
+    y, state, _ = step(slow, n[:, part], value[:, part], state)
     outputs.append(y)
     first += size
   np.testing.assert_allclose(

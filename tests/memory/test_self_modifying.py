@@ -61,11 +61,13 @@ def box_weights(initial, cfg):
   return named
 
 
-def run(initial, slow, cfg, **kwargs):
-  made, state, _ = fast_jit(
-    lambda *a: self_modifying.run_projections(*a, cfg, **kwargs)
-  )(initial, slow)
+def project(initial, slow, cfg, **kwargs):
+  made, _, _ = self_modifying.run_projections(initial, slow, cfg, **kwargs)
   return [made.k, made.v, made.q, made.gates.learn_rate, made.gates.retention]
+
+
+def run(initial, slow, cfg, **kwargs):
+  return fast_jit(lambda *a: project(*a, cfg, **kwargs))(initial, slow)
 
 
 CASES = [
@@ -104,9 +106,10 @@ def test_projections_outer_gradient_reaches_every_box():
     adaptive=("k", "v", "q", "eta", "alpha"), projection_chunk_length=4
   )
   initial, slow = random_boxes(cfg)
-  gradient = jax.grad(
-    lambda initial: sum(jnp.sum(jnp.sin(x)) for x in run(initial, slow, cfg))
-  )(initial)
+  total = lambda initial: sum(
+    jnp.sum(jnp.sin(x)) for x in project(initial, slow, cfg)
+  )
+  gradient = fast_jit(jax.grad(total))(initial)
   assert (jnp.linalg.norm(gradient.hidden, axis=-1) > 0).all()
   assert (jnp.linalg.norm(gradient.projection, axis=(-2, -1)) > 0).all()
   assert (jnp.linalg.norm(gradient.gate, axis=(-2, -1)) > 0).all()
@@ -135,16 +138,17 @@ def test_projections_in_pieces_equal_one_pass(retention):
   cfg = MemoryConfig(projection_chunk_length=4, retention=retention)
   initial, slow = random_boxes(cfg)
   whole = run(initial, slow, cfg)
-  state, parts, first = (
-    chunks.fresh(deep.zero_state(initial, B, cfg)),
-    [],
-    0,
-  )
-  for size in (5, 1, 7, 1, 7):
-    piece = jax.tree.map(lambda x: x[:, :, first : first + size], slow)  # noqa: B023
-    made, state, _ = self_modifying.run_projections(
-      initial, piece, cfg, state=state
+  state = chunks.fresh(deep.zero_state(initial, B, cfg))
+  step = fast_jit(
+    lambda slow, state: self_modifying.run_projections(
+      initial, slow, cfg, state=state
     )
+  )
+  parts, first = [], 0
+  for size in (5, 1, 7, 1, 7):
+    part = slice(first, first + size)
+    piece = Slow(*(x[:, :, part] for x in slow))
+    made, state, _ = step(piece, state)
     parts.append(made)
     first += size
   k = jnp.concatenate([part.k for part in parts], axis=2)
