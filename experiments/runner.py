@@ -297,16 +297,21 @@ def _say(line: str) -> None:
 
 @contextlib.contextmanager
 def _interrupt_on_terminate() -> Iterator[None]:
-  """SIGTERM acts like Ctrl-C, so that no child outlives the runner."""
+  """SIGTERM acts like Ctrl-C, so that no child outlives the runner.
+
+  Ctrl-C's own handler is set, too: a shell's background job ignores SIGINT.
+  """
 
   def interrupt(*_):
     raise KeyboardInterrupt
 
-  before = signal.signal(signal.SIGTERM, interrupt)
+  numbers = (signal.SIGINT, signal.SIGTERM)
+  before = [signal.signal(number, interrupt) for number in numbers]
   try:
     yield
   finally:
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in zip(numbers, before, strict=True):
+      signal.signal(number, handler)
 
 
 def arguments(

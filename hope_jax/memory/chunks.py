@@ -16,7 +16,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.scan import CheckpointPolicy, checkpointed_scan
+from pallas_kernels.scan import (
+  CheckpointPolicy,
+  checkpointed_scan,
+  merge_chunks,
+  split_chunks,
+)
 
 
 @flax.struct.dataclass
@@ -58,24 +63,18 @@ class Layout(NamedTuple):
 
   def split(self, x: jax.Array, axis: int) -> jax.Array:
     """Cuts axis T into chunks and moves them first: [N, ..., C, ...]."""
-    space = self.count * self.length
-    if self.live is not None:
+    if self.offset is not None:
       widths = [(0, 0)] * x.ndim
-      widths[axis] = (0, space - self.tokens)
-      x = jnp.pad(x, widths)
-      if self.offset is not None:
-        x = jnp.roll(x, self.offset, axis)
-    shape = (*x.shape[:axis], self.count, self.length, *x.shape[axis + 1 :])
-    return jnp.moveaxis(x.reshape(shape), axis, 0)
+      widths[axis] = (0, self.count * self.length - self.tokens)
+      x = jnp.roll(jnp.pad(x, widths), self.offset, axis)
+    return split_chunks(x, self.length, axis)
 
   def merge(self, y: jax.Array, axis: int) -> jax.Array:
     """Inverse of `split`."""
-    y = jnp.moveaxis(y, 0, axis)
-    shape = (*y.shape[:axis], self.count * self.length, *y.shape[axis + 2 :])
-    y = y.reshape(shape)
-    if self.offset is not None:
-      return jax.lax.dynamic_slice_in_dim(y, self.offset, self.tokens, axis)
-    return jax.lax.slice_in_dim(y, 0, self.tokens, axis=axis)
+    if self.offset is None:
+      return merge_chunks(y, self.tokens, axis)
+    y = merge_chunks(y, self.count * self.length, axis)
+    return jax.lax.dynamic_slice_in_dim(y, self.offset, self.tokens, axis)
 
 
 def plan(tokens: int, chunk_length: int, state: ChunkState | None) -> Layout:

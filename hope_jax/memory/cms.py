@@ -74,37 +74,13 @@ def run_level(
   xs = [layout.split(x, axis=1) for x in (inputs, values, slow_gate, slow_up)]
 
   def step(start, now, xs, live):
-    n, value, slow_gate, slow_up = xs
-    gate = slow_gate + jnp.einsum("BCD,BDF->BCF", n, start.gate)
-    up = slow_up + jnp.einsum("BCD,BDF->BCF", n, start.up)
-    activated, slope = jax.jvp(jax.nn.silu, (gate,), (jnp.ones_like(gate),))
-    hidden = activated * up
-    y = jnp.einsum("BCF,FD->BCD", hidden, slow.down)
-    y = y + jnp.einsum("BCF,BFD->BCD", hidden, start.down)
-    error = rules.clip_norm(y - value, error_clip)
-    back = jnp.einsum("BCD,FD->BCF", error, slow.down)
-    back = back + jnp.einsum("BCD,BFD->BCF", error, start.down)
-    error_gate = rules.clip_norm(back * up * slope, error_clip)
-    error_up = rules.clip_norm(back * activated, error_clip)
-
-    def write(weight, layer_input, layer_error):
-      square = jnp.sum(jnp.square(layer_input), axis=-1)
-      rate = learn_rate / (1.0 + learn_rate * square) / chunk_length
-      if live is not None:
-        rate = jnp.where(live[None], rate, 0)
-      return weight - jnp.einsum(
-        "BCD,BCF->BDF", layer_input * rate[..., None], layer_error
-      )
-
-    weight = now["weight"]
-    after = LevelWeights(
-      write(weight.gate, n, error_gate),
-      write(weight.up, n, error_up),
-      write(weight.down, hidden, error),
+    rate = learn_rate, chunk_length
+    after, y = learn_chunk(
+      slow, start, now["weight"], xs, live, rate, error_clip
     )
     dynamics = None
     if with_dynamics:
-      dynamics = _dynamics(slow, start, after, xs, y, error_clip)
+      dynamics = _dynamics(slow, after, xs, y, error_clip)
     return {"weight": after}, (y, dynamics)
 
   resets = chunks.chunk_resets(segments, layout)
@@ -125,6 +101,52 @@ def run_level(
   return layout.merge(y, axis=1), state, dynamics
 
 
+def learn_chunk(
+  slow: LevelWeights,
+  start: LevelWeights,
+  weight: LevelWeights,
+  xs: tuple[jax.Array, ...],
+  live: jax.Array | None,
+  rate: tuple[jax.Array, int],
+  error_clip: float,
+) -> tuple[LevelWeights, jax.Array]:
+  """One chunk: (weights after its tokens, y [B, C, D]).
+
+  Reads and gradients are taken at `start`; `weight` is what earlier tokens of
+  the chunk made of it.  `xs`: n, value and the slow products of gate and up.
+  `rate`: eta and the chunk length that its step is divided by.
+  """
+  n, value, slow_gate, slow_up = xs
+  gate = slow_gate + jnp.einsum("BCD,BDF->BCF", n, start.gate)
+  up = slow_up + jnp.einsum("BCD,BDF->BCF", n, start.up)
+  activated, slope = jax.jvp(jax.nn.silu, (gate,), (jnp.ones_like(gate),))
+  hidden = activated * up
+  y = jnp.einsum("BCF,FD->BCD", hidden, slow.down)
+  y = y + jnp.einsum("BCF,BFD->BCD", hidden, start.down)
+  error = rules.clip_norm(y - value, error_clip)
+  back = jnp.einsum("BCD,FD->BCF", error, slow.down)
+  back = back + jnp.einsum("BCD,BFD->BCF", error, start.down)
+  error_gate = rules.clip_norm(back * up * slope, error_clip)
+  error_up = rules.clip_norm(back * activated, error_clip)
+  learn_rate, chunk_length = rate
+
+  def write(weight, layer_input, layer_error):
+    square = jnp.sum(jnp.square(layer_input), axis=-1)
+    step = learn_rate / (1.0 + learn_rate * square) / chunk_length
+    if live is not None:
+      step = jnp.where(live[None], step, 0)
+    return weight - jnp.einsum(
+      "BCD,BCF->BDF", layer_input * step[..., None], layer_error
+    )
+
+  after = LevelWeights(
+    write(weight.gate, n, error_gate),
+    write(weight.up, n, error_up),
+    write(weight.down, hidden, error),
+  )
+  return after, y
+
+
 def feed_forward(
   slow: LevelWeights, fast: LevelWeights | None, n: jax.Array
 ) -> jax.Array:
@@ -143,7 +165,7 @@ def feed_forward(
   return apply(hidden, slow.down, fast.down)
 
 
-def _dynamics(slow, start, after, xs, y, error_clip):
+def _dynamics(slow, after, xs, y, error_clip):
   """Scalars of one chunk, as in `deep.dynamics_of`."""
   n, value, *_ = xs
   later = feed_forward(slow, after, n)

@@ -91,8 +91,7 @@ def run_memory(
   if not live:
     trace = architectures.forward(initial, queries, cfg.activation)
     return MemoryOutput(trace.outputs, state, None)
-  chunk_length = cfg.chunk_length
-  layout = chunks.plan(keys.shape[2], chunk_length, state)
+  layout = chunks.plan(keys.shape[2], cfg.chunk_length, state)
   continued = state is not None
   if state is None:
     state = chunks.fresh(zero_state(initial, keys.shape[0], cfg))
@@ -105,10 +104,10 @@ def run_memory(
     lambda x: layout.split(x, axis=2),
     (keys, values, (queries, slow_hidden), gates),
   )
-  live_places = None
-  if layout.live is not None:
+  live_places = layout.live
+  if live_places is not None:
     live_places = jnp.broadcast_to(
-      layout.live[:, None, None], xs[3].retention.shape
+      live_places[:, None, None], xs[3].retention.shape
     )
   decays = chunked.chunk_decays(
     xs[3].retention, xs[3].momentum_decay, live=live_places
@@ -116,12 +115,12 @@ def run_memory(
 
   def step(start, now, inputs, _):
     (k, v, query, gates), decays = inputs
-    after, read, dynamics = learn_chunk(
-      start, now, k, v, query, gates, decays, slow, cfg
-    )
+    loss = inner_loss(start, slow, k, v, cfg)
+    after, read = learn_chunk(start, now, loss, k, query, gates, decays, cfg)
+    dynamics = None
     if with_dynamics:
-      dynamics = dynamics_of(initial, after, gates, k, cfg, slow, *dynamics)
-    return after, (read, dynamics if with_dynamics else None)
+      dynamics = dynamics_of(initial, after, gates, k, cfg, slow, loss)
+    return after, (read, dynamics)
 
   resets = chunks.chunk_resets(segments, layout)
   (read, dynamics), state = chunks.scan_chunks(
@@ -129,7 +128,7 @@ def run_memory(
     state,
     (xs, decays),
     layout,
-    chunk_length=chunk_length,
+    chunk_length=cfg.chunk_length,
     policy=cfg.remat,
     continued=continued,
     resets=None if resets is None else (resets, origin),
@@ -144,91 +143,103 @@ def run_memory(
   )
 
 
-def learn_chunk(
+class InnerLoss(NamedTuple):
+  """The inner loss of a chunk's tokens at its first state.
+
+  features are the output layer's inputs [B, H, C, F], errors dL/dy per layer.
+  """
+
+  features: jax.Array
+  errors: Weights
+  predictions: jax.Array
+  targets: jax.Array
+
+
+def inner_loss(
   start: Weights,
-  now: dict[str, Any],
+  slow: Weights | None,
   keys: jax.Array,
   values: jax.Array,
-  query: tuple[jax.Array, jax.Array | None],
-  gates: Gates,
-  decays: chunked.ChunkDecays,
-  slow: Weights | None,
   cfg: MemoryConfig,
-) -> tuple[dict[str, Any], Weights, tuple[jax.Array, jax.Array]]:
-  """One chunk: (state after, what was read, (prediction, target)).
+) -> InnerLoss:
+  """Forward and backward of loss_factor |M(k) - vhat|^2, analytically.
 
-  Args:
-    start: fast weights at the chunk's first state, where gradients are taken.
-    now: fast state before the chunk's tokens given here.
-    query: q_t [B, H, C, K] and the slow part of its hidden layer.
-    slow: M_0 where the rule acts on the difference, else None.
-
-  Returns:
-    What was read: the hidden features of the queries (None: matrix) and the
-    output layer's fast part, for `read_out`.
+  Setting A (`token_exact`) replaces the output layer's error by M_0's
+  prediction - vhat, which is constant in D: the erase term completes the
+  error token by token.
   """
   size = keys.shape[2]
   learns_own = cfg.target == "self"
   inputs = jnp.concatenate([keys, values], axis=2) if learns_own else keys
   whole = start if slow is None else architectures.whole(slow, start)
   trace = architectures.forward(whole, inputs, cfg.activation)
-
-  def first(x) -> Any:
-    return None if x is None else x[:, :, :size]
-
-  predictions = first(trace.outputs)
+  predictions = trace.outputs[:, :, :size]
   targets = trace.outputs[:, :, size:] if learns_own else values
+  features = trace.inputs.output[:, :, :size]
   error = rules.output_error(predictions, targets, cfg)
-  features = first(trace.inputs.output)
-  exact = cfg.setting == "token_exact"
-  divide = rules.divisor(cfg, cfg.chunk_length)
-  token_read = cfg.read != "chunk"
-  momentum = now["momentum"] or Weights(None, None)
+  hidden = None
+  if trace.slope is not None:
+    hidden = rules.clip_norm(
+      architectures.hidden_error(whole.output, error, trace.slope[:, :, :size]),
+      cfg.error_clip,
+    )
+  if cfg.setting == "token_exact":
+    fast = architectures.apply(features, start.output)
+    error = predictions - targets - fast
+  return InnerLoss(features, Weights(hidden, error), predictions, targets)
 
-  hidden: Any = None
-  read_features = query[0]
-  if whole.hidden is not None:
-    hidden = rules.write_layer(
-      keys,
-      rules.clip_norm(
-        architectures.hidden_error(whole.output, error, first(trace.slope)),
-        cfg.error_clip,
-      ),
-      now["weight"].hidden,
-      momentum.hidden,
+
+def learn_chunk(
+  start: Weights,
+  now: dict[str, Any],
+  loss: InnerLoss,
+  keys: jax.Array,
+  query: tuple[jax.Array, jax.Array | None],
+  gates: Gates,
+  decays: chunked.ChunkDecays,
+  cfg: MemoryConfig,
+) -> tuple[dict[str, Any], Weights]:
+  """One chunk of writes and reads: (state after, what was read).
+
+  Args:
+    start: fast weights at the chunk's first state.
+    now: fast state before the chunk's tokens given here.
+    loss: the gradients, taken at `start`.
+    query: q_t [B, H, C, K] and the slow part of its hidden layer.
+
+  Returns:
+    What was read: the hidden features of the queries (None: matrix) and the
+    output layer's fast part, for `read_out`.
+  """
+  weight, momentum = now["weight"], now["momentum"] or Weights(None, None)
+  divide = rules.divisor(cfg, cfg.chunk_length)
+
+  def layer(index, inputs, queries, divide) -> tuple[Any, Any]:
+    """Writes one layer and reads its fast part at the queries."""
+    token_read = cfg.read != "chunk"
+    out = rules.write_layer(
+      inputs,
+      loss.errors[index],
+      weight[index],
+      momentum[index],
       gates,
       decays,
       cfg,
       divide=divide,
-      queries=query[0] if token_read else None,
+      queries=queries if token_read else None,
     )
-    z: Any = (
-      hidden.outputs
-      if token_read
-      else architectures.apply(query[0], start.hidden)
-    )
-    z = z if query[1] is None else query[1] + z
-    read_features = architectures.activate(z, cfg.activation)[0]
-  if exact:
-    # Setting A: M_0's prediction - target, constant in D; the erase term
-    # completes the error token by token.
-    error = predictions - targets
-    error = error - architectures.apply(features, start.output)
-  output = rules.write_layer(
-    features,
-    error,
-    now["weight"].output,
-    momentum.output,
-    gates,
-    decays,
-    cfg,
-    divide=1 if exact else divide,
-    queries=read_features if token_read else None,
-  )
-  fast: Any = (
-    output.outputs
-    if token_read
-    else architectures.apply(read_features, start.output)
+    if token_read:
+      return out, out.outputs
+    return out, architectures.apply(queries, start[index])
+
+  hidden: Any = None
+  features, slow_hidden = query
+  if weight.hidden is not None:
+    hidden, z = layer(0, keys, features, divide)
+    z = z if slow_hidden is None else slow_hidden + z
+    features = architectures.activate(z, cfg.activation)[0]
+  output, fast = layer(
+    1, loss.features, features, 1 if cfg.setting == "token_exact" else divide
   )
   after: dict[str, Any] = {
     "weight": Weights(hidden and hidden.weight, output.weight),
@@ -236,8 +247,7 @@ def learn_chunk(
   }
   if now["momentum"] is not None:
     after["momentum"] = Weights(hidden and hidden.momentum, output.momentum)
-  read = Weights(hidden and read_features, fast)
-  return after, read, (predictions, targets)
+  return after, Weights(hidden and features, fast)
 
 
 def read_out(
@@ -269,8 +279,7 @@ def dynamics_of(
   keys: jax.Array,
   cfg: MemoryConfig,
   slow: Weights | None,
-  predictions: jax.Array,
-  targets: jax.Array,
+  loss: InnerLoss,
 ) -> dict[str, jax.Array]:
   """What one chunk's learning did; scalars, means over batch and heads.
 
@@ -285,7 +294,7 @@ def dynamics_of(
     "learn_rate": jnp.mean(gates.learn_rate),
     "half_life": half_life(gates.retention),
     "relative_change": relative_change(initial, weight, slow is None),
-    **loss_dynamics(predictions, later, targets, cfg),
+    **loss_dynamics(loss.predictions, later, loss.targets, cfg),
   }
 
 

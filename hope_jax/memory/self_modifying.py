@@ -275,6 +275,29 @@ def _slow_projections(initial: Boxes, p: Slow, cfg: MemoryConfig) -> Projected:
   return jax.tree.map(lambda x: layout.merge(x, axis=2), made)
 
 
+def traces_of(
+  start: Boxes, keys: jax.Array, values: jax.Array, cfg: MemoryConfig
+) -> tuple[BoxTrace, BoxTrace]:
+  """M_box(k) and the targets M_box(v) at one state, in one pass."""
+  size = keys.shape[2]
+  both = forward(start, jnp.concatenate([keys, values], axis=2), cfg)
+
+  def part(first):
+    cut = lambda x, axis: (
+      None
+      if x is None
+      else jax.lax.slice_in_dim(x, first, first + size, axis=axis)
+    )
+    return BoxTrace(
+      cut(both.features, 3),
+      cut(both.slope, 2),
+      cut(both.projection, 3),
+      cut(both.gate, 3),
+    )
+
+  return part(0), part(size)
+
+
 def learn_chunk(
   start: Boxes,
   now: dict[str, Any],
@@ -285,22 +308,7 @@ def learn_chunk(
   cfg: MemoryConfig,
 ) -> tuple[dict[str, Any], BoxTrace, BoxTrace]:
   """One chunk of all boxes: (state after, trace of k, trace of v = targets)."""
-  size = made.k.shape[2]
-  both = forward(start, jnp.concatenate([made.k, made.v], axis=2), cfg)
-  at_chunk = lambda part, axis: (
-    None
-    if part is None
-    else (
-      jax.lax.slice_in_dim(part, 0, size, axis=axis),
-      jax.lax.slice_in_dim(part, size, 2 * size, axis=axis),
-    )
-  )
-  parts = [
-    at_chunk(part, 2 if name == "slope" else 3) or (None, None)
-    for name, part in zip(BoxTrace._fields, both, strict=True)
-  ]
-  trace, targets = (BoxTrace(*(part[i] for part in parts)) for i in (0, 1))
-
+  trace, targets = traces_of(start, made.k, made.v, cfg)
   if live is not None:
     live = jnp.broadcast_to(live[None, None], gates.retention.shape)
   decays = chunked.chunk_decays(

@@ -182,7 +182,7 @@ sys.exit(experiment.run())
       time.sleep(0.05)
     (child,) = _starts(tmp_path, "long")
     process.send_signal(number)
-    shown, _ = process.communicate(timeout=10)
+    shown, _ = process.communicate(timeout=60)
   finally:
     process.kill()
   assert process.returncode == 130
