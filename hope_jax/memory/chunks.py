@@ -43,6 +43,13 @@ class ChunkState:
     return ChunkState({**self.now, "weight": now_weight}, start, self.position)
 
 
+def zeros(initial: Any, batch_size: int) -> Any:
+  """D = 0 for every sequence: [B, *M_0], any tree of M_0."""
+  return jax.tree.map(
+    lambda w: jnp.zeros((batch_size, *w.shape), w.dtype), initial
+  )
+
+
 def fresh(now: dict[str, Any]) -> ChunkState:
   """The state at the start of a chunk."""
   return ChunkState(now, now["weight"], jnp.zeros((), jnp.int32))

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hope_jax.memory import chunks, deep, rules
+from hope_jax.memory import architectures, chunks, deep, rules
 from pallas_kernels.scan import CheckpointPolicy
 
 
@@ -33,10 +33,7 @@ class LevelWeights(NamedTuple):
 
 def zero_state(slow: LevelWeights, batch_size: int) -> dict[str, Any]:
   """D = 0 for every sequence."""
-  zeros = jax.tree.map(
-    lambda w: jnp.zeros((batch_size, *w.shape), w.dtype), slow
-  )
-  return {"weight": zeros}
+  return {"weight": chunks.zeros(slow, batch_size)}
 
 
 def run_level(
@@ -119,7 +116,7 @@ def learn_chunk(
   n, value, slow_gate, slow_up = xs
   gate = slow_gate + jnp.einsum("BCD,BDF->BCF", n, start.gate)
   up = slow_up + jnp.einsum("BCD,BDF->BCF", n, start.up)
-  activated, slope = jax.jvp(jax.nn.silu, (gate,), (jnp.ones_like(gate),))
+  activated, slope = architectures.activate(gate, "silu")
   hidden = activated * up
   y = jnp.einsum("BCF,FD->BCD", hidden, slow.down)
   y = y + jnp.einsum("BCF,BFD->BCD", hidden, start.down)
@@ -169,11 +166,7 @@ def _dynamics(slow, after, xs, y, error_clip):
   """Scalars of one chunk, as in `deep.dynamics_of`."""
   n, value, *_ = xs
   later = feed_forward(slow, after, n)
-  loss = lambda e: 0.5 * jnp.mean(jnp.sum(jnp.square(e), axis=-1))
-  norm = jnp.sqrt(jnp.sum(jnp.square(y - value), axis=-1))
   return {
     "relative_change": deep.relative_change(slow, after),
-    "loss_before": loss(y - value),
-    "loss_after": loss(later - value),
-    "clip_rate": jnp.mean(norm > (error_clip or jnp.inf)),
+    **deep.loss_dynamics(y, later, value, 0.5, error_clip),
   }

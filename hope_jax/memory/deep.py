@@ -39,9 +39,7 @@ def zero_state(
   initial: Any, batch_size: int, cfg: MemoryConfig
 ) -> dict[str, Any]:
   """D = 0 and S = 0: {"weight", "momentum"} of [B, *M_0], any tree of M_0."""
-  zeros = jax.tree.map(
-    lambda w: jnp.zeros((batch_size, *w.shape), w.dtype), initial
-  )
+  zeros = chunks.zeros(initial, batch_size)
   return {
     "weight": zeros,
     "momentum": None if cfg.momentum == "none" else zeros,
@@ -294,7 +292,9 @@ def dynamics_of(
     "learn_rate": jnp.mean(gates.learn_rate),
     "half_life": half_life(gates.retention),
     "relative_change": relative_change(initial, weight, slow is None),
-    **loss_dynamics(loss.predictions, later, loss.targets, cfg),
+    **loss_dynamics(
+      loss.predictions, later, loss.targets, cfg.loss_factor, cfg.error_clip
+    ),
   }
 
 
@@ -304,18 +304,22 @@ def half_life(retention: jax.Array) -> jax.Array:
 
 
 def loss_dynamics(
-  before: jax.Array, after: jax.Array, targets: jax.Array, cfg: MemoryConfig
+  before: jax.Array,
+  after: jax.Array,
+  targets: jax.Array,
+  loss_factor: float,
+  error_clip: float,
 ) -> dict[str, jax.Array]:
   """Inner loss of a chunk at its first and last state, and the clip rate."""
 
   def squares(outputs):
     return jnp.sum(jnp.square(outputs - targets), axis=-1)
 
-  norm = 2.0 * cfg.loss_factor * jnp.sqrt(squares(before))
+  norm = 2.0 * loss_factor * jnp.sqrt(squares(before))
   return {
-    "loss_before": cfg.loss_factor * jnp.mean(squares(before)),
-    "loss_after": cfg.loss_factor * jnp.mean(squares(after)),
-    "clip_rate": jnp.mean(norm > (cfg.error_clip or jnp.inf)),
+    "loss_before": loss_factor * jnp.mean(squares(before)),
+    "loss_after": loss_factor * jnp.mean(squares(after)),
+    "clip_rate": jnp.mean(norm > (error_clip or jnp.inf)),
   }
 
 

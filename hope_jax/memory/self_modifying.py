@@ -388,7 +388,11 @@ def _dynamics(initial, final, gates, trace, later, targets, cfg):
       **shared,
       "relative_change": jnp.mean(jnp.stack(change)),
       **deep.loss_dynamics(
-        getattr(trace, kind), getattr(later, kind), getattr(targets, kind), cfg
+        getattr(trace, kind),
+        getattr(later, kind),
+        getattr(targets, kind),
+        cfg.loss_factor,
+        cfg.error_clip,
       ),
     }
   return dynamics
