@@ -120,13 +120,12 @@ class Runner:
     return result
 
   def _evaluations(self, trial: Trial) -> dict[str, dict[str, Any]]:
-    """Finished evaluations that are newer than the training's end."""
-    trained = self._out / trial.name / workdir_lib.RESULT
+    """Finished evaluations of the model as it was at the training's end."""
     done = {}
     for evaluation in trial.evaluations:
       path = self._out / trial.name / f"evaluate_{evaluation.label}.json"
       content = read_json(path)
-      if content and path.stat().st_mtime >= trained.stat().st_mtime:
+      if content and content["step"] == self._config(trial).train.steps:
         done[evaluation.label] = content
     return done
 

@@ -103,6 +103,17 @@ def best(trials: Sequence[Trial], results: Results) -> Trial | None:
   )
 
 
+def variant(trial: Trial, rate: float, seed: int, **changes: Any) -> Trial:
+  """`trial` at one peak learning rate and seed."""
+  return dataclasses.replace(
+    trial,
+    name=f"{trial.name}/lr_{rate:g}-seed_{seed}",
+    overrides={**trial.overrides, "opt.peak_lr": rate},
+    seed=seed,
+    **changes,
+  )
+
+
 def sweep(
   trial: Trial,
   results: Results,
@@ -117,23 +128,15 @@ def sweep(
   only these are final and carry `trial.evaluations`.
   """
 
-  def variant(rate, seed, **changes):
-    return dataclasses.replace(
-      trial,
-      name=f"{trial.name}/lr_{rate:g}-seed_{seed}",
-      overrides={**trial.overrides, "opt.peak_lr": rate},
-      seed=seed,
-      **changes,
-    )
-
   grid = [
-    variant(rate, seeds[0], evaluations=(), is_final=False) for rate in rates
+    variant(trial, rate, seeds[0], evaluations=(), is_final=False)
+    for rate in rates
   ]
   winner = best(grid, results)
   if winner is None:
     return grid, []
   rate = winner.overrides["opt.peak_lr"]
-  return grid, [variant(rate, seed) for seed in seeds]
+  return grid, [variant(trial, rate, seed) for seed in seeds]
 
 
 def staged(

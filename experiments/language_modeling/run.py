@@ -26,7 +26,7 @@ ROWS = {
   "Hope twin": ("hope", switch_off.TWIN),
 }
 DEMO_ROWS = ("Transformer++", "Transformer++ conv", "Titans", "Hope")
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
 # Of 2 x 1024 tokens: 1.0M, one epoch of tiny Shakespeare.
 STEPS = 500

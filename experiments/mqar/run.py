@@ -11,7 +11,14 @@ import sys
 from collections.abc import Sequence
 
 from experiments import plots, runner, switch_off, tables
-from experiments.trials import Plan, Trial, staged
+from experiments.trials import (
+  Plan,
+  Results,
+  Trial,
+  staged,
+  sweep,
+  variant,
+)
 
 # Row -> (mode of the config, overrides).
 ROWS = {
@@ -27,28 +34,45 @@ GROUPS = {"8 pairs, T 64": "", "32 pairs, T 256": "_32"}
 CHANCE = 1 / 64
 
 
-def plan(switch: str, rates: Sequence[float], seeds: Sequence[int]) -> Plan:
-  """Every row at both sizes: all `rates` on a seed, then the other seeds."""
+def _rows(group: str, switch: str) -> list[Trial]:
   rows = []
-  for group, end in GROUPS.items():
-    for row, (mode, overrides) in ROWS.items():
-      name = f"pairs{end or '_8'}/{row.lower().replace(' ', '_')}"
-      rows.append(
-        Trial(
-          group=group,
-          row=row,
-          name=name.replace("+", "p"),
-          config="configs/mqar.py",
-          mode=mode + end + switch,
-          overrides={**overrides, "train.keep_checkpoints": 1},
-          evaluations=() if overrides else switch_off.evaluations(mode),
-        )
+  for row, (mode, overrides) in ROWS.items():
+    end = GROUPS[group]
+    name = f"pairs{end or '_8'}/{row.lower().replace(' ', '_')}"
+    rows.append(
+      Trial(
+        group=group,
+        row=row,
+        name=name.replace("+", "p"),
+        config="configs/mqar.py",
+        mode=mode + end + switch,
+        overrides={**overrides, "train.keep_checkpoints": 1},
+        evaluations=() if overrides else switch_off.evaluations(mode),
       )
-  return staged(rows, rates=rates, seeds=seeds)
+    )
+  return rows
+
+
+def plan(switch: str, rates: Sequence[float], seeds: Sequence[int]) -> Plan:
+  """Every row at 8 pairs: all `rates` on a seed, then the other seeds; then
+  at 32 pairs at the rate so chosen, on the first seed."""
+  small, large = (_rows(group, switch) for group in GROUPS)
+  swept = staged(small, rates=rates, seeds=seeds)
+
+  def both(results: Results) -> list[Trial]:
+    trials = list(swept(results))
+    for row, other in zip(small, large, strict=True):
+      _, chosen = sweep(row, results, rates=rates, seeds=seeds)
+      for trial in chosen[:1]:
+        rate = trial.overrides["opt.peak_lr"]
+        trials.append(variant(other, rate, trial.seed))
+    return trials
+
+  return both
 
 
 PLANS = {
-  "cpu": lambda: plan("", rates=(1e-3, 2e-3, 4e-3), seeds=(0, 1, 2)),
+  "cpu": lambda: plan("", rates=(2e-3, 4e-3, 8e-3), seeds=(0, 1, 2)),
   "smoke": lambda: plan(",smoke", rates=(1e-3, 2e-3), seeds=(0, 1)),
 }
 
