@@ -140,8 +140,7 @@ def scan_chunks(
       now = restart(now, reset_B)
       return step(now["weight"], now, x, live)
 
-    _, ys = checkpointed_scan(body, state.now, inputs, policy=policy)
-    return ys, None
+    return _outputs(body, state.now, inputs, layout.count, policy), None
 
   first = jnp.arange(layout.count) * layout.length
   end = state.position + layout.tokens
@@ -161,6 +160,31 @@ def scan_chunks(
   position = end % chunk_length
   start = _where(position == 0, now["weight"], start)
   return ys, ChunkState(now, start, position.astype(jnp.int32))
+
+
+# Up to so many chunks the last one is compiled apart: beyond, its write is too
+# small a part to pay for that.
+_MAX_COUNT_APART = 16
+
+
+def _outputs(
+  body: Callable, now: Any, xs: Any, count: int, policy: CheckpointPolicy
+) -> Any:
+  """What `body` returns for every chunk, without the last state.
+
+  Nothing reads what the last chunk writes, so that it runs after the scan,
+  where the compiler drops the write and its gradient.
+  """
+  if count > _MAX_COUNT_APART:
+    return checkpointed_scan(body, now, xs, policy=policy)[1]
+  last = jax.tree.map(lambda x: x[-1], xs)
+  if count == 1:
+    _, y = jax.checkpoint(body)(now, last)
+    return jax.tree.map(lambda y: y[None], y)
+  earlier = jax.tree.map(lambda x: x[:-1], xs)
+  now, ys = checkpointed_scan(body, now, earlier, policy=policy)
+  _, y = jax.checkpoint(body)(now, last)
+  return jax.tree.map(lambda ys, y: jnp.concatenate([ys, y[None]]), ys, y)
 
 
 def _where(condition: jax.Array, a: Any, b: Any) -> Any:

@@ -166,19 +166,17 @@ def inner_loss(
   prediction - vhat, which is constant in D: the erase term completes the
   error token by token.
   """
-  size = keys.shape[2]
-  learns_own = cfg.target == "self"
-  inputs = jnp.concatenate([keys, values], axis=2) if learns_own else keys
   whole = start if slow is None else architectures.whole(slow, start)
-  trace = architectures.forward(whole, inputs, cfg.activation)
-  predictions = trace.outputs[:, :, :size]
-  targets = trace.outputs[:, :, size:] if learns_own else values
-  features = trace.inputs.output[:, :, :size]
+  trace = architectures.forward(whole, keys, cfg.activation)
+  predictions, features = trace.outputs, trace.inputs.output
+  targets = values
+  if cfg.target == "self":
+    targets = architectures.forward(whole, values, cfg.activation).outputs
   error = rules.output_error(predictions, targets, cfg)
   hidden = None
   if trace.slope is not None:
     hidden = rules.clip_norm(
-      architectures.hidden_error(whole.output, error, trace.slope[:, :, :size]),
+      architectures.hidden_error(whole.output, error, trace.slope),
       cfg.error_clip,
     )
   if cfg.setting == "token_exact":

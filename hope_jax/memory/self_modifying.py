@@ -275,29 +275,6 @@ def _slow_projections(initial: Boxes, p: Slow, cfg: MemoryConfig) -> Projected:
   return jax.tree.map(lambda x: layout.merge(x, axis=2), made)
 
 
-def traces_of(
-  start: Boxes, keys: jax.Array, values: jax.Array, cfg: MemoryConfig
-) -> tuple[BoxTrace, BoxTrace]:
-  """M_box(k) and the targets M_box(v) at one state, in one pass."""
-  size = keys.shape[2]
-  both = forward(start, jnp.concatenate([keys, values], axis=2), cfg)
-
-  def part(first):
-    cut = lambda x, axis: (
-      None
-      if x is None
-      else jax.lax.slice_in_dim(x, first, first + size, axis=axis)
-    )
-    return BoxTrace(
-      cut(both.features, 3),
-      cut(both.slope, 2),
-      cut(both.projection, 3),
-      cut(both.gate, 3),
-    )
-
-  return part(0), part(size)
-
-
 def learn_chunk(
   start: Boxes,
   now: dict[str, Any],
@@ -308,7 +285,7 @@ def learn_chunk(
   cfg: MemoryConfig,
 ) -> tuple[dict[str, Any], BoxTrace, BoxTrace]:
   """One chunk of all boxes: (state after, trace of k, trace of v = targets)."""
-  trace, targets = traces_of(start, made.k, made.v, cfg)
+  trace, targets = forward(start, made.k, cfg), forward(start, made.v, cfg)
   if live is not None:
     live = jnp.broadcast_to(live[None, None], gates.retention.shape)
   decays = chunked.chunk_decays(
