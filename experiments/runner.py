@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import os
 import pathlib
 import re
 import signal
@@ -54,6 +55,7 @@ class _Process:
   popen: subprocess.Popen
   output: pathlib.Path  # exists when the command has succeeded
   start: float
+  slot: int  # which of the jobs it is
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any] | None:
@@ -69,6 +71,17 @@ def last_error(log: str) -> str:
   lines = log.strip().splitlines() or ["nothing was printed"]
   names_error = re.compile(r"error: |[\w.]*(Error|Exception)\b").match
   return (list(filter(names_error, lines)) or lines)[-1]
+
+
+def core_share(slot: int, jobs: int) -> set[int]:
+  """The cores of one of `jobs` processes: they do not share any, if they can.
+
+  Two processes whose thread pools both span all cores slow each other down.
+  """
+  cores = sorted(os.sched_getaffinity(0))
+  if len(cores) < jobs:
+    return set(cores)
+  return set(cores[slot * len(cores) // jobs : (slot + 1) * len(cores) // jobs])
 
 
 def _flag(value: Any) -> str:
@@ -208,7 +221,11 @@ class Runner:
         stderr=subprocess.STDOUT,
         cwd=ROOT,
       )
-    self._running.append(_Process(trial, popen, output, time.monotonic()))
+    busy = {process.slot for process in self._running}
+    slot = min(set(range(self._jobs)) - busy)
+    if hasattr(os, "sched_setaffinity"):
+      os.sched_setaffinity(popen.pid, core_share(slot, self._jobs))
+    self._running.append(_Process(trial, popen, output, time.monotonic(), slot))
 
   def _reap(self) -> None:
     for process in list(self._running):

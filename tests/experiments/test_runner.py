@@ -190,6 +190,14 @@ sys.exit(experiment.run())
   assert not _is_alive(child)
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_jobs_share_the_cores_without_overlap(monkeypatch, count):
+  monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 2, 3, 5, 8})
+  shares = [runner.core_share(slot, count) for slot in range(count)]
+  assert sorted(core for share in shares for core in share) == [1, 2, 3, 5, 8]
+  assert runner.core_share(7, jobs=8) == {1, 2, 3, 5, 8}
+
+
 def test_evaluations_run_once_after_training(tmp_path):
   off = Evaluation("off", ("--writes=off", "--level=memory"))
   trial = dataclasses.replace(_trial("a"), evaluations=(off,))
