@@ -13,7 +13,7 @@ Data: the file embedded in hope_jax/data, 1.1 MB; 90 % train, 5 % validation,
 
 from configs import _base, _models
 
-# Peak learning rate; the grid 1e-3, 2e-3, 4e-3 of experiments/language_modeling
+# Peak learning rate; the grid 2e-3, 4e-3, 8e-3 of experiments/language_modeling
 # decides it on validation loss.
 PEAK_LR = {
   "transformer": 4e-3,

@@ -97,3 +97,23 @@ def bars(
   if len(series) > 1:
     axes.legend(fontsize=8)
   _save(figure, path)
+
+
+def lines(
+  path: pathlib.Path,
+  curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+  *,
+  title: str,
+  xlabel: str,
+  ylabel: str,
+) -> None:
+  """Curves name -> (x, y) on doubly logarithmic axes."""
+  figure, axes = plt.subplots(figsize=(6, 4))
+  for name, (x, y) in curves.items():
+    axes.loglog(x, y, "o-", label=name, base=2)
+  axes.set_xlabel(xlabel)
+  axes.set_ylabel(ylabel)
+  axes.set_title(title)
+  axes.grid(alpha=0.3)
+  axes.legend(frameon=False)
+  _save(figure, path)

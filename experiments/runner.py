@@ -347,7 +347,9 @@ def arguments(
     "--report", type=pathlib.Path, help="folder of the report, if not --out"
   )
   parser.add_argument(
-    "--data", default="data", help="folder of the data sets (wikitext2/)"
+    "--data",
+    default="data",
+    help="folder of the data sets (wikitext2/), seen from the repository",
   )
   flags = parser.parse_args(argv)
   flags.out = flags.out or ROOT / "runs" / f"{name}-{flags.scale}"
