@@ -7,8 +7,9 @@ from scripts import backward_memory
 
 @pytest.mark.parametrize("policy", ["chunk", "sqrt"])
 def test_saved_states_of_a_real_memory_follow_the_policy(policy):
-  # 128 chunks of 64 tokens: 10 groups of 12, and 8 chunks by themselves.
-  expected = {"chunk": 128, "sqrt": 10 + 8}
+  # 128 chunks of 64 tokens: 10 groups of 12, and 8 chunks by themselves; M_0,
+  # which has no momentum, is half a state.
+  expected = {"chunk": 128.5, "sqrt": 10 + 8.5}
   assert backward_memory.saved_states(8192, policy) == expected[policy]
 
 
