@@ -21,6 +21,17 @@ _LEVELS = {
 }
 
 
+LONG = 4096
+
+
+def long_evaluation(*, is_live: bool) -> Evaluation:
+  """Test loss on longer sequences, and how far live memories move there."""
+  flags = ("--split=test", f"--length={LONG}")
+  if is_live:
+    flags = (*flags, "--dynamics")
+  return Evaluation(f"length_{LONG}", flags)
+
+
 def evaluations(model: str) -> tuple[Evaluation, ...]:
   """Test loss with all writes off, and with those of each level off."""
   if model not in _LEVELS:
@@ -35,5 +46,7 @@ def evaluations(model: str) -> tuple[Evaluation, ...]:
 
 def describe(label: str) -> str:
   """`off_cms_0` -> `writes off: cms_0`."""
+  if label.startswith("length_"):
+    return f"T {int(label.removeprefix('length_')):,}"
   level = label.removeprefix("off").removeprefix("_")
   return f"writes off: {level or 'all'}"

@@ -1,7 +1,8 @@
 """Reports of an experiment: a table per group of trials, and results.json.
 
-Scores are dicts with the test split's `loss` (nats per target) and
-`accuracy`, of a trained model or of an evaluation of it.
+Scores are dicts with the test split's `loss` (nats per target), `accuracy`
+and whatever else hope_jax.evaluate says, of a trained model or of an
+evaluation of it.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from typing import Any
 from experiments import switch_off
 from experiments.runner import DONE, Record
 
-Scores = Mapping[str, float]
+Scores = Mapping[str, Any]
 # Header -> cell from the scores of a row's seeds.
 Columns = Mapping[str, Callable[[Sequence[Scores]], str]]
 Line = Mapping[str, str]

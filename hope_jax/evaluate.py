@@ -4,7 +4,9 @@ python -m hope_jax.evaluate --workdir=runs/x --split=test
 python -m hope_jax.evaluate --workdir=runs/x --writes=off --level=memory,cms_0
 
 `--writes=off` switches the memories' writes off: of all of them, or of the
-levels named by `--level`.
+levels named by `--level`.  `--length=4096` reads longer sequences than training
+did (text).  `--dynamics` adds what the memories did in the split's first batch,
+per layer and level: learn rates, half-lives, |D| / |M_0| at the end ...
 """
 
 import dataclasses
@@ -31,6 +33,8 @@ def define_flags() -> None:
   flags.DEFINE_enum("split", "test", ["valid", "test"], "evaluated split")
   flags.DEFINE_enum("writes", "on", ["on", "off"], "inner learning")
   flags.DEFINE_list("level", [], "with --writes=off: these levels only")
+  flags.DEFINE_integer("length", None, "tokens per sequence, if not training's")
+  flags.DEFINE_bool("dynamics", False, "also what the memories do inside")
   flags.DEFINE_string("output", None, "also write the JSON there")
 
 
@@ -46,18 +50,48 @@ def switch_off(model: ModelConfig, levels: tuple[str, ...]) -> ModelConfig:
   return dataclasses.replace(model, inner_rates="off")
 
 
-def evaluate(config: Config, workdir: pathlib.Path, split: str) -> dict:
+def lengthen(config: Config, length: int) -> Config:
+  """`config` on sequences of `length` tokens, as many tokens in all."""
+  if config.data.kind != "text":
+    raise ConfigError(f"--length is for text, not {config.data.kind}")
+  data = dataclasses.replace(config.data, sequence_length=length)
+  old = config.eval.batch_size * config.data.sequence_length
+  batch_size = max(1, old // length)
+  batches = config.eval.batches
+  if batches:
+    batches = max(1, batches * old // (batch_size * length))
+  changed = dataclasses.replace(
+    config.eval, batch_size=batch_size, batches=batches
+  )
+  return dataclasses.replace(config, data=data, eval=changed)
+
+
+def evaluate(
+  config: Config,
+  workdir: pathlib.Path,
+  split: str,
+  *,
+  with_dynamics: bool = False,
+) -> dict:
   """Scores the newest checkpoint of `workdir` as the model of `config`."""
+  if with_dynamics and not config.model.fast_levels:
+    raise ConfigError(
+      f"--dynamics: {config.model.sequence_layer} has no level that writes"
+    )
   mesh = sharding.mesh_or_default(config)
-  sources = pipeline.load(config)
+  source = pipeline.load(config)[split]
   with sharding.activate(mesh):
     compiled = step_lib.build(config, mesh)
     step, params = checkpoints.restore_params(
       workdir, compiled.abstract_state.params
     )
     scores: dict[str, Any] = evaluation.evaluate(
-      compiled.eval_step, params, sources[split], config=config, mesh=mesh
+      compiled.eval_step, params, source, config=config, mesh=mesh
     )
+    if with_dynamics:
+      scores |= evaluation.inner_dynamics(
+        params, source, config=config, mesh=mesh
+      )
   derived = evaluation.derived(scores["loss"], config.data.kind)
   return {"step": step, "split": split, **scores, **derived}
 
@@ -72,12 +106,15 @@ def main() -> None:
     config = dataclasses.replace(config, model=model)
   elif levels:
     raise ConfigError("--level needs --writes=off")
+  if args.length is not None:
+    config = lengthen(config, args.length)
   scores = {
     "workdir": str(workdir),
     "model": config.model.sequence_layer,
     "writes": args.writes,
     "levels": list(levels),
-    **evaluate(config, workdir, args.split),
+    "length": config.data.sequence_length,
+    **evaluate(config, workdir, args.split, with_dynamics=args.dynamics),
   }
   print(json.dumps(scores))
   if args.output:

@@ -121,6 +121,8 @@ def test_train_again_says_finished(home):
     ("evaluate", ["--workdir=run", "--level=memory"], "--writes=off"),
     ("evaluate", ["--workdir=run", "--writes=off"], "no level"),
     ("evaluate", ["--workdir=run", "--split=train"], "split"),
+    ("evaluate", ["--workdir=run", "--length=0"], "data.sequence_length"),
+    ("evaluate", ["--workdir=run", "--dynamics"], "no level"),
     ("generate", ["--workdir=run", "--prompt="], "--prompt is empty"),
     (
       "generate",
@@ -218,6 +220,19 @@ def test_evaluate_without_writes_scores_another_model(titans):
     losses.append(evaluate.evaluate(changed, folder, "test")["loss"])
   assert losses[0] != losses[1]
   assert losses[1] == losses[2]  # its only level is all of it
+
+
+def test_evaluate_at_another_length_reads_as_many_tokens(titans):
+  folder, config = titans  # batches of 2 x 32 tokens
+  longer = evaluate.lengthen(config, 64)
+  scores = evaluate.evaluate(longer, folder, "test", with_dynamics=True)
+  assert scores["targets"] == 64
+  flat, change = scores["dynamics"], scores["relative_change"]
+  assert change == {"memory": flat["dynamics/layer_0/memory/relative_change"]}
+  assert change["memory"] > 0
+  mqar = dataclasses.replace(config.data, kind="mqar")
+  with pytest.raises(ConfigError, match="--length is for text"):
+    evaluate.lengthen(dataclasses.replace(config, data=mqar), 64)
 
 
 def test_generate_with_a_memory_goes_beyond_the_context_length(titans):

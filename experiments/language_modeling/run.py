@@ -9,6 +9,7 @@ Writes results.json, table.md and PNG plots; see README.md for the protocol.
 import dataclasses
 import math
 import pathlib
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -51,6 +52,7 @@ do not compare with perplexities per byte.
 
 def _trial(group: str, row: str, config: str, switch: str, fields) -> Trial:
   mode, overrides = ROWS[row]
+  live = () if overrides else switch_off.evaluations(mode)
   name = f"{group}/{row}".lower().replace(" ", "_").replace("+", "p")
   return Trial(
     group=group,
@@ -59,7 +61,7 @@ def _trial(group: str, row: str, config: str, switch: str, fields) -> Trial:
     config=config,
     mode=mode + switch,
     overrides={**overrides, **fields},
-    evaluations=() if overrides else switch_off.evaluations(mode),
+    evaluations=(*live, switch_off.long_evaluation(is_live=bool(live))),
   )
 
 
@@ -95,6 +97,19 @@ PLANS = {
   "smoke": lambda flags: demo_plan(",smoke"),
 }
 
+
+def relative_change(scores: Sequence[tables.Scores]) -> str:
+  """|D| / |M_0| of every level, in percent, mean over seeds."""
+  levels = [s["relative_change"] for s in scores if "relative_change" in s]
+  if not levels:
+    return ""
+  means = {
+    name: statistics.fmean(level[name] for level in levels)
+    for name in levels[0]
+  }
+  return ", ".join(f"{name} {100 * x:.1f}" for name, x in means.items())
+
+
 COLUMNS = {
   "test loss": lambda scores: tables.mean_std(s["loss"] for s in scores),
   "perplexity": lambda scores: tables.mean_std(
@@ -103,6 +118,7 @@ COLUMNS = {
   "bits per byte": lambda scores: tables.mean_std(
     s["loss"] / math.log(2) for s in scores
   ),
+  "moved %": relative_change,
 }
 
 

@@ -95,21 +95,7 @@ def run_memory(
     state = chunks.fresh(zero_state(initial, keys.shape[0], cfg))
   slow, state, origin = anchored(initial, state, cfg)
   gates = gates._replace(retention=rules.retained(gates.retention, cfg))
-  slow_hidden = None
-  if slow is not None and slow.hidden is not None:
-    slow_hidden = architectures.apply(queries, slow.hidden)
-  xs = jax.tree.map(
-    lambda x: layout.split(x, axis=2),
-    (keys, values, (queries, slow_hidden), gates),
-  )
-  live_places = layout.live
-  if live_places is not None:
-    live_places = jnp.broadcast_to(
-      live_places[:, None, None], xs[3].retention.shape
-    )
-  decays = chunked.chunk_decays(
-    xs[3].retention, xs[3].momentum_decay, live=live_places
-  )
+  xs = _by_chunk(slow, keys, values, queries, gates, layout)
 
   def step(start, now, inputs, _):
     (k, v, query, gates), decays = inputs
@@ -124,7 +110,7 @@ def run_memory(
   (read, dynamics), state = chunks.scan_chunks(
     step,
     state,
-    (xs, decays),
+    xs,
     layout,
     chunk_length=cfg.chunk_length,
     policy=cfg.remat,
@@ -139,6 +125,32 @@ def run_memory(
     difference(initial, state, cfg),
     dynamics,
   )
+
+
+def _by_chunk(
+  slow: Weights | None,
+  keys: jax.Array,
+  values: jax.Array,
+  queries: jax.Array,
+  gates: Gates,
+  layout: chunks.Layout,
+) -> tuple[Any, chunked.ChunkDecays]:
+  """The scan's inputs: ((k, v, (q, its slow product), gates), decays)."""
+  slow_hidden = None
+  if slow is not None and slow.hidden is not None:
+    slow_hidden = architectures.apply(queries, slow.hidden)
+  xs = jax.tree.map(
+    lambda x: layout.split(x, axis=2),
+    (keys, values, (queries, slow_hidden), gates),
+  )
+  gates = xs[3]
+  live = layout.live
+  if live is not None:
+    live = jnp.broadcast_to(live[:, None, None], gates.retention.shape)
+  decays = chunked.chunk_decays(
+    gates.retention, gates.momentum_decay, live=live
+  )
+  return xs, decays
 
 
 class InnerLoss(NamedTuple):

@@ -5,6 +5,7 @@ separately jitted forward pass collects them, so that training steps never
 pay for them.
 """
 
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -52,3 +53,20 @@ def flatten(sown: Any) -> dict[str, float]:
     for layer, value in enumerate(np.asarray(values)):
       flat[f"dynamics/layer_{layer}/{tail}"] = float(value)
   return flat
+
+
+def median_over_layers(
+  flat: dict[str, float], quantity: str
+) -> dict[str, float]:
+  """{"dynamics/layer_0/memory/learn_rate": ...} -> {"memory": median}.
+
+  A level is named by the last part of its path: memory, gate, cms_0 ...
+  """
+  by_level: dict[str, list[float]] = {}
+  for name, value in flat.items():
+    *_, level, last = name.split("/")
+    if last == quantity:
+      by_level.setdefault(level, []).append(value)
+  return {
+    level: statistics.median(values) for level, values in by_level.items()
+  }

@@ -1,14 +1,15 @@
-"""Loss and accuracy of a split."""
+"""Loss and accuracy of a split, and what the memories do in it."""
 
 import math
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from hope_jax.config import Config
 from hope_jax.data import pipeline
-from hope_jax.training import sharding, step
+from hope_jax.training import dynamics, sharding, step
 
 
 def evaluate(
@@ -30,6 +31,26 @@ def evaluate(
     "loss": float(total.loss / total.weight),
     "accuracy": float(total.correct / total.weight),
     "targets": int(total.weight),
+  }
+
+
+def inner_dynamics(
+  params: Any, source: Any, *, config: Config, mesh: Mesh
+) -> dict[str, Any]:
+  """The dynamics of the split's first batch, by layer and level.
+
+  Returns `dynamics` (`training.dynamics.flatten`) and `relative_change`: per
+  level the median over layers of |D| / |M_0| at the sequence's end.
+  """
+  size = config.eval.batch_size
+  rows = sharding.process_rows(mesh, size)
+  batch = next(pipeline.eval_batches(source, size, rows))
+  collect = dynamics.build(config, mesh)
+  sown = collect(params, sharding.put_batch(batch, mesh, size, rows))
+  flat = dynamics.flatten(jax.device_get(sown))
+  return {
+    "dynamics": flat,
+    "relative_change": dynamics.median_over_layers(flat, "relative_change"),
   }
 
 

@@ -231,8 +231,9 @@ def test_memory_in_pieces_equals_one_pass(retention, pieces):
   )
 
 
-def test_memory_forgets_at_document_borders():
-  cfg = MemoryConfig(chunk_length=4, read="token_post")
+@pytest.mark.parametrize("retention", ["start", "zero"])
+def test_memory_forgets_at_document_borders(retention):
+  cfg = MemoryConfig(chunk_length=4, read="token_post", retention=retention)
   initial, sequence, gates = random_memory(length=20)
   segments = jnp.repeat(jnp.array([0, 1]), jnp.array([8, 12]))[None]
   packed = compiled(

@@ -23,6 +23,16 @@ def test_flatten_names_layer_level_and_quantity():
   }
 
 
+def test_median_over_layers_names_levels_by_their_last_part():
+  flat = {
+    f"dynamics/layer_{i}/cms/level_0/cms_0/relative_change": x
+    for i, x in enumerate((1.0, 5.0, 2.0))
+  }
+  flat["dynamics/layer_0/memory/learn_rate"] = 0.5
+  median = dynamics.median_over_layers(flat, "relative_change")
+  assert median == {"cms_0": 2.0}
+
+
 def test_dynamics_of_a_model_reach_every_layer_and_level(tiny):
   model = dataclasses.replace(
     tiny.model,
