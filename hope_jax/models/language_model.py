@@ -54,8 +54,13 @@ class LanguageModel(nn.Module):
       ),
       name="embed",
     )
+    # The lookup's table is whole along `embed`: a row that lies on several
+    # devices would be gathered whole on all of them.
+    table_VD = nn.with_logical_constraint(
+      embed.embedding.astype(jnp.dtype(cfg.dtype)), ("vocab", None)
+    )
     x_BTD = nn.with_logical_constraint(
-      embed(tokens_BT), ("batch", "length", "act")
+      jnp.take(table_VD, tokens_BT, axis=0), ("batch", "length", "act")
     )
     layer: Any = block.Block
     if cfg.remat != "none":
