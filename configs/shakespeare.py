@@ -46,7 +46,7 @@ def get_config(arg=None):
       "batch_size": 2 if is_long or is_smoke else 8,
     },
     train={
-      "steps": 8 if is_smoke else 200,
+      "steps": 8 if is_smoke else 150,
       "log_every": 2 if is_smoke else 10,
       "eval_every": 4 if is_smoke else 100,
       "dynamics_every": 4 if is_smoke else 100,

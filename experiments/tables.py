@@ -40,9 +40,10 @@ def markdown(lines: Sequence[Line]) -> str:
   """A table, first column to the left, the others to the right.
 
   The header is every key in the order of appearance; a key that a line does
-  not have is an empty cell.
+  not have is an empty cell, and a column of empty cells is left out.
   """
   header = list(dict.fromkeys(key for line in lines for key in line))
+  header = [key for key in header if any(line.get(key) for line in lines)]
   cells = [header, *([line.get(key, "") for key in header] for line in lines)]
   widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
   rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]

@@ -60,7 +60,9 @@ def test_mean_std_uses_the_sample_deviation():
 
 
 def test_markdown_aligns_and_fills_missing_cells():
-  text = tables.markdown([{"model": "a", "x": "1"}, {"model": "bb", "y": "2"}])
+  text = tables.markdown(
+    [{"model": "a", "x": "1", "z": ""}, {"model": "bb", "y": "2"}]
+  )
   assert text.splitlines() == [
     "| model |   x |   y |",
     "| ----- | --: | --: |",
