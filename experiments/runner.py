@@ -73,6 +73,12 @@ def last_error(log: str) -> str:
   return (list(filter(names_error, lines)) or lines)[-1]
 
 
+def from_root(path: pathlib.Path) -> pathlib.Path:
+  """`path` as the processes, which run in ROOT, see it: published files
+  should not name folders outside of the repository."""
+  return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
 def core_share(slot: int, jobs: int) -> set[int]:
   """The cores of one of `jobs` processes: they do not share any, if they can.
 
@@ -126,8 +132,8 @@ class Runner:
       return None
     if not is_same(result["config"], self._config(trial)):
       self._failures[trial.name] = (
-        f"{self._out / trial.name} holds the result of another config:"
-        " remove it or choose another --out"
+        f"{from_root(self._out / trial.name)} holds the result of another"
+        " config: remove it or choose another --out"
       )
       return None
     return result
@@ -145,20 +151,22 @@ class Runner:
   def _next_command(self, trial: Trial) -> tuple[Command, pathlib.Path] | None:
     """The trial's next command and the file it must leave; None when done."""
     workdir = self._out / trial.name
+    shown = from_root(workdir)
     if self._result(trial) is None:
       flags = [
         f"--config.{field}={_flag(value)}"
         for field, value in trial.fields().items()
       ]
       config = f"--config={trial.config}:{trial.mode}"
-      command = [*self._train, config, f"--workdir={workdir}", *flags]
+      command = [*self._train, config, f"--workdir={shown}", *flags]
       return command, workdir / workdir_lib.RESULT
     done = self._evaluations(trial)
     for evaluation in trial.evaluations:
       if evaluation.label not in done:
-        output = workdir / f"evaluate_{evaluation.label}.json"
-        flags = [f"--workdir={workdir}", f"--output={output}"]
-        return [*self._evaluate, *flags, *evaluation.flags], output
+        name = f"evaluate_{evaluation.label}.json"
+        flags = [f"--workdir={shown}", f"--output={shown / name}"]
+        command = [*self._evaluate, *flags, *evaluation.flags]
+        return command, workdir / name
     return None
 
   def records(self) -> list[Record]:
@@ -240,7 +248,9 @@ class Runner:
         continue
       log = self._out / name / "log.txt"
       reason = last_error(log.read_text(errors="replace"))
-      self._failures[name] = f"exit code {code}: {reason} (see {log})"
+      self._failures[name] = (
+        f"exit code {code}: {reason} (see {from_root(log)})"
+      )
       _say(f"FAILED  {name}: {self._failures[name]}")
 
   def _stop(self) -> None:

@@ -198,6 +198,11 @@ def test_jobs_share_the_cores_without_overlap(monkeypatch, count):
   assert runner.core_share(7, jobs=8) == {1, 2, 3, 5, 8}
 
 
+def test_paths_inside_the_repository_are_shown_from_its_root(tmp_path):
+  assert runner.from_root(ROOT / "runs" / "x") == pathlib.Path("runs/x")
+  assert runner.from_root(tmp_path) == tmp_path
+
+
 def test_evaluations_run_once_after_training(tmp_path):
   off = Evaluation("off", ("--writes=off", "--level=memory"))
   trial = dataclasses.replace(_trial("a"), evaluations=(off,))
