@@ -70,11 +70,9 @@ def run_level(
   slow_up = jnp.einsum("BTD,DF->BTF", inputs, slow.up)
   xs = [layout.split(x, axis=1) for x in (inputs, values, slow_gate, slow_up)]
 
-  def step(start, now, xs, live):
+  def step(start, now, xs, _):
     rate = learn_rate, chunk_length
-    after, y = learn_chunk(
-      slow, start, now["weight"], xs, live, rate, error_clip
-    )
+    after, y = learn_chunk(slow, start, now["weight"], xs, rate, error_clip)
     dynamics = None
     if with_dynamics:
       dynamics = _dynamics(slow, after, xs, y, error_clip)
@@ -103,14 +101,14 @@ def learn_chunk(
   start: LevelWeights,
   weight: LevelWeights,
   xs: tuple[jax.Array, ...],
-  live: jax.Array | None,
   rate: tuple[jax.Array, int],
   error_clip: float,
 ) -> tuple[LevelWeights, jax.Array]:
   """One chunk: (weights after its tokens, y [B, C, D]).
 
   Reads and gradients are taken at `start`; `weight` is what earlier tokens of
-  the chunk made of it.  `xs`: n, value and the slow products of gate and up.
+  the chunk made of it.  `xs`: n, value and the slow products of gate and up; a
+  place without a token has n = 0, which writes nothing.
   `rate`: eta and the chunk length that its step is divided by.
   """
   n, value, slow_gate, slow_up = xs
@@ -130,8 +128,6 @@ def learn_chunk(
   def write(weight, layer_input, layer_error):
     square = jnp.sum(jnp.square(layer_input), axis=-1)
     step = learn_rate / (1.0 + learn_rate * square) / chunk_length
-    if live is not None:
-      step = jnp.where(live[None], step, 0)
     return weight - jnp.einsum(
       "BCD,BCF->BDF", layer_input * step[..., None], layer_error
     )
