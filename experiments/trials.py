@@ -103,6 +103,11 @@ def best(trials: Sequence[Trial], results: Results) -> Trial | None:
   )
 
 
+def slug(name: str) -> str:
+  """A row's or group's name as part of a path: `Titans twin` -> titans_twin."""
+  return name.lower().replace(" ", "_").replace("+", "p")
+
+
 def variant(trial: Trial, rate: float, seed: int, **changes: Any) -> Trial:
   """`trial` at one peak learning rate and seed."""
   return dataclasses.replace(

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from experiments import plots, runner, switch_off, tables
-from experiments.trials import ROOT, Plan, Trial, staged
+from experiments.trials import ROOT, Plan, Trial, slug, staged
 
 # Row -> (mode of the config, overrides).
 ROWS = {
@@ -54,11 +54,10 @@ do not compare with perplexities per byte.
 def _trial(group: str, row: str, config: str, switch: str, fields) -> Trial:
   mode, overrides = ROWS[row]
   live = () if overrides else switch_off.evaluations(mode)
-  name = f"{group}/{row}".lower().replace(" ", "_").replace("+", "p")
   return Trial(
     group=group,
     row=row,
-    name=name,
+    name=slug(f"{group}/{row}"),
     config=config,
     mode=mode + switch,
     overrides={**overrides, **fields},

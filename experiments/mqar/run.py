@@ -15,6 +15,7 @@ from experiments.trials import (
   Plan,
   Results,
   Trial,
+  slug,
   staged,
   sweep,
   variant,
@@ -35,15 +36,13 @@ CHANCE = 1 / 64
 
 
 def _rows(group: str, switch: str) -> list[Trial]:
-  rows = []
+  rows, end = [], GROUPS[group]
   for row, (mode, overrides) in ROWS.items():
-    end = GROUPS[group]
-    name = f"pairs{end or '_8'}/{row.lower().replace(' ', '_')}"
     rows.append(
       Trial(
         group=group,
         row=row,
-        name=name.replace("+", "p"),
+        name=f"pairs{end or '_8'}/{slug(row)}",
         config="configs/mqar.py",
         mode=mode + end + switch,
         overrides={**overrides, "train.keep_checkpoints": 1},
