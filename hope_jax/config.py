@@ -125,9 +125,7 @@ class CMSConfig:
         "cms.chunk_lengths must grow from level to level, 0 (never) last;"
         f" got {self.chunk_lengths}"
       )
-    _choice(
-      self.value, "cms.value", ("mixer_linear", "mixer_value", "mixer_pair")
-    )
+    _choice(self.value, "cms.value", ("mixer_linear", "mixer_value"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -117,6 +117,25 @@ def run_memory(initial, keys, values, queries, gates, cfg):
   return outputs, state
 
 
+def box_weights(initial, cfg):
+  """`Boxes` [H, ...] as {box: {"hidden", "output"}}, heads in front."""
+  kinds = {
+    "projection": [box for box in ("k", "v", "q") if box in cfg.adaptive],
+    "gate": [box for box in ("eta", "alpha") if box in cfg.adaptive],
+  }
+  boxes = [
+    (kind, i, box) for kind in kinds for i, box in enumerate(kinds[kind])
+  ]
+  named = {
+    box: {"output": getattr(initial, kind)[:, i]} for kind, i, box in boxes
+  }
+  if initial.hidden is not None:
+    parts = jnp.split(initial.hidden, len(boxes), axis=1)
+    for (_, _, box), hidden in zip(boxes, parts, strict=True):
+      named[box]["hidden"] = hidden
+  return named
+
+
 def run_boxes(initial, slow, cfg):
   """Eq. 83-85, 87, 88: all adaptive boxes; returns k, v, q, eta, alpha."""
   unit = lambda x: x / jnp.sqrt(jnp.sum(x * x) + 1e-6)
@@ -159,3 +178,37 @@ def run_boxes(initial, slow, cfg):
   xs = (jnp.arange(slow["k"].shape[0]), slow)
   (_, states), made = jax.lax.scan(token, (initial, states), xs)
   return made, states
+
+
+def feed_forward(weights, n):
+  gate, up, down = weights
+  return (jax.nn.silu(n @ gate) * (n @ up)) @ down
+
+
+def run_cms_level(slow, inputs, values, learn_rate, chunk, error_clip):
+  """Eq. 71 for one level (gate, up, down), token by token: read at the chunk's
+  first state, one `jax.grad` step per token, kept until the chunk's end."""
+
+  def token(carry, xs):
+    start, now = carry
+    t, n, value = xs
+    start = choose(t % chunk == 0, now, start)
+    gate, up, down = start
+    y = feed_forward(start, n)
+    error = clip(y - value, error_clip)
+
+    def through(z_gate, z_up):
+      return jnp.vdot(error, (jax.nn.silu(z_gate) * z_up) @ down)
+
+    errors = jax.grad(through, (0, 1))(n @ gate, n @ up)
+    hidden = jax.nn.silu(n @ gate) * (n @ up)
+    steps = [(n, clip(e, error_clip)) for e in errors] + [(hidden, error)]
+    now = tuple(
+      weight - learn_rate / (1 + learn_rate * x @ x) / chunk * jnp.outer(x, u)
+      for weight, (x, u) in zip(now, steps, strict=True)
+    )
+    return (start, now), y
+
+  xs = (jnp.arange(inputs.shape[0]), inputs, values)
+  (_, after), outputs = jax.lax.scan(token, (tuple(slow), tuple(slow)), xs)
+  return outputs, after

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hope_jax.memory import chunks, cms, rules
+from hope_jax.memory import chunks, cms
+from tests.memory import oracle
 from tests.pallas_kernels.testing import fast_jit
 
 B, T, D, F, C = 2, 22, 5, 7, 4
@@ -29,41 +30,12 @@ def run(slow, n, value, state=None, **kwargs):
   return cms.run_level(slow, n, value, 0.3, state=state, **options)
 
 
-def block(weights, n):
-  return (jax.nn.silu(n @ weights.gate) * (n @ weights.up)) @ weights.down
-
-
-def loop_by_grad(slow, n, value, error_clip):
-  """Token by token: outputs at the chunk's first state, writes at its end."""
-  weights, pending, outputs = slow, None, []
-  for t in range(n.shape[0]):
-    if t % C == 0:
-      weights = weights if pending is None else pending
-      pending = weights
-    outputs.append(block(weights, n[t]))
-    error = rules.clip_norm(outputs[-1] - value[t], error_clip)
-    hidden = jax.nn.silu(n[t] @ weights.gate) * (n[t] @ weights.up)
-
-    def through(gate, up, t=t, error=error, weights=weights):
-      return jnp.vdot(error, (jax.nn.silu(gate) * up) @ weights.down)
-
-    errors = jax.grad(through, (0, 1))(n[t] @ weights.gate, n[t] @ weights.up)
-    errors = [rules.clip_norm(e, error_clip) for e in errors]
-    rate = lambda x: 0.3 / (1 + 0.3 * x @ x) / C
-    pending = cms.LevelWeights(
-      pending.gate - rate(n[t]) * jnp.outer(n[t], errors[0]),
-      pending.up - rate(n[t]) * jnp.outer(n[t], errors[1]),
-      pending.down - rate(hidden) * jnp.outer(hidden, error),
-    )
-  return jnp.stack(outputs)
-
-
 @pytest.mark.parametrize("error_clip", [0.0, 1.0])
 def test_level_equals_loop_of_gradient_steps(error_clip):
   slow, n, value = random_level()
   ours, _, _ = run(slow, n, value, error_clip=error_clip)
   for b in range(B):
-    expected = loop_by_grad(slow, n[b], value[b], error_clip)
+    expected, _ = oracle.run_cms_level(slow, n[b], value[b], 0.3, C, error_clip)
     np.testing.assert_allclose(ours[b], expected, atol=1e-12)
 
 
@@ -73,7 +45,8 @@ def test_unclipped_write_is_the_gradient_of_the_loss():
   n, value = n[:, :1], value[:, :1]
   state = chunks.fresh(cms.zero_state(slow, B))
   _, state, _ = run(slow, n, value, error_clip=0.0, chunk_length=1, state=state)
-  loss = lambda w: 0.5 * jnp.sum((block(w, n[0, 0]) - value[0, 0]) ** 2)
+  y = lambda weights: oracle.feed_forward(weights, n[0, 0])
+  loss = lambda weights: 0.5 * jnp.sum((y(weights) - value[0, 0]) ** 2)
   gradient = jax.grad(loss)(slow)
   square = n[0, 0] @ n[0, 0]
   np.testing.assert_allclose(

@@ -45,22 +45,6 @@ def random_boxes(cfg, seed=0):
   return initial, slow
 
 
-def box_weights(initial, cfg):
-  """{box: {"hidden", "output"}}, heads in front."""
-  kinds = {
-    "projection": self_modifying.members(cfg, self_modifying.PROJECTIONS),
-    "gate": self_modifying.members(cfg, self_modifying.GATES),
-  }
-  named, place = {}, 0
-  for kind, boxes in kinds.items():
-    for i, box in enumerate(boxes):
-      named[box] = {"output": getattr(initial, kind)[:, i]}
-      if initial.hidden is not None:
-        named[box]["hidden"] = initial.hidden[:, place * F : (place + 1) * F]
-      place += 1
-  return named
-
-
 def project(initial, slow, cfg, **kwargs):
   made, _, _ = self_modifying.run_projections(initial, slow, cfg, **kwargs)
   return [made.k, made.v, made.q, made.gates.learn_rate, made.gates.retention]
@@ -96,7 +80,7 @@ def test_projections_equal_token_loop(options, chunk_length):
   sequence.setdefault("beta", jnp.zeros((B, H, T)))
   heads = jax.vmap(lambda weights, at: oracle.run_boxes(weights, at, cfg)[0])
   batch = fast_jit(jax.vmap(heads, in_axes=(None, 0)))
-  expected = batch(box_weights(initial, cfg), sequence)
+  expected = batch(oracle.box_weights(initial, cfg), sequence)
   for a, e in zip(ours, expected, strict=True):
     np.testing.assert_allclose(a, e, atol=1e-10)
 
@@ -125,7 +109,7 @@ def test_frozen_box_stays_and_the_others_learn():
   weight = state.now["weight"]
   change = {
     box: jnp.abs(layers["output"]).max()
-    for box, layers in box_weights(
+    for box, layers in oracle.box_weights(
       jax.tree.map(lambda w: w[0], weight), cfg
     ).items()
   }

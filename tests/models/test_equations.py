@@ -1,61 +1,183 @@
-"""Whole models against their equations (spec 02, section 3) in plain numpy."""
+"""Whole models against their equations (spec 02, section 3), one token or one
+head at a time; the memories are the token loops of `tests.memory.oracle`."""
+
+import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from tests.models.test_models import init, make
+from hope_jax.memory.self_modifying import Boxes
+from tests.memory import oracle
+from tests.models.test_models import CMS, T, init, make
+from tests.pallas_kernels.testing import fast_jit
 
-
-def silu(x):
-  return x / (1 + np.exp(-x))
-
-
-def rms(x, scale):
-  return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale
+MIXER_VALUE = dataclasses.replace(CMS, value="mixer_value")
 
 
-def convolve(x, kernel):
-  """y_t = sum_j kernel_j x_{t-j} along axis 0."""
-  y = np.zeros_like(x)
-  for t in range(len(x)):
-    for j in range(min(t + 1, len(kernel))):
-      y[t] += kernel[j] * x[t - j]
-  return y
+def rms(x, scale=1.0):
+  return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale
 
 
-def titans_mixer(p, n, heads):
-  """The sequence layer with M_0 in place of the memory: [T, D] -> [T, D]."""
-  q = silu(
-    convolve(
-      n @ p["projections"]["query"]["kernel"],
-      p["projections"]["conv_query"]["kernel"],
-    )
-  )
+def unit(x):
+  return x / jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
+def slow_projection(p, name, n):
+  """n W, then y_t = sum_j kernel_j x_{t-j} along axis 0."""
+  x = n @ p[name]["kernel"]
+  if f"conv_{name}" not in p:
+    return x
+  kernel = p[f"conv_{name}"]["kernel"]
+  shifted = [jnp.pad(x, ((j, 0), (0, 0)))[: len(x)] for j in range(len(kernel))]
+  return sum(tap * row for tap, row in zip(kernel, shifted, strict=True))
+
+
+def rotary(x, base):
+  """Turns pair (i, i + K/2) of position t by the angle t base^(-2 i / K)."""
+  real, imaginary = jnp.split(x, 2, axis=1)
+  half = real.shape[1]
+  angle = jnp.outer(jnp.arange(len(x)), base ** (-jnp.arange(half) / half))
+  turned = (real + 1j * imaginary) * jnp.exp(1j * angle)
+  return jnp.hstack([turned.real, turned.imag])
+
+
+def attention(p, n, config):
+  """Causal softmax attention: y [T, D] and the values."""
+  projected = [slow_projection(p, x, n) for x in ("query", "key", "value")]
   outputs = []
-  for head, q_TK in enumerate(np.split(q, heads, axis=1)):
-    q_TK = q_TK / np.sqrt(np.sum(q_TK**2, axis=1, keepdims=True) + 1e-6)
-    hidden = silu(q_TK @ p["initial"]["memory_hidden"][head].T)
-    o = q_TK + hidden @ p["initial"]["memory_output"][head].T
-    outputs.append(rms(o, p["readout"]["norm_scale"]))
-  gate = silu(n @ p["readout"]["gate"]["kernel"])
-  return (np.hstack(outputs) * gate) @ p["readout"]["output"]["kernel"]
+  for q, k, v in zip(
+    *(jnp.split(x, config.num_heads, axis=1) for x in projected), strict=True
+  ):
+    q, k = rotary(q, config.rope_base), rotary(k, config.rope_base)
+    weights = jnp.tril(jnp.exp(q @ k.T / q.shape[1] ** 0.5))
+    outputs.append(weights @ v / weights.sum(axis=1, keepdims=True))
+  return jnp.hstack(outputs) @ p["output"]["kernel"], projected[2]
 
 
-def test_twin_of_titans_equals_its_equations():
-  config = make("titans", inner_rates="off")
-  model, params, tokens = init(config)
-  logits = model.apply({"params": params}, tokens).logits
-  to_numpy = lambda x: np.asarray(x, np.float64)
-  embedding = to_numpy(params["embed"]["embedding"])
-  expected = []
-  for sequence in np.asarray(tokens):
-    x = embedding[sequence]
-    for layer in range(config.num_layers):
-      p = jax.tree.map(lambda x, i=layer: to_numpy(x[i]), params["blocks"])
-      n = rms(x, p["norm_mixer"]["scale"])
-      x = x + titans_mixer(p["mixer"], n, config.num_heads)
-      n = rms(x, p["norm_ffn"]["scale"])
-      ffn = {name: w["kernel"] for name, w in p["ffn"].items()}
-      x = x + (silu(n @ ffn["gate"]) * (n @ ffn["up"])) @ ffn["down"]
-    expected.append(rms(x, to_numpy(params["norm_out"]["scale"])) @ embedding.T)
-  np.testing.assert_allclose(logits, np.stack(expected), atol=2e-5)
+def memory_head(weights, boxes, vectors, logits, cfg):
+  """Eq. 83-90 for one head: what the memory answers, and v."""
+  (q, k, v), at = vectors, dict(logits, beta=jax.nn.sigmoid(logits["beta"]))
+  if boxes:
+    slow = {"k": k, "v": v, "q": q, **at}
+    (k, v, q, eta, alpha), _ = oracle.run_boxes(boxes, slow, cfg)
+  else:
+    k, q = unit(k), unit(q)
+    eta = jax.nn.softplus(at["eta"])
+    alpha = jnp.exp(-jax.nn.softplus(at["alpha"]))
+  o, _ = oracle.run_memory(weights, k, v, q, (eta, alpha, at["beta"]), cfg)
+  return o, v
+
+
+def memory_layer(p, n, config):
+  """Slow projections and gates, the memory of every head, the read-out."""
+  cfg, initial, gates = config.memory, p["initial"], p["gates"]
+  by_head = lambda x: jnp.stack(jnp.split(x, config.num_heads, axis=1))
+  vectors = [
+    by_head(jax.nn.silu(slow_projection(p["projections"], name, n)))
+    for name in ("query", "key", "value")
+  ]
+  logits = {}
+  for gate in ("eta", "alpha", "beta"):
+    slope = n @ gates[gate]["kernel"] if gate in gates else jnp.zeros((T, 1))
+    logits[gate] = (gates[f"{gate}_bias"] + slope).T
+  if config.inner_rates == "off":
+    logits["eta"] -= 1e9
+  boxes = {}
+  if cfg.adaptive:
+    kinds = ("hidden", "projection", "gate")
+    boxes = Boxes(*(initial[f"boxes_{kind}"] for kind in kinds))
+    boxes = oracle.box_weights(boxes, cfg)
+  weights = {name: initial[f"memory_{name}"] for name in ("hidden", "output")}
+  run = jax.vmap(functools.partial(memory_head, cfg=cfg))
+  outputs, values = run(weights, boxes, vectors, logits)
+  o = jnp.hstack(list(rms(outputs, p["readout"]["norm_scale"])))
+  gate = jax.nn.silu(n @ p["readout"]["gate"]["kernel"])
+  y = (o * gate) @ p["readout"]["output"]["kernel"]
+  return y, jnp.hstack(list(values))
+
+
+def feed_forward(p, n):
+  names = ("gate", "up", "down")
+  return oracle.feed_forward([p[name]["kernel"] for name in names], n)
+
+
+def continuum(p, x, y, values, config):
+  """Eq. 71: levels in sequence, each with its own norm and residual."""
+  cfg = config.cms
+  value = values
+  if cfg.value == "mixer_linear":
+    value = y @ p["value"]["kernel"]
+  for i, chunk_length in enumerate(cfg.chunk_lengths):
+    n, level = rms(x, p[f"norm_{i}"]["scale"]), p[f"level_{i}"]
+    if not chunk_length:
+      x = x + feed_forward(level, n)
+      continue
+    rate = jax.nn.softplus(level["gates_learn_rate"])
+    outputs, _ = oracle.run_cms_level(
+      [level[name] for name in ("gate", "up", "down")],
+      n,
+      rms(value),
+      rate if config.inner_rates == "on" else 0.0,
+      chunk_length,
+      cfg.error_clip,
+    )
+    x = x + outputs
+  return x
+
+
+def plain_model(params, tokens, config):
+  """Logits [T, V] of one sequence."""
+  is_attention = config.sequence_layer in ("transformer", "hope_attention")
+  mixer = attention if is_attention else memory_layer
+
+  def block(x, p):
+    y, values = mixer(p["mixer"], rms(x, p["norm_mixer"]["scale"]), config)
+    x = x + y
+    if config.cms.hidden:
+      return continuum(p["cms"], x, y, values, config), None
+    return x + feed_forward(p["ffn"], rms(x, p["norm_ffn"]["scale"])), None
+
+  embedding = params["embed"]["embedding"]
+  x, _ = jax.lax.scan(block, embedding[tokens], params["blocks"])
+  return rms(x, params["norm_out"]["scale"]) @ embedding.T
+
+
+def perturbed(params, seed=0):
+  """Norm scales and gates off their start, where their place would not show."""
+  rng = np.random.default_rng(seed)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: (
+      x + 0.3 * rng.normal(size=x.shape)
+      if any(name in jax.tree_util.keystr(path) for name in ("scale", "gates"))
+      else x
+    ),
+    params,
+  )
+
+
+@pytest.mark.parametrize(
+  ("name", "fields"),
+  [
+    ("transformer", {"conv_window": 0}),
+    ("transformer", {"conv_window": 4}),
+    ("titans", {}),
+    ("titans", {"inner_rates": "off"}),
+    ("hope", {}),
+    ("hope", {"inner_rates": "off"}),
+    ("hope", {"cms": MIXER_VALUE}),
+    ("hope_attention", {}),
+  ],
+  ids=str,
+)
+def test_model_equals_its_equations(name, fields):
+  config = make(name, **fields)
+  with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
+    model, params, tokens = init(config)
+    params = perturbed(jax.tree.map(lambda x: jnp.asarray(x, float), params))
+    logits = fast_jit(model.apply)({"params": params}, tokens).logits
+    plain = lambda params, tokens: plain_model(params, tokens, config)
+    expected = fast_jit(jax.vmap(plain, (None, 0)))(params, tokens)
+  np.testing.assert_allclose(logits, expected, atol=3e-5)
