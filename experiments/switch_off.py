@@ -6,9 +6,22 @@ memory model's work, so its loss alone proves nothing.  A claim needs the
 *switch-off* (the live-trained model with its writes off at evaluation).
 """
 
-from experiments.trials import Evaluation
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.trials import Evaluation, Trial
 
 TWIN = {"model.inner_rates": "off"}
+
+# The rows of every comparison: row -> (mode of the config, overrides).
+ROWS = {
+  "Transformer++": ("transformer", {}),
+  "Transformer++ conv": ("transformer_conv", {}),
+  "Titans": ("titans", {}),
+  "Titans twin": ("titans", TWIN),
+  "Hope": ("hope", {}),
+  "Hope twin": ("hope", TWIN),
+}
 
 _LEVELS = {
   "titans": (),  # its memory is all it has
@@ -20,24 +33,53 @@ _LEVELS = {
   ),
 }
 
+LONG = 4096  # tokens
 
-LONG = 4096
+
+def trial(
+  row: str,
+  *,
+  group: str,
+  name: str,
+  config: str,
+  suffix: str,
+  overrides: Mapping[str, Any],
+  evaluations: tuple[Evaluation, ...] | None = None,
+) -> Trial:
+  """A row of a comparison as a trial; live memories with all switch-offs.
+
+  `suffix` is added to the row's mode; `evaluations` replaces the switch-offs.
+  """
+  mode, own = ROWS[row]
+  if evaluations is None:
+    evaluations = switch_offs(row)
+  return Trial(
+    group=group,
+    row=row,
+    name=name,
+    config=config,
+    mode=mode + suffix,
+    overrides={**own, **overrides},
+    evaluations=evaluations,
+  )
 
 
-def long_evaluation(*, is_live: bool) -> Evaluation:
+def long_evaluation(row: str) -> Evaluation:
   """Test loss on longer sequences, and how far live memories move there."""
   flags = ("--split=test", f"--length={LONG}")
-  if is_live:
+  if switch_offs(row):
     flags = (*flags, "--dynamics")
   return Evaluation(f"length_{LONG}", flags)
 
 
-def evaluations(model: str) -> tuple[Evaluation, ...]:
-  """Test loss with all writes off, and with those of each level off."""
-  if model not in _LEVELS:
+def switch_offs(row: str) -> tuple[Evaluation, ...]:
+  """Test loss with all writes off, and with those of each level off; nothing
+  for a row that writes nothing."""
+  mode, overrides = ROWS[row]
+  if mode not in _LEVELS or overrides == TWIN:
     return ()
   off = ("--split=test", "--writes=off")
-  levels = [",".join(names) for names in _LEVELS[model]]
+  levels = [",".join(names) for names in _LEVELS[mode]]
   return (
     Evaluation("off", off),
     *(Evaluation(f"off_{l}", (*off, f"--level={l}")) for l in levels),

@@ -6,7 +6,6 @@ python -m experiments.language_modeling.run --scale=cpu --data=FOLDER
 Writes results.json, table.md and PNG plots; see README.md for the protocol.
 """
 
-import dataclasses
 import math
 import pathlib
 import statistics
@@ -15,17 +14,8 @@ import sys
 from collections.abc import Sequence
 
 from experiments import plots, runner, switch_off, tables
-from experiments.trials import ROOT, Plan, Trial, slug, staged
+from experiments.trials import ROOT, Plan, slug, staged
 
-# Row -> (mode of the config, overrides).
-ROWS = {
-  "Transformer++": ("transformer", {}),
-  "Transformer++ conv": ("transformer_conv", {}),
-  "Titans": ("titans", {}),
-  "Titans twin": ("titans", switch_off.TWIN),
-  "Hope": ("hope", {}),
-  "Hope twin": ("hope", switch_off.TWIN),
-}
 # The longest first: what follows fills the other cores.
 DEMO_ROWS = ("Hope", "Titans", "Transformer++", "Transformer++ conv")
 RATES = (2e-3, 4e-3, 8e-3)
@@ -51,27 +41,20 @@ do not compare with perplexities per byte.
 """
 
 
-def _trial(group: str, row: str, config: str, switch: str, fields) -> Trial:
-  mode, overrides = ROWS[row]
-  live = () if overrides else switch_off.evaluations(mode)
-  return Trial(
-    group=group,
-    row=row,
-    name=slug(f"{group}/{row}"),
-    config=config,
-    mode=mode + switch,
-    overrides={**overrides, **fields},
-    evaluations=(*live, switch_off.long_evaluation(is_live=bool(live))),
-  )
-
-
 def demo_plan(switch: str = "") -> Plan:
   """Four models at equal tokens, one seed, the config's learning rates."""
   trials = [
-    _trial("tiny Shakespeare", row, "configs/shakespeare.py", switch, {})
+    switch_off.trial(
+      row,
+      group="tiny Shakespeare",
+      name=slug(f"tiny Shakespeare/{row}"),
+      config="configs/shakespeare.py",
+      suffix=switch,
+      overrides={},
+      evaluations=(),
+    )
     for row in DEMO_ROWS
   ]
-  trials = [dataclasses.replace(trial, evaluations=()) for trial in trials]
   return lambda _: trials
 
 
@@ -84,9 +67,20 @@ def cpu_plan(data: str) -> Plan:
     "WikiText-2": ("configs/wikitext2.py", "", {**common, **folder}),
   }
   rows = [
-    _trial(group, row, config, switch, fields)
+    switch_off.trial(
+      row,
+      group=group,
+      name=slug(f"{group}/{row}"),
+      config=config,
+      suffix=switch,
+      overrides=fields,
+      evaluations=(
+        *switch_off.switch_offs(row),
+        switch_off.long_evaluation(row),
+      ),
+    )
     for group, (config, switch, fields) in texts.items()
-    for row in ROWS
+    for row in switch_off.ROWS
   ]
   return staged(rows, rates=RATES, seeds=SEEDS)
 
@@ -159,7 +153,7 @@ def report(
   records: Sequence[runner.Record], folder: pathlib.Path, scale: str
 ) -> None:
   """Writes and prints everything that a reader wants to see."""
-  order = list(ROWS)
+  order = list(switch_off.ROWS)
   records = sorted(records, key=lambda record: order.index(record.trial.row))
   folder.mkdir(parents=True, exist_ok=True)
   text = ""

@@ -17,39 +17,27 @@ from experiments.trials import (
   Trial,
   slug,
   staged,
-  sweep,
   variant,
 )
 
-# Row -> (mode of the config, overrides).
-ROWS = {
-  "Titans": ("titans", {}),
-  "Titans twin": ("titans", switch_off.TWIN),
-  "Hope": ("hope", {}),
-  "Hope twin": ("hope", switch_off.TWIN),
-  "Transformer++": ("transformer", {}),
-  "Transformer++ conv": ("transformer_conv", {}),
-}
 # Group -> suffix of the mode.
 GROUPS = {"8 pairs, T 64": "", "32 pairs, T 256": "_32"}
 CHANCE = 1 / 64
 
 
 def _rows(group: str, switch: str) -> list[Trial]:
-  rows, end = [], GROUPS[group]
-  for row, (mode, overrides) in ROWS.items():
-    rows.append(
-      Trial(
-        group=group,
-        row=row,
-        name=f"pairs{end or '_8'}/{slug(row)}",
-        config="configs/mqar.py",
-        mode=mode + end + switch,
-        overrides={**overrides, "train.keep_checkpoints": 1},
-        evaluations=() if overrides else switch_off.evaluations(mode),
-      )
+  end = GROUPS[group]
+  return [
+    switch_off.trial(
+      row,
+      group=group,
+      name=f"pairs{end or '_8'}/{slug(row)}",
+      config="configs/mqar.py",
+      suffix=end + switch,
+      overrides={"train.keep_checkpoints": 1},
     )
-  return rows
+    for row in switch_off.ROWS
+  ]
 
 
 def plan(switch: str, rates: Sequence[float], seeds: Sequence[int]) -> Plan:
@@ -57,15 +45,18 @@ def plan(switch: str, rates: Sequence[float], seeds: Sequence[int]) -> Plan:
   at 32 pairs at the rate so chosen, on the first seed."""
   small, large = (_rows(group, switch) for group in GROUPS)
   swept = staged(small, rates=rates, seeds=seeds)
+  at_32_pairs = {trial.row: trial for trial in large}
 
   def both(results: Results) -> list[Trial]:
-    trials = list(swept(results))
-    for row, other in zip(small, large, strict=True):
-      _, chosen = sweep(row, results, rates=rates, seeds=seeds)
-      for trial in chosen[:1]:
-        rate = trial.overrides["opt.peak_lr"]
-        trials.append(variant(other, rate, trial.seed))
-    return trials
+    trials = swept(results)
+    winners = [t for t in trials if t.is_final and t.seed == seeds[0]]
+    return [
+      *trials,
+      *(
+        variant(at_32_pairs[t.row], t.overrides["opt.peak_lr"], t.seed)
+        for t in winners
+      ),
+    ]
 
   return both
 
@@ -88,7 +79,7 @@ def report(
 ) -> None:
   """Writes and prints the accuracy tables and the bar chart."""
   folder.mkdir(parents=True, exist_ok=True)
-  text, points = "", {row: {} for row in ROWS}
+  text, points = "", {row: {} for row in switch_off.ROWS}
   for group in dict.fromkeys(record.trial.group for record in records):
     text += f"{group}\n\n{tables.table(records, group, COLUMNS)}\n"
     for row, trials in tables.by_row(records, group).items():

@@ -41,16 +41,15 @@ def linear_rule(
   implementation: Implementation | None = None,
   checkpoint: scan.CheckpointPolicy = "sqrt",
 ) -> LinearRuleOutput:
-  """Updates a fast weight with every token and reads it with every query.
+  """Updates a fast weight with every token, reads it with every query.
 
       W, S <- 0                                            where reset_t
       S_t = beta_t S_{t-1} - eta_t u_t x_t^T
       W_t = W_{t-1} (alpha_t I - delta_t x_t x_t^T) + S_t
       y_t = W_{t-1} q_t  (read = "pre")  or  W_t q_t  (read = "post")
 
-  The result does not depend on `chunk_length`, which only sets the speed.
-  Differentiable in every float argument, also where retention or
-  momentum_decay is exactly zero.
+  The result does not depend on `chunk_length`.  Differentiable in every float
+  argument, also where retention or momentum_decay is exactly zero.
 
   Args:
     x: inputs x_t, [B, H, T, K].
@@ -76,26 +75,6 @@ def linear_rule(
   Raises:
     ValueError: a shape, an option or a combination of arguments is wrong.
   """
-  _validate(
-    x,
-    u,
-    weight=weight,
-    momentum=momentum,
-    retention=retention,
-    momentum_decay=momentum_decay,
-    learn_rate=learn_rate,
-    erase=erase,
-    queries=queries,
-    reset=reset,
-  )
-  _validate_choice("read", read, Read)
-  _validate_choice("checkpoint", checkpoint, scan.CheckpointPolicy)
-  if chunk_length < 1:
-    raise ValueError(f"{chunk_length=} must be at least 1.")
-  if implementation is None:
-    implementation = _best_implementation()
-  _validate_choice("implementation", implementation, Implementation)
-
   arguments: dict[str, Any] = dict(
     weight=weight,
     momentum=momentum,
@@ -104,14 +83,17 @@ def linear_rule(
     learn_rate=learn_rate,
     erase=erase,
     queries=queries,
-    read=read,
     reset=reset,
   )
+  _validate(x, u, chunk_length, **arguments)
+  implementation = implementation or _best_implementation()
+  _validate_choice("read", read, Read)
+  _validate_choice("checkpoint", checkpoint, scan.CheckpointPolicy)
+  _validate_choice("implementation", implementation, Implementation)
   if implementation == "reference":
-    return reference.linear_rule_reference(x, u, **arguments)
-  return chunked.linear_rule_chunked(
-    x, u, **arguments, chunk_length=chunk_length, checkpoint=checkpoint
-  )
+    return reference.linear_rule_reference(x, u, **arguments, read=read)
+  arguments |= dict(chunk_length=chunk_length, checkpoint=checkpoint)
+  return chunked.linear_rule_chunked(x, u, **arguments, read=read)
 
 
 @functools.cache
@@ -126,8 +108,10 @@ def _validate_choice(name, value, choices):
     raise ValueError(f"{name}={value!r} is not one of {options}.")
 
 
-def _validate(x, u, **arguments):
+def _validate(x, u, chunk_length, **arguments):
   """Raises ValueError unless all shapes and optional arguments fit."""
+  if chunk_length < 1:
+    raise ValueError(f"{chunk_length=} must be at least 1.")
   if x.ndim != 4 or 0 in x.shape:
     raise ValueError(f"{x.shape=} must be [B, H, T, K], none of them 0.")
   if u.ndim != 4 or u.shape[:3] != x.shape[:3] or 0 in u.shape:

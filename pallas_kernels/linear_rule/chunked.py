@@ -284,58 +284,51 @@ def chunk_rule(
   x, u, queries, weight, momentum = jax.tree.map(
     _widen, (x, u, queries, weight, momentum)
   )
+  assert (momentum is None) == (decays.pair_momentum is None)
   mix, mix_prev = decays.pair, decays.pair_prev
   if momentum is not None:
     mix, mix_prev = decays.pair_momentum, decays.pair_momentum_prev
-  assert (momentum is None) == (decays.pair_momentum is None)
   eta_col = learn_rate[..., None, :]
+  delta_col: Any = None if erase is None else erase[..., None, :]
 
-  writes = (mix[..., -1, :] * learn_rate)[..., None] * u
+  r = outputs = None
   if erase is not None:
-    delta_col = erase[..., None, :]
     if gram is None:
       gram = _einsum("...CK,...DK->...CD", x, x, precision=gram_precision)
-    r = _read_start(
-      x,
-      x_weight,
-      weight,
-      momentum,
-      decays.start_prev,
-      decays.start_momentum_prev,
-    )
+    starts = decays.start_prev, decays.start_momentum_prev
+    r = _read_start(x, x_weight, weight, momentum, *starts)
     r -= _einsum("...CD,...DE->...CE", mix_prev * eta_col * gram, u)
     inverse = unit_lower_inverse(decays.pair_prev * delta_col * gram)
-    r = _einsum_exact("...CD,...DE->...CE", inverse, r)  # rows W_{t-1} x_t
-    writes += (decays.pair[..., -1, :] * erase)[..., None] * r
-
-  outputs = None
+    r = _einsum_exact("...CD,...DE->...CE", inverse, r)
   if queries is not None:
-    pre = read == "pre"
-    outputs = _read_start(
-      queries,
-      queries_weight,
-      weight,
-      momentum,
-      decays.start_prev if pre else decays.start,
-      decays.start_momentum_prev if pre else decays.start_momentum,
-    )
+    pair, starts = decays.pair, (decays.start, decays.start_momentum)
+    if read == "pre":
+      pair, mix = decays.pair_prev, mix_prev
+      starts = decays.start_prev, decays.start_momentum_prev
+    outputs = _read_start(queries, queries_weight, weight, momentum, *starts)
     scores = _einsum("...CK,...DK->...CD", queries, x)
-    written = (mix_prev if pre else mix) * eta_col * scores
-    outputs -= _einsum("...CD,...DE->...CE", written, u)
-    if erase is not None:
-      pair = decays.pair_prev if pre else decays.pair
-      erased = pair * delta_col * scores
-      outputs -= _einsum("...CD,...DE->...CE", erased, r)
+    outputs -= _einsum("...CD,...DE->...CE", mix * eta_col * scores, u)
+    if r is not None:
+      outputs -= _einsum("...CD,...DE->...CE", pair * delta_col * scores, r)
+  state = _state_after(x, u, r, weight, momentum, decays, learn_rate, erase)
+  return LinearRuleOutput(outputs, *state)
 
+
+def _state_after(x, u, r, weight, momentum, decays, learn_rate, erase):
+  """W_C and S_C of the module docstring; `r` is R, None without erase."""
+  mix = decays.pair if momentum is None else decays.pair_momentum
+  writes = (mix[..., -1, :] * learn_rate)[..., None] * u
+  if r is not None:
+    writes += (decays.pair[..., -1, :] * erase)[..., None] * r
   next_weight = decays.start[..., -1, None, None] * weight
   next_weight -= _einsum("...CE,...CK->...EK", writes, x)
   if momentum is None:
-    return LinearRuleOutput(outputs, next_weight, None)
+    return next_weight, None
   next_weight += decays.start_momentum[..., -1, None, None] * momentum
   writes = (decays.momentum_pair_last * learn_rate)[..., None] * u
   next_momentum = decays.momentum_start_last[..., None, None] * momentum
   next_momentum -= _einsum("...CE,...CK->...EK", writes, x)
-  return LinearRuleOutput(outputs, next_weight, next_momentum)
+  return next_weight, next_momentum
 
 
 def _read_start(rows, rows_weight, weight, momentum, start, start_momentum):

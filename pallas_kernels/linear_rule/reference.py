@@ -42,15 +42,10 @@ def linear_rule_reference(
   read: Read = "pre",
   reset: jax.Array | None = None,
 ) -> LinearRuleOutput:
-  """Runs the rule over the tokens of each head, one at a time.
+  """Runs `api.linear_rule` over the tokens of each head, one at a time.
 
-      W, S <- 0                                          where reset_t
-      S_t = beta_t S_{t-1} - eta_t u_t x_t^T
-      W_t = W_{t-1} (alpha_t I - delta_t x_t x_t^T) + S_t
-      y_t = W_{t-1} q_t  (read = "pre")  or  W_t q_t  (read = "post")
-
-  Without momentum S_t is the write -eta_t u_t x_t^T alone. Shapes as in
-  `api.linear_rule`.
+  Equations and shapes stand there.  Without momentum S_t is the write
+  -eta_t u_t x_t^T alone.
   """
   tokens = dict(
     x=x,

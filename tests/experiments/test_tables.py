@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from experiments import plots, tables
+from experiments import plots, switch_off, tables
 from experiments.language_modeling import run as language_modeling
 from experiments.mqar import run as mqar
 from experiments.runner import DONE, FAILED, Record
@@ -141,7 +141,7 @@ def test_plots_are_written(tmp_path):
 @pytest.mark.parametrize("module", [language_modeling, mqar])
 def test_report_of_a_partly_failed_experiment(tmp_path, module, capsys):
   group = next(iter(getattr(module, "GROUPS", {"text": ""})))
-  rows = list(module.ROWS)
+  rows = list(switch_off.ROWS)
   records = [
     _record(rows[2], 0, 1.0, group=group, folder=str(tmp_path)),
     _record(rows[0], 0, 1.0, group=group, status=FAILED),

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from experiments import trials
+from experiments import switch_off, trials
 from experiments.language_modeling import run as language_modeling
 from experiments.mqar import run as mqar
 from hope_jax import config as config_lib
@@ -124,7 +124,7 @@ def test_mqar_32_pairs_follow_at_the_rate_chosen_at_8():
   planned = plan(results)
   large = [trial for trial in planned if trial.group == "32 pairs, T 256"]
   assert len({trial.name for trial in planned}) == len(planned) == 6 * 5 + 6
-  assert [trial.row for trial in large] == list(mqar.ROWS)
+  assert [trial.row for trial in large] == list(switch_off.ROWS)
   assert {trial.overrides["opt.peak_lr"] for trial in large} == {2e-3}
   for trial in large:
     assert trials.resolve(trial).data.num_pairs == 32
