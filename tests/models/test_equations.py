@@ -81,7 +81,8 @@ def memory_layer(p, n, config):
   ]
   logits = {}
   for gate in ("eta", "alpha", "beta"):
-    slope = n @ gates[gate]["kernel"] if gate in gates else jnp.zeros((T, 1))
+    is_slow = gate not in cfg.adaptive
+    slope = n @ gates[gate]["kernel"] if is_slow else jnp.zeros((T, 1))
     logits[gate] = (gates[f"{gate}_bias"] + slope).T
   if config.inner_rates == "off":
     logits["eta"] -= 1e9
