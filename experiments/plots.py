@@ -37,7 +37,8 @@ def _curve(
     config = (record.result or {})["config"]["data"]
     tokens = config["batch_size"] * config["sequence_length"]
     for row in metrics.read(record.workdir):
-      if row["kind"] == kind and row.get("split", "valid") == "valid":
+      is_here = row["kind"] == kind and row.get("split", "valid") == "valid"
+      if is_here and row["loss"] is not None:  # None: a skipped step
         losses.setdefault(row["step"] * tokens, []).append(row["loss"])
   tokens = sorted(losses)
   return (

@@ -276,9 +276,11 @@ class Runner:
         row for row in metrics.read(self._out / name) if row["kind"] == "train"
       ]
       if rows and process.output.name == workdir_lib.RESULT:
+        loss = rows[-1]["loss"]
+        shown = "not finite" if loss is None else f"{loss:.3f}"
         _say(
           f"running {name}: step {rows[-1]['step']} of"
-          f" {config.train.steps}, loss {rows[-1]['loss']:.3f}"
+          f" {config.train.steps}, loss {shown}"
         )
 
   def run(self) -> int:

@@ -185,6 +185,20 @@ class ModelConfig:
     return self.width // self.num_heads
 
   @property
+  def has_attention(self) -> bool:
+    return self.sequence_layer in ("transformer", "hope_attention")
+
+  @property
+  def memory_chunks(self) -> tuple[int, ...]:
+    """Chunk lengths at whose multiples a document has to begin."""
+    if self.has_attention:
+      return ()
+    memory = self.memory
+    if self.sequence_layer == "hope" and memory.adaptive:
+      return memory.chunk_length, memory.projection_chunk_length
+    return (memory.chunk_length,)
+
+  @property
   def fast_levels(self) -> tuple[str, ...]:
     """Names of everything that learns inside the sequence, fastest first."""
     levels = ()
@@ -231,11 +245,18 @@ class DataConfig:
   """What the model reads.
 
   Attributes:
-    kind: `text` (files -> bytes), or `mqar` (generated recall).
-    path: a text file or a comma-separated list of files, relative to the
+    kind: `text` (files -> bytes), `records` (what scripts/prepare_data.py
+      made), or `mqar` (generated recall).
+    path: of text: a file or a comma-separated list of files, relative to the
       working folder; split by position into train / valid / test.  A folder
-      holds `train.txt`, `valid.txt` and `test.txt`.
+      holds `train.txt`, `valid.txt` and `test.txt`.  Of records: a folder or a
+      comma-separated list of folders, valid and test from the first.
     split: fractions of train and valid of a single file; the rest is test.
+    weights: of the folders of records, in examples; empty: equal.
+    long_share: share of examples with long documents (records prepared with
+      --long); 0: as they come.
+    workers: processes that read; 0: a thread.
+    timeout: seconds to wait for a batch before the run ends with an error.
     sequence_length, batch_size: tokens per example, examples per step
       (global, over all processes).
     num_pairs, num_keys, num_values: MQAR's pairs per example and alphabet.
@@ -249,10 +270,23 @@ class DataConfig:
   num_pairs: int = 8
   num_keys: int = 32
   num_values: int = 32
+  weights: tuple[float, ...] = ()
+  long_share: float = 0.0
+  workers: int = 0
+  timeout: float = 600.0
   seed: int = 0
 
   def __post_init__(self):
-    _choice(self.kind, "data.kind", ("text", "mqar"))
+    _choice(self.kind, "data.kind", ("text", "records", "mqar"))
+    _positive(self.timeout, "data.timeout")
+    if any(weight <= 0 for weight in self.weights):
+      raise ConfigError(f"data.weights={self.weights} must be positive")
+    if not 0 <= self.long_share < 1:
+      raise ConfigError(
+        f"data.long_share={self.long_share} must be at least 0 and below 1"
+      )
+    if self.workers < 0:
+      raise ConfigError(f"data.workers={self.workers} must not be negative")
     _positive(self.sequence_length, "data.sequence_length")
     _positive(self.batch_size, "data.batch_size")
 
@@ -268,22 +302,52 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """The loop: length, logging, checkpoints."""
+  """The loop: length, logging, checkpoints.
+
+  Attributes:
+    accumulate: parts that a batch is cut into, one after the other.
+    init_from: folder of an export (hope_jax.export) with the parameters to
+      begin with; empty: random ones.
+    carry_state: a document that goes on in the next step finds the memories
+      as it left them (truncated backpropagation through time).
+    keep_checkpoints, keep_best: how many of the newest checkpoints are kept,
+      and of those with the lowest validation loss.
+    max_bad_steps: so many steps in a row without a finite loss and gradient
+      end the run; fewer are skipped.
+    rollback_factor: a logged loss above so many times the median of the last
+      50 sends the run back to its last checkpoint, past the data in between;
+      0: never.  max_rollbacks: more than so many end the run.
+    hang_seconds: a step that takes longer dumps all stacks on stderr; 0: off.
+  """
 
   steps: int = 500
   seed: int = 0
   accumulate: int = 1
+  init_from: str = ""
+  carry_state: bool = False
   log_every: int = 10
   dynamics_every: int = 100
   eval_every: int = 100
   checkpoint_every: int = 100
   keep_checkpoints: int = 2
+  keep_best: int = 0
+  max_bad_steps: int = 10
+  rollback_factor: float = 0.0
+  max_rollbacks: int = 3
+  hang_seconds: float = 1800.0
   wandb: str = "off"
   wandb_project: str = "hope_jax"
 
   def __post_init__(self):
     _positive(self.steps, "train.steps")
     _positive(self.accumulate, "train.accumulate")
+    _positive(self.keep_checkpoints, "train.keep_checkpoints")
+    _positive(self.max_bad_steps, "train.max_bad_steps")
+    if self.rollback_factor and self.rollback_factor <= 1:
+      raise ConfigError(
+        f"train.rollback_factor={self.rollback_factor} must be above 1, or 0"
+        " (never)"
+      )
     _choice(self.wandb, "train.wandb", ("off", "offline", "online"))
 
 
@@ -312,12 +376,18 @@ class Config:
         f"train.accumulate={self.train.accumulate} does not divide"
         f" data.batch_size={self.data.batch_size}"
       )
+    carries = self.train.carry_state
+    if carries and (self.model.has_attention or self.data.kind == "mqar"):
+      raise ConfigError(
+        f"train.carry_state: {self.model.sequence_layer} on {self.data.kind}"
+        " has nothing to carry; it is for titans and hope on documents"
+      )
     slowest = max((0, *self.model.cms.chunk_lengths))
-    if slowest and slowest * 4 > self.data.sequence_length * 2:
+    if slowest * 2 > self.data.sequence_length and not carries:
       raise ConfigError(
         f"model.cms.chunk_lengths has {slowest}, more than half of"
         f" data.sequence_length={self.data.sequence_length}: such a level"
-        " never uses what it learns; shorten it"
+        " hardly uses what it learns; shorten it, or train.carry_state"
       )
 
 

@@ -92,7 +92,7 @@ def evaluate(
       scores |= evaluation.inner_dynamics(
         params, source, config=config, mesh=mesh
       )
-  derived = evaluation.derived(scores["loss"], config.data.kind)
+  derived = evaluation.derived(scores["loss"], config)
   return {"step": step, "split": split, **scores, **derived}
 
 

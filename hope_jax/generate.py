@@ -1,165 +1,134 @@
-"""Continues a text with a trained model.
+"""Continues texts with a trained model.
 
 python -m hope_jax.generate --workdir=runs/x --prompt="ROMEO:" --tokens=200
+python -m hope_jax.generate --workdir=runs/x --prompt_file=prompts.txt
 
-The prompt is read at once, then one token at a time is drawn; both go
-through the model's explicit fast state, which keeps learning.
-
-Legend: T prompt tokens, N new tokens, V vocab.
+Prompts are read into the model's explicit fast state, which keeps learning
+while tokens are drawn.  One prompt: its text and what follows, as it is.
+Several (--prompt more than once, or a file with one a line): a line of JSON
+each, {"prompt", "text"}.
 """
 
-import functools
+import json
 import pathlib
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from hope_jax.config import ConfigError, MeshConfig, ModelConfig
-from hope_jax.data import tokenizer
-from hope_jax.models import language_model
-from hope_jax.training import (
-  checkpoints,
-  command,
-  sharding,
-)
+from hope_jax import generation
+from hope_jax.config import ConfigError, MeshConfig
+from hope_jax.data import pipeline
+from hope_jax.data.tokenizer import Tokenizer
+from hope_jax.generation import Sampling
+from hope_jax.training import checkpoints, command, sharding
 from hope_jax.training import step as step_lib
 from hope_jax.training import workdir as workdir_lib
 
 
 def define_flags() -> None:
   flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-  flags.DEFINE_string("prompt", None, "text to continue", required=True)
-  flags.DEFINE_integer("tokens", 200, "how many tokens to add")
+  flags.DEFINE_multi_string("prompt", [], "text to continue")
+  flags.DEFINE_string("prompt_file", None, "file with a prompt on each line")
+  flags.DEFINE_integer("tokens", 200, "how many tokens to add at the most")
   flags.DEFINE_float("temperature", 1.0, "0: always the likeliest token")
   flags.DEFINE_integer("top_k", 0, "draw from the k likeliest; 0: from all")
   flags.DEFINE_float("top_p", 1.0, "draw from the likeliest with sum top_p")
+  flags.DEFINE_multi_string("stop", [], "end before this text")
   flags.DEFINE_integer("seed", 0, "of the draws")
 
 
-class Sampling(NamedTuple):
-  """How a token is drawn; see the flags of the same names."""
-
-  temperature: float = 1.0
-  top_k: int = 0
-  top_p: float = 1.0
-
-  def check(self) -> None:
-    """`ConfigError` for values without meaning."""
-    if not self.temperature >= 0:
-      raise ConfigError(f"--temperature={self.temperature} must be 0 or more")
-    if self.top_k < 0:
-      raise ConfigError(f"--top_k={self.top_k} must be 0 (all) or more")
-    if not 0 < self.top_p <= 1:
-      raise ConfigError(f"--top_p={self.top_p} must be above 0, at most 1")
-
-
-def draw(key: jax.Array, logits_V: jax.Array, sampling: Sampling) -> jax.Array:
-  """One token from softmax(logits / temperature), cut to top k and top p.
-
-  The token that crosses probability top_p is kept, so one always remains.
-  """
-  if sampling.temperature == 0:
-    return jnp.argmax(logits_V)
-  logits_V = logits_V / sampling.temperature
-  sorted_V = jnp.sort(logits_V, descending=True)
-  least = jnp.asarray(-jnp.inf)
-  if sampling.top_k:
-    least = sorted_V[min(sampling.top_k, logits_V.size) - 1]
-  if sampling.top_p < 1:
-    kept_V = jnp.where(sorted_V >= least, sorted_V, -jnp.inf)
-    probability_V = jax.nn.softmax(kept_V)
-    before_V = jnp.cumsum(probability_V) - probability_V
-    least = jnp.min(jnp.where(before_V < sampling.top_p, kept_V, jnp.inf))
-  return jax.random.categorical(
-    key, jnp.where(logits_V >= least, logits_V, -jnp.inf)
-  )
-
-
-@functools.partial(jax.jit, static_argnames=("config", "count", "sampling"))
-def continue_tokens(
-  params: Any,
-  prompt_T: jax.Array,
-  key: jax.Array,
-  *,
-  config: ModelConfig,
-  count: int,
-  sampling: Sampling,
-) -> jax.Array:
-  """`count` new tokens [N] after `prompt_T`: prefill, then decode."""
-  model = language_model.LanguageModel(config)
-
-  def next_token(key: jax.Array, logits_BTV: jax.Array) -> jax.Array:
-    return draw(key, logits_BTV[0, -1, : tokenizer.VOCAB_SIZE], sampling)
-
-  def decode(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
-    state, token = carry
-    output = step_lib.forward(model, params, token[None, None], state=state)
-    following = next_token(key, output.logits)
-    return (output.state, following), token
-
-  keys = jax.random.split(key, count + 1)
-  state = language_model.init_state(config, 1)
-  output = step_lib.forward(model, params, prompt_T[None], state=state)
-  first = next_token(keys[0], output.logits)
-  _, tokens_N = jax.lax.scan(decode, (output.state, first), keys[1:])
-  return tokens_N
+def cut(
+  tokens: np.ndarray, tokenizer: Tokenizer, stop: Sequence[str]
+) -> tuple[str, bool]:
+  """Text of new tokens up to their end; whether that end was reached."""
+  ends = np.flatnonzero(tokens == tokenizer.eos)
+  if len(ends):
+    tokens = tokens[: ends[0]]
+  text = tokenizer.decode(tokens)
+  places = [text.find(mark) for mark in stop]
+  places = [place for place in places if place >= 0]
+  return text[: min(places, default=None)], bool(len(ends) or places)
 
 
 def generate(
   workdir: pathlib.Path,
-  prompt: str,
+  prompts: Sequence[str],
   *,
   count: int,
   sampling: Sampling,
+  stop: Sequence[str] = (),
   seed: int = 0,
-) -> str:
-  """The continuation of `prompt` by the newest checkpoint of `workdir`."""
-  if not prompt:
-    raise ConfigError("--prompt is empty: give at least one character")
+) -> list[str]:
+  """Continuations of `prompts` by the newest checkpoint of `workdir`."""
+  if not prompts:
+    raise ConfigError("no prompt: give --prompt or --prompt_file")
+  for number, prompt in enumerate(prompts, 1):
+    if not prompt:
+      which = f"prompt {number}" if len(prompts) > 1 else "--prompt"
+      raise ConfigError(f"{which} is empty: give at least one character")
   if count < 1:
     raise ConfigError(f"--tokens={count} must be positive")
+  if "" in stop:
+    raise ConfigError("--stop is empty: give at least one character")
   sampling.check()
   config = workdir_lib.read_config(workdir)
-  if config.data.kind != "text":
+  tokenizer = pipeline.load_tokenizer(config)
+  if tokenizer is None:
     raise ConfigError(f"{workdir} was trained on {config.data.kind}, not text")
-  tokens = tokenizer.encode(prompt)
-  model, total = config.model, len(tokens) + count
-  is_bounded = model.sequence_layer in ("transformer", "hope_attention")
-  if is_bounded and total > model.context_length:
-    raise ConfigError(
-      f"prompt and continuation have {total} tokens, but attention's cache"
-      f" holds model.context_length={model.context_length}"
-    )
+  encoded = [tokenizer.encode(prompt) for prompt in prompts]
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   with sharding.activate(mesh):
     compiled = step_lib.build(config, mesh)
     _, params = checkpoints.restore_params(
       workdir, compiled.abstract_state.params
     )
-    new = continue_tokens(
+    new = generation.generate(
       params,
-      jnp.asarray(tokens),
-      jax.random.key(seed),
-      config=model,
+      encoded,
+      config=config.model,
       count=count,
       sampling=sampling,
+      vocab_size=tokenizer.vocab_size,
+      seed=seed,
+      is_over=lambda tokens: cut(tokens, tokenizer, stop)[1],
     )
-  return tokenizer.decode(np.asarray(new))
+  return [cut(tokens, tokenizer, stop)[0] for tokens in new]
+
+
+def read_prompts(path: str) -> list[str]:
+  """The lines of a file."""
+  try:
+    return pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+  except OSError as error:
+    raise ConfigError(
+      f"cannot read --prompt_file {path}: {error.strerror}"
+    ) from error
+  except UnicodeDecodeError as error:
+    raise ConfigError(
+      f"--prompt_file {path} is not UTF-8 text: byte {error.start}"
+    ) from error
 
 
 def main() -> None:
   args = flags.FLAGS
-  text = generate(
+  prompts = list(args.prompt)
+  if args.prompt_file:
+    prompts += read_prompts(args.prompt_file)
+  texts = generate(
     pathlib.Path(args.workdir),
-    args.prompt,
+    prompts,
     count=args.tokens,
     sampling=Sampling(args.temperature, args.top_k, args.top_p),
+    stop=args.stop,
     seed=args.seed,
   )
-  print(args.prompt + text)
+  if len(prompts) == 1 and not args.prompt_file:
+    print(prompts[0] + texts[0])
+    return
+  for prompt, text in zip(prompts, texts, strict=True):
+    print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,10 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hope_jax import evaluate, generate
+from hope_jax import evaluate, generate, generation
 from hope_jax.config import (
   CMSConfig,
   Config,
@@ -22,7 +21,6 @@ from hope_jax.config import (
   MemoryConfig,
   ModelConfig,
 )
-from hope_jax.models import language_model
 from hope_jax.training import checkpoints, sharding, step, workdir
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -205,7 +203,7 @@ def titans(tmp_path_factory):
   compiled = step.build(config, mesh)
   with sharding.activate(mesh):
     state = compiled.init(jax.random.key(0))
-  manager = checkpoints.open_manager(folder, keep=1)
+  manager = checkpoints.open_manager(folder, config.train)
   checkpoints.save(manager, 0, state)
   manager.close()
   return folder, config
@@ -237,76 +235,27 @@ def test_evaluate_at_another_length_reads_as_many_tokens(titans):
 
 def test_generate_with_a_memory_goes_beyond_the_context_length(titans):
   folder, config = titans
-  text = generate.generate(
+  texts = generate.generate(
     folder,
-    "To be, or not",
+    ["To be, or not", "é"],
     count=100,
-    sampling=generate.Sampling(),
+    sampling=generation.Sampling(),
   )
   assert config.model.context_length < 100
-  assert len(text) > 20
+  assert all(len(text) > 20 for text in texts)
 
 
-def test_continue_tokens_greedy_equals_full_passes():
-  config = ModelConfig(width=16, num_layers=2, num_heads=2, ffn_hidden=16)
-  model = language_model.LanguageModel(config)
-  prompt = jnp.array([5, 1, 7, 200, 31])
-  params = model.init(jax.random.key(0), prompt[None])["params"]
-  # So large that what comes next depends on all that went before.
-  params["blocks"]["mixer"] = jax.tree.map(
-    lambda x: 30 * x, params["blocks"]["mixer"]
+def test_generate_several_prompts_are_lines_of_json(home):
+  (home / "prompts.txt").write_text("ROMEO:\nTo be\n")
+  child = command(
+    "generate",
+    "--workdir=run",
+    "--prompt_file=prompts.txt",
+    "--tokens=5",
+    "--stop=\n",
+    cwd=home,
   )
-  got = generate.continue_tokens(
-    params,
-    prompt,
-    jax.random.key(0),
-    config=config,
-    count=8,
-    sampling=generate.Sampling(temperature=0.0),
-  )
-  tokens = jnp.zeros(13, jnp.int32).at[:5].set(prompt)
-  apply = jax.jit(lambda x: model.apply({"params": params}, x[None]).logits[0])
-  for position in range(5, 13):  # causal: what follows does not matter
-    token = jnp.argmax(apply(tokens)[position - 1])
-    tokens = tokens.at[position].set(token)
-  np.testing.assert_array_equal(got, tokens[5:])
-  assert len(set(got.tolist())) > 4
-
-
-PROBABILITY = np.array([0.05, 0.4, 0.1, 0.3, 0.15])
-
-
-@pytest.mark.parametrize(
-  ("sampling", "kept"),
-  [
-    (generate.Sampling(), {0, 1, 2, 3, 4}),
-    (generate.Sampling(temperature=0.0), {1}),
-    (generate.Sampling(top_k=2), {1, 3}),
-    (generate.Sampling(top_k=99), {0, 1, 2, 3, 4}),
-    (generate.Sampling(top_p=0.39), {1}),
-    (generate.Sampling(top_p=0.6), {1, 3}),
-    (generate.Sampling(top_p=0.8), {1, 3, 4}),
-    (generate.Sampling(top_k=3, top_p=0.9), {1, 3, 4}),
-    (generate.Sampling(top_k=2, top_p=0.5), {1}),
-  ],
-)
-def test_draw_keeps_the_likeliest(sampling, kept):
-  keys = jax.random.split(jax.random.key(0), 3000)
-  logits = jnp.log(jnp.asarray(PROBABILITY, jnp.float32))
-  drawn = jax.vmap(lambda key: generate.draw(key, logits, sampling))(keys)
-  counts = np.bincount(drawn, minlength=5)
-  assert set(np.nonzero(counts)[0]) == kept
-  if sampling.temperature:
-    want = np.where(np.isin(np.arange(5), list(kept)), PROBABILITY, 0)
-    np.testing.assert_allclose(counts / 3000, want / want.sum(), atol=0.03)
-
-
-def test_draw_temperature_sharpens():
-  keys = jax.random.split(jax.random.key(0), 3000)
-  logits = jnp.log(jnp.asarray(PROBABILITY, jnp.float32))
-  drawn = jax.vmap(
-    lambda key: generate.draw(key, logits, generate.Sampling(0.5))
-  )(keys)
-  want = PROBABILITY**2 / (PROBABILITY**2).sum()
-  counts = np.bincount(drawn, minlength=5)
-  np.testing.assert_allclose(counts / 3000, want, atol=0.03)
+  assert child.returncode == 0, child.stderr
+  lines = [json.loads(line) for line in child.stdout.splitlines()]
+  assert [line["prompt"] for line in lines] == ["ROMEO:", "To be"]
+  assert not any("\n" in line["text"] for line in lines)

@@ -1,9 +1,10 @@
 """Batches by global step: a pure function of (seed, step), prefetched.
 
-Batch = {"tokens", "targets": int32 [B, T], "weights": float32 [B, T]}.
+Batch = {"tokens", "targets": int32 [B, T], "weights": float32 [B, T]}, and
+"segments", int32 [B, T], where examples hold several documents.
 Step s of training takes examples s B .. (s + 1) B - 1 of an endless source,
-so a run resumes from its step number alone, on any number of processes.
-Every process makes its own rows of the global batch only.
+so a run resumes from its step number alone, on any number of processes and
+data workers.  Every process makes its own rows of the global batch only.
 
 Legend: B batch, T tokens.
 """
@@ -13,19 +14,36 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from absl import flags
 
 from hope_jax.config import Config
-from hope_jax.data import mqar, text
+from hope_jax.data import lanes, mqar, records, text, tokenizer
 
-LOADERS = {"text": text.load, "mqar": mqar.load}
+LOADERS = {"text": text.load, "mqar": mqar.load, "records": records.load}
 PREFETCH = 8  # batches
 
 Batch = dict[str, np.ndarray]
 
 
 def load(config: Config) -> dict[str, Any]:
-  """Split name -> source of examples; `ConfigError` for unusable data."""
-  return LOADERS[config.data.kind](config.data, config.model.vocab_size)
+  """Split name -> source of examples; `ConfigError` for unusable data.
+
+  The train split is endless.  With `train.carry_state` its row b goes on, from
+  one step to the next, where row b ended.
+  """
+  records.check_alignment(config)
+  sources = LOADERS[config.data.kind](config.data, config.model.vocab_size)
+  if config.train.carry_state:
+    size, seed = config.data.batch_size, config.data.seed
+    sources["train"] = lanes.Lanes(sources["in_order"], size, seed)
+  return sources
+
+
+def load_tokenizer(config: Config) -> tokenizer.Tokenizer | None:
+  """The tokenizer of the data; None for generated data."""
+  if config.data.kind == "records":
+    return records.load_tokenizer(config.data)
+  return tokenizer.Bytes() if config.data.kind == "text" else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +63,22 @@ class TrainBatches:
     return _stack([self.source[start + row] for row in range(*self.rows)])
 
 
-def prefetch(batches: TrainBatches, start: int) -> Iterator[Batch]:
-  """Batches from step `start` on, made ahead in a background thread."""
+def prefetch(
+  batches: TrainBatches, start: int, workers: int = 0
+) -> Iterator[Batch]:
+  """Batches from step `start` on, made ahead in a background thread or in
+  `workers` processes."""
   import grain
 
   source: Any = batches
   dataset = grain.MapDataset.source(source).slice(slice(start, None))
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)
-  return iter(dataset.to_iter_dataset(options))
+  ahead = dataset.to_iter_dataset(options)
+  if workers:
+    if not flags.FLAGS.is_parsed():  # in a library; grain's workers ask
+      flags.FLAGS.mark_as_parsed()
+    ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+  return iter(ahead)
 
 
 def eval_batches(

@@ -131,6 +131,7 @@ def load(
       )
   return {
     "train": TrainWindows(splits["train"], length, config.seed),
+    "in_order": EvalWindows(splits["train"], length),
     "valid": EvalWindows(splits["valid"], length),
     "test": EvalWindows(splits["test"], length),
   }

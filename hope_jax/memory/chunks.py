@@ -6,7 +6,11 @@ at the chunk's first token, and `now`, what the tokens so far made of them.
 Training starts at a chunk's border, where both are the same; a session may
 stop and go on at any token.
 
-Legend: N chunks, C chunk length, T tokens.
+Several documents may follow each other in a sequence (`segments`, their
+numbers).  Document 0 is the one that a given state belongs to, so that a piece
+that begins with another number begins with a new document.
+
+Legend: B batch, N chunks, C chunk length, T tokens.
 """
 
 from collections.abc import Callable
@@ -32,15 +36,18 @@ class ChunkState:
     now: {"weight": ..., "momentum": ...}, differences from the learned start.
     start: `now["weight"]` as it was at the current chunk's first token.
     position: tokens of the current chunk that are already written, int32.
+      None (and no `start`): pieces are whole chunks, which is cheaper.
   """
 
   now: dict[str, Any]
   start: Any
-  position: jax.Array
+  position: jax.Array | None
 
-  def with_weights(self, now_weight: Any, start: Any) -> "ChunkState":
+  def map_weights(self, fn: Callable[[Any], Any]) -> "ChunkState":
     """The same state with other weights."""
-    return ChunkState({**self.now, "weight": now_weight}, start, self.position)
+    now = {**self.now, "weight": fn(self.now["weight"])}
+    start = None if self.start is None else fn(self.start)
+    return ChunkState(now, start, self.position)
 
 
 def zeros(initial: Any, batch_size: int) -> Any:
@@ -50,8 +57,15 @@ def zeros(initial: Any, batch_size: int) -> Any:
   )
 
 
-def fresh(now: dict[str, Any]) -> ChunkState:
-  """The state at the start of a chunk."""
+def fresh(
+  now: dict[str, Any], chunk_length: int = 0, piece_length: int | None = None
+) -> ChunkState:
+  """The state at the start of a chunk.
+
+  With a `piece_length`, all pieces to come have so many tokens.
+  """
+  if piece_length and piece_length % chunk_length == 0:
+    return ChunkState(now, None, None)
   return ChunkState(now, now["weight"], jnp.zeros((), jnp.int32))
 
 
@@ -83,13 +97,31 @@ class Layout(NamedTuple):
     y = merge_chunks(y, self.count * self.length, axis)
     return jax.lax.dynamic_slice_in_dim(y, self.offset, self.tokens, axis)
 
+  def number(self, segments: jax.Array) -> jax.Array:
+    """Document numbers [B, T] of all places: [N, B, C].
+
+    Places before the first token belong to document 0, those after the last
+    token to its document.
+    """
+    first = 0 if self.offset is None else self.offset
+    token = jnp.arange(self.count * self.length) - first
+    known = jnp.pad(segments, ((0, 0), (1, 0)))
+    numbers = jnp.take(known, jnp.clip(token + 1, 0, self.tokens), axis=1)
+    return split_chunks(numbers, self.length, 1)
+
 
 def plan(tokens: int, chunk_length: int, state: ChunkState | None) -> Layout:
   """Lays `tokens` on chunks; a state's position need not be a border."""
-  if state is not None and tokens == 1:
+  at_border = state is not None and state.position is None
+  if at_border and tokens % chunk_length:
+    raise ValueError(
+      f"{tokens} tokens are not whole chunks of {chunk_length}, which the"
+      " state was made for"
+    )
+  if state is not None and not at_border and tokens == 1:
     return Layout(1, 1, 1, None, None)
   offset = None if state is None else state.position
-  spare = 0 if state is None else chunk_length - 1
+  spare = 0 if offset is None else chunk_length - 1
   length = min(chunk_length, tokens) if state is None else chunk_length
   count = -(-(tokens + spare) // length)
   live = None
@@ -98,6 +130,53 @@ def plan(tokens: int, chunk_length: int, state: ChunkState | None) -> Layout:
     first = 0 if offset is None else offset
     live = (place >= first) & (place < first + tokens)
   return Layout(tokens, count, length, offset, live)
+
+
+class Documents(NamedTuple):
+  """Where documents begin and end, and the state to begin one with.
+
+  begins [N, B]: chunk n begins with another document than chunk n-1 ended
+  with.  inherits, keeps [N, B, C]: a place's document is the one at the chunk's
+  first place (it may read what earlier chunks wrote), at its last place (what
+  it writes is for the next chunk).  survives [N, B]: both in one.
+  """
+
+  begins: jax.Array
+  inherits: jax.Array
+  keeps: jax.Array
+  survives: jax.Array
+  origin: dict[str, Any]
+
+
+def documents(
+  segments: jax.Array | None, layout: Layout, origin: dict[str, Any]
+) -> Documents | None:
+  """`segments` [B, T] as seen by chunks; None without.
+
+  Only levels that mask (the CMS) allow a document to begin inside a chunk; for
+  the others documents must begin on a chunk's border (spec 02, packing).
+  """
+  if segments is None:
+    return None
+  number = layout.number(segments)
+  first, last = number[..., :1], number[..., -1:]
+  before = jnp.pad(last[:-1], ((1, 0), (0, 0), (0, 0)))
+  return Documents(
+    begins=(first != before)[..., 0],
+    inherits=number == first,
+    keeps=number == last,
+    survives=(first == last)[..., 0],
+    origin=origin,
+  )
+
+
+def choose(condition_B: jax.Array, a: Any, b: Any) -> Any:
+  """Per sequence `a` where the condition holds, else `b`."""
+
+  def pick(x, y):
+    return jnp.where(condition_B.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
+
+  return jax.tree.map(pick, a, b)
 
 
 def scan_chunks(
@@ -109,53 +188,54 @@ def scan_chunks(
   chunk_length: int,
   policy: CheckpointPolicy,
   continued: bool,
-  resets: tuple[jax.Array, dict[str, Any]] | None = None,
+  docs: Documents | None = None,
 ) -> tuple[Any, ChunkState | None]:
   """Runs `now, y = step(start, now, x, live)` over the chunks.
 
   Args:
     xs: inputs with chunks first (`Layout.split`).
-    continued: whether `state` may lie inside a chunk and a new state is
-      wanted; else `now` is also the first chunk's start, only `now` is
-      carried, and no state is returned.
-    resets: ([N, B] flags: a new document begins at this chunk, the state to
-      begin with).
+    continued: whether a new state is wanted; else nothing is returned for it.
+    docs: from `documents`.
   """
-  inputs = (xs, layout.live, resets[0] if resets else None)
+  begins = None if docs is None else (docs.begins, docs.survives)
+  inputs = (xs, layout.live, begins)
 
-  def restart(now, reset_B):
-    if reset_B is None:
+  def restart(now, begins):
+    if begins is None:
       return now
-    assert resets is not None
-    return jax.tree.map(
-      lambda a, b: jnp.where(reset_B.reshape(-1, *(1,) * (a.ndim - 1)), b, a),
-      now,
-      resets[1],
-    )
+    assert docs is not None
+    return choose(begins[0], docs.origin, now)
 
-  if not continued:
+  if not continued or state.position is None:
 
     def body(now, inputs):
-      x, live, reset_B = inputs
-      now = restart(now, reset_B)
+      x, live, begins = inputs
+      now = restart(now, begins)
       return step(now["weight"], now, x, live)
 
-    return _outputs(body, state.now, inputs, layout.count, policy), None
+    if not continued:
+      return _outputs(body, state.now, inputs, layout.count, policy), None
+    now, ys = checkpointed_scan(body, state.now, inputs, policy=policy)
+    return ys, ChunkState(now, None, None)
 
   first = jnp.arange(layout.count) * layout.length
   end = state.position + layout.tokens
-  begins = (first > 0) & (first < end)
+  is_next = (first > 0) & (first < end)
 
   def body_continued(carry, inputs):
     start, now = carry
-    begins, (x, live, reset_B) = inputs
-    now = restart(now, reset_B)
-    start = _where(begins, now["weight"], start)
+    is_next, (x, live, begins) = inputs
+    now = restart(now, begins)
+    start = _where(is_next, now["weight"], start)
+    if begins is not None:
+      start = choose(begins[0], now["weight"], start)
     now, y = step(start, now, x, live)
+    if begins is not None and docs is not None:
+      start = choose(begins[1], start, docs.origin["weight"])
     return (start, now), y
 
   (start, now), ys = checkpointed_scan(
-    body_continued, (state.start, state.now), (begins, inputs), policy=policy
+    body_continued, (state.start, state.now), (is_next, inputs), policy=policy
   )
   position = end % chunk_length
   start = _where(position == 0, now["weight"], start)
@@ -189,16 +269,3 @@ def _outputs(
 
 def _where(condition: jax.Array, a: Any, b: Any) -> Any:
   return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
-
-
-def chunk_resets(
-  segments: jax.Array | None, layout: Layout
-) -> jax.Array | None:
-  """[N, B]: chunk n begins with another document than chunk n-1 ended with.
-
-  Documents must begin on a chunk's border (spec 02, packing).
-  """
-  if segments is None:
-    return None
-  before = jnp.pad(segments, ((0, 0), (1, 0)), mode="edge")[:, :-1]
-  return layout.split(segments != before, axis=1)[..., 0]

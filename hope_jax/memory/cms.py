@@ -11,6 +11,9 @@ eta' = eta / (1 + eta |input|^2) its proximal step, eta learned per level.
 Reads see only whole chunks, so inside a chunk nothing is sequential.  Deviates
 from the paper, which leaves signal and step open: see spec 02, section 4.
 
+A document may begin inside a chunk: its tokens read W_0 until the chunk's end,
+and what the chunk leaves behind is what its last document wrote.
+
 Legend: B batch, T tokens, C chunk length, D model, F hidden.
 """
 
@@ -57,6 +60,7 @@ def run_level(
     values: [B, T, D], what the block learns to answer.
     learn_rate: eta, a scalar.
     policy: what the backward pass stores (`checkpointed_scan`).
+    segments: [B, T] document numbers (`memory/chunks.py`).
 
   Returns:
     y [B, T, D], the state after, scalars about the learning.
@@ -69,27 +73,30 @@ def run_level(
   slow_gate = jnp.einsum("BTD,DF->BTF", inputs, slow.gate)
   slow_up = jnp.einsum("BTD,DF->BTF", inputs, slow.up)
   xs = [layout.split(x, axis=1) for x in (inputs, values, slow_gate, slow_up)]
+  origin = zero_state(slow, inputs.shape[0])
+  docs = chunks.documents(segments, layout, origin)
+  masks = docs and (docs.inherits, docs.keeps, docs.survives)
 
   def step(start, now, xs, _):
     rate = learn_rate, chunk_length
-    after, y = learn_chunk(slow, start, now["weight"], xs, rate, error_clip)
+    xs, masks = xs
+    after, y = learn_chunk(
+      slow, start, now["weight"], xs, rate, error_clip, masks
+    )
     dynamics = None
     if with_dynamics:
       dynamics = _dynamics(slow, after, xs, y, error_clip)
     return {"weight": after}, (y, dynamics)
 
-  resets = chunks.chunk_resets(segments, layout)
-  if resets is not None:
-    resets = (resets, zero_state(slow, inputs.shape[0]))
   (y, dynamics), state = chunks.scan_chunks(
     step,
     state,
-    tuple(xs),
+    (tuple(xs), masks),
     layout,
     chunk_length=chunk_length,
     policy=policy,
     continued=continued,
-    resets=resets,
+    docs=docs,
   )
   if dynamics is not None:
     dynamics = deep.summarize(dynamics)
@@ -103,6 +110,7 @@ def learn_chunk(
   xs: tuple[jax.Array, ...],
   rate: tuple[jax.Array, int],
   error_clip: float,
+  masks: tuple[jax.Array, jax.Array, jax.Array] | None = None,
 ) -> tuple[LevelWeights, jax.Array]:
   """One chunk: (weights after its tokens, y [B, C, D]).
 
@@ -110,17 +118,23 @@ def learn_chunk(
   the chunk made of it.  `xs`: n, value and the slow products of gate and up; a
   place without a token has n = 0, which writes nothing.
   `rate`: eta and the chunk length that its step is divided by.
+  `masks`: inherits, keeps [B, C] and survives [B] of `chunks.Documents`.
   """
   n, value, slow_gate, slow_up = xs
-  gate = slow_gate + jnp.einsum("BCD,BDF->BCF", n, start.gate)
-  up = slow_up + jnp.einsum("BCD,BDF->BCF", n, start.up)
+
+  def fast(equation, x, weight):
+    y = jnp.einsum(equation, x, weight)
+    return y if masks is None else y * masks[0][..., None]
+
+  gate = slow_gate + fast("BCD,BDF->BCF", n, start.gate)
+  up = slow_up + fast("BCD,BDF->BCF", n, start.up)
   activated, slope = architectures.activate(gate, "silu")
   hidden = activated * up
   y = jnp.einsum("BCF,FD->BCD", hidden, slow.down)
-  y = y + jnp.einsum("BCF,BFD->BCD", hidden, start.down)
+  y = y + fast("BCF,BFD->BCD", hidden, start.down)
   error = rules.clip_norm(y - value, error_clip)
   back = jnp.einsum("BCD,FD->BCF", error, slow.down)
-  back = back + jnp.einsum("BCD,BFD->BCF", error, start.down)
+  back = back + fast("BCD,BFD->BCF", error, start.down)
   error_gate = rules.clip_norm(back * up * slope, error_clip)
   error_up = rules.clip_norm(back * activated, error_clip)
   learn_rate, chunk_length = rate
@@ -128,10 +142,16 @@ def learn_chunk(
   def write(weight, layer_input, layer_error):
     square = jnp.sum(jnp.square(layer_input), axis=-1)
     step = learn_rate / (1.0 + learn_rate * square) / chunk_length
+    if masks is not None:
+      step = step * masks[1]
     return weight - jnp.einsum(
       "BCD,BCF->BDF", layer_input * step[..., None], layer_error
     )
 
+  if masks is not None:
+    weight = chunks.choose(
+      masks[2], weight, jax.tree.map(jnp.zeros_like, weight)
+    )
   after = LevelWeights(
     write(weight.gate, n, error_gate),
     write(weight.up, n, error_up),

@@ -58,8 +58,7 @@ def anchored(
   if cfg.retention != "zero":
     return initial, state, zero
   add = lambda weight: architectures.whole(initial, weight)
-  state = state.with_weights(add(state.now["weight"]), add(state.start))
-  return None, state, {**zero, "weight": add(zero["weight"])}
+  return None, state.map_weights(add), {**zero, "weight": add(zero["weight"])}
 
 
 def run_memory(
@@ -82,7 +81,7 @@ def run_memory(
     keys, values, queries: [B, H, T, K] (values [B, H, T, E]).
     gates: [B, H, T] each.
     state: from an earlier call or `zero_state`, None: a new sequence.
-    segments: [B, T] document numbers.
+    segments: [B, T] document numbers (`memory/chunks.py`).
     live: off: nothing is written, o_t = M_0(q_t) (the twin).
     with_dynamics: also returns what `dynamics_of` says.
   """
@@ -106,7 +105,7 @@ def run_memory(
       dynamics = dynamics_of(initial, after, gates, k, cfg, slow, loss)
     return after, (read, dynamics)
 
-  resets = chunks.chunk_resets(segments, layout)
+  docs = chunks.documents(segments, layout, origin)
   (read, dynamics), state = chunks.scan_chunks(
     step,
     state,
@@ -115,7 +114,7 @@ def run_memory(
     chunk_length=cfg.chunk_length,
     policy=cfg.remat,
     continued=continued,
-    resets=None if resets is None else (resets, origin),
+    docs=docs,
   )
   if dynamics is not None:
     dynamics = summarize(dynamics)
@@ -277,7 +276,7 @@ def difference(
   if state is None or cfg.retention != "zero":
     return state
   minus = lambda w: jax.tree.map(lambda a, b: b - a[None], initial, w)
-  return state.with_weights(minus(state.now["weight"]), minus(state.start))
+  return state.map_weights(minus)
 
 
 def dynamics_of(

@@ -245,7 +245,7 @@ def run_projections(
       dynamics = _dynamics(initial, final, gates, trace, later, targets, cfg)
     return after, (made, dynamics)
 
-  resets = chunks.chunk_resets(segments, layout)
+  docs = chunks.documents(segments, layout, origin)
   (made, dynamics), state = chunks.scan_chunks(
     step,
     state,
@@ -254,7 +254,7 @@ def run_projections(
     chunk_length=chunk_length,
     policy=cfg.remat,
     continued=continued,
-    resets=None if resets is None else (resets, origin),
+    docs=docs,
   )
   made = jax.tree.map(lambda x: layout.merge(x, axis=2), made)
   dynamics = {name: deep.summarize(d) for name, d in dynamics.items()}

@@ -26,8 +26,11 @@ class AttentionState:
   conv: dict[str, jax.Array]
 
 
-def init_state(config: ModelConfig, batch_size: int) -> AttentionState:
+def init_state(
+  config: ModelConfig, batch_size: int, piece_length: int | None = None
+) -> AttentionState:
   """An empty cache."""
+  del piece_length
   dtype = jnp.dtype(config.dtype)
   shape = (
     batch_size,

@@ -32,12 +32,14 @@ class BlockState:
   cms: Any
 
 
-def init_state(config: ModelConfig, batch_size: int) -> BlockState:
+def init_state(
+  config: ModelConfig, batch_size: int, piece_length: int | None = None
+) -> BlockState:
   """The state before the first token."""
   _, mixer_state = SEQUENCE_LAYERS[config.sequence_layer]
   return BlockState(
-    mixer=mixer_state(config, batch_size),
-    cms=cms.init_state(config, batch_size),
+    mixer=mixer_state(config, batch_size, piece_length),
+    cms=cms.init_state(config, batch_size, piece_length),
   )
 
 

@@ -26,7 +26,7 @@ from hope_jax.models.interface import MixerOutput
 
 
 def init_state(
-  config: ModelConfig, batch_size: int
+  config: ModelConfig, batch_size: int, piece_length: int | None = None
 ) -> dict[str, chunks.ChunkState]:
   """D = 0 for every level that has a chunk length."""
   width = config.width
@@ -39,7 +39,9 @@ def init_state(
           jnp.zeros((hidden, width)),
         ),
         batch_size,
-      )
+      ),
+      config.cms.chunk_lengths[i],
+      piece_length,
     )
     for i, hidden in enumerate(config.cms.hidden)
     if config.cms.chunk_lengths[i]

@@ -2,9 +2,9 @@
 
 A sequence layer is a Linen module with
 `__call__(x_BTD, state, segments) -> MixerOutput` and, beside it, a function
-`init_state(config, batch_size)`.  Without a state it starts a sequence and
-returns none; with a state it continues one, so that training, prefill,
-decoding and sessions are one code path.
+`init_state(config, batch_size, piece_length)`.  Without a state it starts a
+sequence and returns none; with a state it continues one, so that training,
+prefill, decoding and sessions are one code path.
 """
 
 from typing import Any, NamedTuple

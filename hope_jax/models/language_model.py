@@ -20,9 +20,15 @@ class ModelOutput(NamedTuple):
   state: Any
 
 
-def init_state(config: ModelConfig, batch_size: int) -> Any:
-  """Fast state of all layers before the first token, layers on axis 0."""
-  one = block.init_state(config, batch_size)
+def init_state(
+  config: ModelConfig, batch_size: int, piece_length: int | None = None
+) -> Any:
+  """Fast state of all layers before the first token, layers on axis 0.
+
+  With a `piece_length` every call must bring so many tokens; memories whose
+  chunks divide it then learn as fast as without a state.
+  """
+  one = block.init_state(config, batch_size, piece_length)
   return jax.tree.map(
     lambda x: jnp.broadcast_to(x[None], (config.num_layers, *x.shape)), one
   )
@@ -32,7 +38,8 @@ class LanguageModel(nn.Module):
   """tokens [B, T] -> logits [B, T, V] of the next token.
 
   `state` (from `init_state` or an earlier call) continues a sequence;
-  `segments` [B, T] are document numbers: nothing passes from one to another.
+  `segments` [B, T] are document numbers: nothing passes from one to another;
+  0 is the document that `state` belongs to.
   """
 
   config: ModelConfig

@@ -52,8 +52,9 @@ def rms_norm(config: ModelConfig, name: str) -> nn.RMSNorm:
 class ShortConv(nn.Module):
   """Causal depthwise convolution: y_t = sum_j kernel_j x_{t-j}, j < window.
 
-  The state is the last window - 1 inputs, [B, W-1, D].  Taps that reach
-  across a segment border read zero.
+  The state is the last window - 1 inputs, [B, W-1, D], of the last document.
+  Taps that reach across a segment border read zero; the state's inputs belong
+  to segment 0.
   """
 
   window: int
@@ -82,16 +83,22 @@ class ShortConv(nn.Module):
     if state is None:
       state = jnp.zeros((batch, self.window - 1, width), x_BTD.dtype)
     padded = jnp.concatenate([state.astype(x_BTD.dtype), x_BTD], axis=1)
+    number = None
+    if segments is not None:
+      number = jnp.pad(segments, ((0, 0), (self.window - 1, 0)))
     y_BTD = x_BTD * kernel_WD[0][None, None]
     for back in range(1, self.window):
       start = self.window - 1 - back
       tap_BTD = jax.lax.dynamic_slice_in_dim(padded, start, length, axis=1)
-      if segments is not None:
-        earlier = jnp.pad(segments, ((0, 0), (back, 0)), mode="edge")
-        same = segments == earlier[:, :length]
+      if number is not None:
+        same = segments == number[:, start : start + length]
         tap_BTD = jnp.where(same[:, :, None], tap_BTD, 0)
       y_BTD = y_BTD + tap_BTD * kernel_WD[back][None, None]
-    return y_BTD, padded[:, length:]
+    last = padded[:, length:]
+    if number is not None:
+      same = number[:, length:] == number[:, -1:]
+      last = jnp.where(same[:, :, None], last, 0)
+    return y_BTD, last
 
 
 def silu_gate(gate: jax.Array, up: jax.Array) -> jax.Array:

@@ -187,18 +187,21 @@ def sow_dynamics(module: nn.Module, name: str, values: dict | None):
     module.sow("dynamics", f"{name}/{key}", value)
 
 
-def init_state(config: ModelConfig, batch_size: int) -> dict[str, Any]:
+def init_state(
+  config: ModelConfig, batch_size: int, piece_length: int | None = None
+) -> dict[str, Any]:
   """Fast state before the first token: D = 0, S = 0 of all memories."""
+  cfg = config.memory
   memory, boxes = (
     type(shapes)(*(shape and jnp.zeros(shape) for shape in shapes))
     for shapes in initial_shapes(config)
   )
-  zero = lambda tree: chunks.fresh(
-    deep.zero_state(tree, batch_size, config.memory)
+  zero = lambda tree, chunk_length: chunks.fresh(
+    deep.zero_state(tree, batch_size, cfg), chunk_length, piece_length
   )
   return {
-    "memory": zero(memory),
-    "boxes": zero(boxes),
+    "memory": zero(memory, cfg.chunk_length),
+    "boxes": zero(boxes, cfg.projection_chunk_length),
     "conv": attention.init_conv_state(config, batch_size, NAMES),
   }
 

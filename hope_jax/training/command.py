@@ -1,6 +1,7 @@
 """What the commands share: flags, one-line errors, exit codes.
 
-Exit code 2: the command line or the config is wrong; 1: the run failed.
+Exit code 2: the command line or the config is wrong; 1: the run failed; 130:
+Ctrl-C; 75: SIGTERM or preemption, saved, the same command resumes.
 """
 
 import os
@@ -12,7 +13,7 @@ from absl import app, flags, logging
 
 from hope_jax import config as config_lib
 from hope_jax.config import Config, ConfigError
-from hope_jax.training import metrics
+from hope_jax.training import checkpoints, faults, interruption
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -67,22 +68,26 @@ def _parse_flags(argv: list[str]) -> list[str]:
     fail(message, 2)
 
 
-def run(main: Callable[[], None]) -> None:
-  """Runs `main` with parsed flags; user errors become one clear line."""
+def run(main: Callable[..., None], *, takes_arguments: bool = False) -> None:
+  """Runs `main` with parsed flags; user errors become one clear line.
+
+  With `takes_arguments` it is given what is not a flag.
+  """
 
   def guarded(argv: list[str]) -> None:
-    if len(argv) > 1:
+    if len(argv) > 1 and not takes_arguments:
       fail(f"unexpected argument {argv[1]!r}", 2)
     if not any(a.startswith(("--verbosity", "-v")) for a in sys.argv[1:]):
       logging.set_verbosity(logging.ERROR)  # checkpointing is talkative
     try:
-      main()
+      main(*([argv[1:]] if takes_arguments else []))
     except ConfigError as error:
       fail(str(error), 2)
-    except metrics.Diverged as error:
+    except (faults.Diverged, faults.NoData, checkpoints.SaveFailed) as error:
       fail(str(error), 1)
-    except KeyboardInterrupt as error:
-      saved = f" ({error})" if str(error) else ""
-      fail(f"interrupted{saved}; run the same command again to resume", 130)
+    except interruption.Interrupted as error:
+      fail(f"{error}; run the same command again to resume", error.code)
+    except KeyboardInterrupt:
+      fail("interrupted; run the same command again to resume", 130)
 
   app.run(guarded, flags_parser=_parse_flags)

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hope_jax.config import Config
-from hope_jax.data import pipeline
+from hope_jax.data import pipeline, tokenizer
 from hope_jax.training import dynamics, sharding, step
 
 
@@ -54,9 +54,9 @@ def inner_dynamics(
   }
 
 
-def derived(loss: float, kind: str) -> dict[str, float]:
-  """perplexity, and for text (tokens are bytes) bits_per_byte."""
+def derived(loss: float, config: Config) -> dict[str, float]:
+  """perplexity, and where tokens are bytes bits_per_byte."""
   values = {"perplexity": math.exp(min(loss, 700.0))}
-  if kind == "text":
+  if isinstance(pipeline.load_tokenizer(config), tokenizer.Bytes):
     values["bits_per_byte"] = loss / math.log(2.0)
   return values

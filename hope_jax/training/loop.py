@@ -1,9 +1,12 @@
 """One training run, from a config to result.json."""
 
+import dataclasses
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from hope_jax import config as config_lib
 from hope_jax.config import Config
@@ -12,6 +15,8 @@ from hope_jax.training import (
   checkpoints,
   dynamics,
   evaluation,
+  exchange,
+  faults,
   flops,
   interruption,
   metrics,
@@ -27,111 +32,159 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   Interrupted and resumed, a run gives what it would have given at once, bit
   for bit on the same devices.
   """
-  # 1. What there is: devices, data, an earlier session, an earlier result.
-  options = config.train
   is_main = jax.process_index() == 0
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batches(config, mesh)
   sources = pipeline.load(config)
   workdir_lib.claim(workdir, config, write=is_main)
-  if (result := workdir_lib.read_result(workdir)) is not None:
-    print(f"{workdir} is finished: {workdir_lib.RESULT} exists")
-    return result
-  manager = checkpoints.open_manager(workdir, options.keep_checkpoints)
-
-  # 2. The state, new or restored.
-  compiled = step_lib.build(config, mesh)
-  flops_per_token = flops.per_token(config, compiled.abstract_state.params)
-  with sharding.activate(mesh):
-    state = checkpoints.restore(manager, compiled.abstract_state)
-    if state is None:
-      state = compiled.init(jax.random.key(options.seed))
-    start = int(state.step)
-    parameters = step_lib.count_parameters(state.params)
-    has_dynamics = bool(config.model.fast_levels)
-    collect = dynamics.build(config, mesh)
-
-    # 3. The input, from the step where the state is.
-    batch_size = config.data.batch_size
-    rows = sharding.process_rows(mesh, batch_size)
-    batches = pipeline.prefetch(
-      pipeline.TrainBatches(sources["train"], batch_size, rows, options.steps),
-      start,
-    )
-
-    # 4. The books.
-    tokens_per_step = batch_size * config.data.sequence_length
-    peak = flops.peak_flops(jax.devices()[0])
-    writer = metrics.Writer(workdir, config, start)
-    meter = metrics.Meter(
-      writer,
-      tokens_per_step=tokens_per_step,
-      flops_per_token=flops_per_token,
-      peak_flops=peak and peak * jax.device_count(),
-    )
-
-    def is_due(step: int, every: int) -> bool:
-      return every > 0 and step % every == 0
-
-    def score(split: str) -> dict[str, float]:
-      return evaluation.evaluate(
-        compiled.eval_step,
-        state.params,
-        sources[split],
-        config=config,
-        mesh=mesh,
-      )
-
-    # 5. The loop: a step is dispatched before the last one's metrics are read.
-    try:
-      with interruption.watch() as should_stop:
-        for step in range(start + 1, options.steps + 1):
-          batch = sharding.put_batch(next(batches), mesh, batch_size, rows)
-          state, scalars = compiled.train_step(state, batch)
-          meter.flush()
-          is_last, is_stop = step == options.steps, should_stop(step)
-          if step == 1 or is_last or is_due(step, options.log_every):
-            meter.hold(step, scalars)
-          watch = has_dynamics and is_due(step, options.dynamics_every)
-          check = is_due(step, options.eval_every) and not is_last
-          keep = is_due(step, options.checkpoint_every) or is_last or is_stop
-          if watch or check or keep:
-            jax.block_until_ready(scalars)
-            meter.flush()
-            with meter.paused():
-              if watch:
-                sown = jax.device_get(collect(state.params, batch))
-                writer.write("dynamics", step, dynamics.flatten(sown))
-              if check:
-                writer.write("eval", step, {"split": "valid", **score("valid")})
-              if keep:
-                checkpoints.save(manager, step, state)
-          if is_stop and not is_last:
-            raise interruption.Interrupted(f"saved step {step}")
-
-      # 6. The result.
-      scores = {split: score(split) for split in ("valid", "test")}
-      for split, values in scores.items():
-        writer.write("eval", options.steps, {"split": split, **values})
-      test_loss = scores["test"]["loss"]
-      result = {
-        "model": config.model.sequence_layer,
-        "parameters": parameters,
-        "tokens": options.steps * tokens_per_step,
-        "valid_loss": scores["valid"]["loss"],
-        "test_loss": test_loss,
-        **evaluation.derived(test_loss, config.data.kind),
-        "accuracy": scores["test"]["accuracy"],
-        "tokens_per_second": meter.median_tokens_per_second(),
-        "flops_per_token": flops_per_token,
-        "seconds": meter.seconds,
-        "steps": options.steps,
-        "seed": options.seed,
-        "config": config_lib.to_dict(config),
-      }
-    finally:
-      writer.close()
-      manager.close()  # waits for the checkpoint that is being written
+  with workdir_lib.locked(workdir, only_if=is_main):
+    result = workdir_lib.read_result(workdir)
+    if result is not None:
+      print(f"{workdir} is finished: {workdir_lib.RESULT} exists")
+      return result
+    with sharding.activate(mesh):
+      result = _train(config, workdir, mesh, sources)
     if is_main:
       workdir_lib.write_json(workdir / workdir_lib.RESULT, result)
   return result
+
+
+def _train(
+  config: Config,
+  workdir: pathlib.Path,
+  mesh: jax.sharding.Mesh,
+  sources: dict[str, Any],
+) -> dict[str, Any]:
+  """The run itself: state, input, books, loop, result."""
+  options = config.train
+
+  # 1. The state, new or restored.
+  compiled = step_lib.build(config, mesh)
+  manager = checkpoints.open_manager(workdir, options)
+  flops_per_token = flops.per_token(config, compiled.abstract_state.params)
+
+  def last_state() -> step_lib.TrainState:
+    state = checkpoints.restore(manager, compiled.abstract_state)
+    if state is None:
+      state = compiled.init(jax.random.key(options.seed))
+      if options.init_from:
+        abstract = compiled.abstract_state.params
+        params = exchange.load(pathlib.Path(options.init_from), abstract)
+        state = dataclasses.replace(state, params=params)
+    return state
+
+  state = last_state()
+  start = step = int(state.step)
+  parameters = step_lib.count_parameters(state.params)
+  has_dynamics = bool(config.model.fast_levels)
+  collect = dynamics.build(config, mesh)
+
+  # 2. The input, from the step where the state is.
+  batch_size = config.data.batch_size
+  rows = sharding.process_rows(mesh, batch_size)
+
+  def read_on(state: step_lib.TrainState) -> Iterator[pipeline.Batch]:
+    first, offset = int(state.step), int(state.offset)
+    batches = pipeline.TrainBatches(
+      sources["train"], batch_size, rows, options.steps + offset
+    )
+    ahead = pipeline.prefetch(batches, first + offset, config.data.workers)
+    return faults.with_timeout(ahead, config.data.timeout)
+
+  batches = read_on(state)
+
+  # 3. The books.
+  tokens_per_step = batch_size * config.data.sequence_length
+  peak = flops.peak_flops(jax.devices()[0])
+  writer = metrics.Writer(workdir, config, start)
+  guard = faults.Guard(options, writer.records)
+  watchdog = faults.Watchdog(options.hang_seconds)
+  meter = metrics.Meter(
+    writer,
+    tokens_per_step=tokens_per_step,
+    flops_per_token=flops_per_token,
+    peak_flops=peak and peak * jax.device_count(),
+  )
+
+  def is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+  def score(split: str) -> dict[str, float]:
+    known = writer.find("eval", step, split)
+    if known is not None:  # by a session that was killed after this
+      return known
+    scores = evaluation.evaluate(
+      compiled.eval_step,
+      state.params,
+      sources[split],
+      config=config,
+      mesh=mesh,
+    )
+    writer.write("eval", step, {"split": split, **scores})
+    return scores
+
+  # 4. The loop: a step is dispatched before the last one's metrics are read.
+  try:
+    with interruption.watch() as should_stop, watchdog.watch():
+      valid = score("valid") if step == options.steps else None
+      while step < options.steps:
+        step += 1
+        watchdog.step()
+        batch = sharding.put_batch(next(batches), mesh, batch_size, rows)
+        state, scalars = compiled.train_step(state, batch)
+        seen = [meter.flush()]
+        is_last, stop_code = step == options.steps, should_stop(step)
+        if step == 1 or is_last or is_due(step, options.log_every):
+          meter.hold(step, scalars)
+        watch = has_dynamics and is_due(step, options.dynamics_every)
+        check = is_due(step, options.eval_every) or is_last
+        keep = is_due(step, options.checkpoint_every) or is_last or stop_code
+        if watch or check or keep:
+          jax.block_until_ready(scalars)
+          seen.append(meter.flush())
+        if guard.is_spike(*seen):
+          state, step, batches = _roll_back(last_state(), step, read_on)
+          meter.forget()
+          writer.write("rollback", step, {"offset": int(state.offset)})
+          continue
+        if watch or check or keep:
+          with meter.paused():
+            if watch:
+              sown = jax.device_get(collect(state.params, batch))
+              writer.write("dynamics", step, dynamics.flatten(sown))
+            valid = score("valid") if check else None
+            if keep:
+              loss = None if valid is None else valid["loss"]
+              checkpoints.save(manager, step, state, loss)
+        if stop_code and not is_last:
+          raise interruption.Interrupted(f"saved step {step}", stop_code)
+
+    # 5. The result.
+    assert valid is not None
+    test = score("test")
+    return {
+      "model": config.model.sequence_layer,
+      "parameters": parameters,
+      "tokens": options.steps * tokens_per_step,
+      "valid_loss": valid["loss"],
+      "test_loss": test["loss"],
+      **evaluation.derived(test["loss"], config),
+      "accuracy": test["accuracy"],
+      "tokens_per_second": meter.median_tokens_per_second(),
+      "flops_per_token": flops_per_token,
+      "seconds": meter.seconds,
+      "steps": options.steps,
+      "bad_steps": int(state.bad),
+      "seed": options.seed,
+      "config": config_lib.to_dict(config),
+    }
+  finally:
+    writer.close()
+    checkpoints.close(manager)
+
+
+def _roll_back(state: Any, step: int, read_on: Any) -> tuple[Any, int, Any]:
+  """From `step` back to `state`, on with the data that was not read yet."""
+  offset = int(state.offset) + step - int(state.step)
+  state = dataclasses.replace(state, offset=np.int32(offset))
+  return state, int(state.step), read_on(state)

@@ -12,7 +12,7 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,10 +21,6 @@ import numpy as np
 from hope_jax import config as config_lib
 from hope_jax.config import Config, ConfigError
 from hope_jax.training import workdir as workdir_lib
-
-
-class Diverged(RuntimeError):
-  """The training loss is not a number any more."""
 
 
 def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -61,17 +57,32 @@ class Writer:
 
   def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
     """Adds one record and shows it."""
-    record = {"step": step, "kind": kind, **values}
+    finite = {key: _finite(value) for key, value in values.items()}
+    record = {"step": step, "kind": kind, **finite}
     self.records.append(record)
     if self._file is None:
       return
     self._file.write(json.dumps(record) + "\n")
-    if self._wandb is not None:
-      self._wandb.log(_named(kind, values), step=step)
+    self._to_wandb(lambda run: run.log(_named(kind, values), step=step))
     if kind != "dynamics":
       self._show(kind, step, values)
 
+  def find(self, kind: str, step: int, split: str) -> dict[str, Any] | None:
+    """The values of an earlier record."""
+    for record in self.records:
+      if (record["kind"], record["step"], record.get("split")) == (
+        kind,
+        step,
+        split,
+      ):
+        return record
+    return None
+
   def _show(self, kind: str, step: int, values: dict[str, Any]) -> None:
+    if "loss" not in values:
+      shown = " ".join(f"{name} {value}" for name, value in values.items())
+      print(f"step {step} {kind}: {shown}", flush=True)
+      return
     shown = f"{kind} loss {values['loss']:.4f}"
     if kind == "eval":
       shown += f" accuracy {values['accuracy']:.4f}"
@@ -89,8 +100,27 @@ class Writer:
     for part in (self._file, self._bar):
       if part is not None:
         part.close()
-    if self._wandb is not None:
-      self._wandb.finish()
+    self._to_wandb(lambda run: run.finish())
+
+  def _to_wandb(self, call: Callable[[Any], Any]) -> None:
+    """Training goes on without wandb when it fails."""
+    if self._wandb is None:
+      return
+    try:
+      call(self._wandb)
+    except Exception as error:  # the network, the disk, the library
+      print(
+        f"wandb failed and is left out from here: {error}",
+        file=sys.stderr,
+        flush=True,
+      )
+      self._wandb = None
+
+
+def _finite(value: Any) -> Any:
+  """JSON has no NaN."""
+  is_number = not isinstance(value, float) or math.isfinite(value)
+  return value if is_number else None
 
 
 class Meter:
@@ -126,9 +156,10 @@ class Meter:
     self.flush()
     self._held = (step, metrics)
 
-  def flush(self) -> None:
+  def flush(self) -> tuple[int, dict[str, float]] | None:
+    """The step that was held, and what was written for it."""
     if self._held is None:
-      return
+      return None
     step, metrics = self._held
     self._held = None
     values = {k: float(v) for k, v in metrics._asdict().items()}
@@ -140,8 +171,11 @@ class Meter:
       values |= self._speed(steps * self._tokens / seconds)
     self._last = (step, now)
     self._writer.write("train", step, values)
-    if not math.isfinite(values["loss"]):
-      raise Diverged(f"the loss is {values['loss']} at step {step}")
+    return step, values
+
+  def forget(self) -> None:
+    """Leaves out what is held; the clock of tokens_per_second starts anew."""
+    self._held = self._last = None
 
   def _speed(self, tokens_per_second: float) -> dict[str, float]:
     flops = tokens_per_second * self._flops
@@ -185,19 +219,20 @@ def _start_wandb(workdir: pathlib.Path, config: Config) -> Any:
   if config.train.wandb == "off":
     return None
   try:
-    import wandb  # pyright: ignore[reportMissingImports]
+    import wandb
   except ImportError as error:
     raise ConfigError(
       f"train.wandb={config.train.wandb!r} needs the package wandb:"
       " pip install wandb"
     ) from error
   where = str(workdir.absolute())
+  mode: Any = config.train.wandb
   return wandb.init(
     project=config.train.wandb_project,
     name=workdir.name,
     id=hashlib.sha256(where.encode()).hexdigest()[:16],
     resume="allow",
-    mode=config.train.wandb,
+    mode=mode,
     dir=where,
     config=config_lib.to_dict(config),
   )

@@ -88,6 +88,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def fast_sharding(x: jax.ShapeDtypeStruct, mesh: Mesh) -> NamedSharding:
+  """Fast state [layers, B, ...]: rows over the batch axes."""
+  axes = (None, BATCH_AXES) if len(x.shape) > 1 else ()
+  return NamedSharding(mesh, PartitionSpec(*axes))
+
+
 def param_shardings(boxed: Any, params: Any, mesh: Mesh) -> Any:
   """Shardings of abstract `params`; `boxed` carries their logical axes.
 

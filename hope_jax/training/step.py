@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from hope_jax.config import Config
+from hope_jax.models import language_model
 from hope_jax.models.language_model import LanguageModel, ModelOutput
 from hope_jax.optim import adamw
 from hope_jax.training import sharding
@@ -26,7 +27,15 @@ Batch = dict[str, jax.Array]
 
 @flax.struct.dataclass
 class TrainState:
-  """Everything a run needs to continue; step: updates made so far.
+  """Everything a run needs to continue.
+
+  Attributes:
+    step: steps made so far, skipped ones included.
+    fast: the models' fast state of every row; None unless it is carried from
+      step to step.
+    bad, bad_in_a_row: steps skipped because loss or gradient was not finite,
+      in all and up to now without a break.
+    offset: step s reads batch s + offset (rollbacks leave batches out).
 
   Fields are arrays, or their shapes or shardings.
   """
@@ -34,6 +43,10 @@ class TrainState:
   step: Any
   params: Any
   opt_state: Any
+  fast: Any
+  bad: Any
+  bad_in_a_row: Any
+  offset: Any
 
 
 class Sums(NamedTuple):
@@ -51,6 +64,8 @@ class TrainMetrics(NamedTuple):
   accuracy: jax.Array
   grad_norm: jax.Array
   lr: jax.Array
+  bad: jax.Array
+  bad_in_a_row: jax.Array
 
 
 class Compiled(NamedTuple):
@@ -70,45 +85,68 @@ def forward(
   return cast(ModelOutput, output)
 
 
-def batch_sums(model: nn.Module, params: Any, batch: Batch) -> Sums:
-  """Loss and accuracy sums of one batch."""
-  logits = forward(
-    model, params, batch["tokens"], segments=batch.get("segments")
-  ).logits.astype(jnp.float32)
+def batch_sums(
+  model: nn.Module, params: Any, batch: Batch, fast: Any = None
+) -> tuple[Sums, Any]:
+  """Loss and accuracy sums of one batch, and the fast state after it."""
+  output = forward(
+    model, params, batch["tokens"], state=fast, segments=batch.get("segments")
+  )
+  logits = output.logits.astype(jnp.float32)
   targets, weights = batch["targets"], batch["weights"]
   loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
   correct = jnp.argmax(logits, axis=-1) == targets
-  return Sums(
+  sums = Sums(
     jnp.sum(weights * loss), jnp.sum(weights * correct), jnp.sum(weights)
   )
+  return sums, output.state
 
 
 def _gradient(
-  model: nn.Module, params: Any, batch: Batch, accumulate: int
-) -> tuple[Any, Sums]:
-  """Gradient of the mean loss, and the sums, over `accumulate` parts."""
+  model: nn.Module, params: Any, batch: Batch, fast: Any, accumulate: int
+) -> tuple[Any, Sums, Any]:
+  """Gradient of the mean loss, the sums, and the fast state after; over
+  `accumulate` parts of the batch."""
   total = jnp.maximum(jnp.sum(batch["weights"]), 1e-9)
 
-  def mean_loss(params: Any, part: Batch) -> tuple[jax.Array, Sums]:
-    sums = batch_sums(model, params, part)
-    return sums.loss / total, sums
+  def mean_loss(params: Any, part: Batch, fast: Any) -> tuple[jax.Array, Any]:
+    sums, fast = batch_sums(model, params, part, fast)
+    return sums.loss / total, (sums, fast)
 
   grad = jax.grad(mean_loss, has_aux=True)
   if accumulate == 1:
-    return grad(params, batch)
+    grads, (sums, fast) = grad(params, batch, fast)
+    return grads, sums, fast
 
-  def split(x: jax.Array) -> jax.Array:
-    # Part j takes rows j::A, so that every device keeps its own rows.
-    x = x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:])
-    return jnp.swapaxes(x, 0, 1)
-
-  def add(carry: Any, part: Batch) -> tuple[Any, None]:
-    return jax.tree.map(jnp.add, carry, grad(params, part)), None
+  def add(carry: Any, part: tuple[Batch, Any]) -> tuple[Any, Any]:
+    grads, (sums, fast) = grad(params, *part)
+    return jax.tree.map(jnp.add, carry, (grads, sums)), fast
 
   zero = Sums(*[jnp.zeros((), jnp.float32)] * 3)
   start = (jax.tree.map(jnp.zeros_like, params), zero)
-  carry, _ = jax.lax.scan(add, start, jax.tree.map(split, batch))
-  return carry
+  parts = (
+    jax.tree.map(lambda x: _split(x, 0, accumulate), batch),
+    jax.tree.map(lambda x: _split(x, 1, accumulate), fast),
+  )
+  (grads, sums), fast = jax.lax.scan(add, start, parts)
+  return grads, sums, jax.tree.map(lambda x: _merge(x, 1), fast)
+
+
+def _split(x: jax.Array, rows: int, parts: int) -> jax.Array:
+  """Axis `rows` in parts [A, ...]: part j takes rows j::A, so that every
+  device keeps its own rows.  What has no such axis is repeated."""
+  if x.ndim <= rows:
+    return jnp.broadcast_to(x[None], (parts, *x.shape))
+  shape = (*x.shape[:rows], -1, parts, *x.shape[rows + 1 :])
+  return jnp.moveaxis(x.reshape(shape), rows + 1, 0)
+
+
+def _merge(x: jax.Array, rows: int) -> jax.Array:
+  """Inverse of `_split`."""
+  if x.ndim <= rows + 1:
+    return x[0]
+  x = jnp.moveaxis(x, 0, rows + 1)
+  return x.reshape(*x.shape[:rows], -1, *x.shape[rows + 2 :])
 
 
 def _train_step(
@@ -120,17 +158,35 @@ def _train_step(
   rate: optax.Schedule,
   accumulate: int,
 ) -> tuple[TrainState, TrainMetrics]:
-  grads, sums = _gradient(model, state.params, batch, accumulate)
+  grads, sums, fast = _gradient(
+    model, state.params, batch, state.fast, accumulate
+  )
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  grad_norm = optax.tree.norm(grads)
+  is_good = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
+  keep = functools.partial(jnp.where, is_good)
+  old = state.params, state.opt_state, state.fast
+  params, opt_state, fast = jax.tree.map(keep, (params, opt_state, fast), old)
+  state = TrainState(
+    step=state.step + 1,
+    params=params,
+    opt_state=opt_state,
+    fast=fast,
+    bad=state.bad + ~is_good,
+    bad_in_a_row=jnp.where(is_good, 0, state.bad_in_a_row + 1),
+    offset=state.offset,
+  )
   total = jnp.maximum(sums.weight, 1e-9)
   metrics = TrainMetrics(
     loss=sums.loss / total,
     accuracy=sums.correct / total,
-    grad_norm=optax.tree.norm(grads),
-    lr=jnp.asarray(rate(state.step), jnp.float32),
+    grad_norm=grad_norm,
+    lr=jnp.asarray(rate(state.step - 1), jnp.float32),
+    bad=state.bad,
+    bad_in_a_row=state.bad_in_a_row,
   )
-  params = optax.apply_updates(state.params, updates)
-  return TrainState(state.step + 1, params, opt_state), metrics
+  return state, metrics
 
 
 def build(config: Config, mesh: Mesh) -> Compiled:
@@ -148,7 +204,14 @@ def build(config: Config, mesh: Mesh) -> Compiled:
 
   def init(key: jax.Array) -> TrainState:
     params = nn.unbox(init_params(key))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    fast = None
+    if config.train.carry_state:
+      fast = language_model.init_state(
+        config.model, config.data.batch_size, config.data.sequence_length
+      )
+    zero = jnp.zeros((), jnp.int32)
+    opt_state = optimizer.init(params)
+    return TrainState(zero, params, opt_state, fast, zero, zero, zero)
 
   key = jax.eval_shape(lambda: jax.random.key(0))
   abstract = jax.eval_shape(init, key)
@@ -157,9 +220,15 @@ def build(config: Config, mesh: Mesh) -> Compiled:
     jax.eval_shape(init_params, key), abstract.params, mesh
   )
   shardings = TrainState(
-    everywhere,
-    of_params,
-    adamw.state_shardings(optimizer, abstract.opt_state, of_params, everywhere),
+    step=everywhere,
+    params=of_params,
+    opt_state=adamw.state_shardings(
+      optimizer, abstract.opt_state, of_params, everywhere
+    ),
+    fast=jax.tree.map(lambda x: sharding.fast_sharding(x, mesh), abstract.fast),
+    bad=everywhere,
+    bad_in_a_row=everywhere,
+    offset=everywhere,
   )
   abstract = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -183,7 +252,7 @@ def build(config: Config, mesh: Mesh) -> Compiled:
       donate_argnums=0,
     ),
     eval_step=jax.jit(
-      functools.partial(batch_sums, model),
+      lambda params, batch: batch_sums(model, params, batch)[0],
       in_shardings=(of_params, rows),
       out_shardings=everywhere,
     ),

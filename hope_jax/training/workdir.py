@@ -4,16 +4,28 @@ Files appear atomically (written beside, then renamed), so that a run that is
 killed leaves either the old file or the new one.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
+import socket
+from collections.abc import Iterator
 from typing import Any
 
 from hope_jax import config as config_lib
 from hope_jax.config import Config, ConfigError
 
 CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
-MAY_CHANGE = ("mesh.", "train.wandb")
+LOCK = "lock"
+MAY_CHANGE = (
+  "mesh.",
+  "train.wandb",
+  "train.keep_",
+  "train.hang_seconds",
+  "data.workers",
+  "data.timeout",
+)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -72,6 +84,32 @@ def claim(workdir: pathlib.Path, config: Config, *, write: bool) -> None:
       raise ConfigError(
         f"cannot write to --workdir {workdir}: {error.strerror}"
       ) from error
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path, *, only_if: bool = True) -> Iterator[None]:
+  """Inside, no other process can train in `workdir`; `ConfigError` if one does.
+
+  The operating system lets go of the lock when the process ends in any way.
+  """
+  if not only_if:
+    yield
+    return
+  path = workdir / LOCK
+  with path.open("a+") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      file.seek(0)
+      owner = file.read().strip() or "unknown"
+      raise ConfigError(
+        f"another run trains in {workdir} ({owner}): wait for it, end it, or"
+        " choose another --workdir"
+      ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    yield
 
 
 def _flatten(config: Config) -> dict[str, Any]:

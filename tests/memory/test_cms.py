@@ -105,6 +105,37 @@ def test_level_starts_anew_with_a_document():
   np.testing.assert_allclose(packed[:, 8:], apart, atol=1e-12)
 
 
+def test_document_may_begin_inside_a_chunk():
+  """Its tokens read W_0 until the chunk ends; the old document's are gone."""
+  slow, n, value = random_level()
+  segments = (jnp.arange(T) >= 10).astype(jnp.int32)[None].repeat(B, 0)
+  packed, _, _ = run(slow, n, value, segments=segments)
+  before, _, _ = run(slow, n[:, :10], value[:, :10])
+  # As if the chunk's first two places had been empty.
+  alone = [jnp.pad(x[:, 10:], ((0, 0), (2, 0), (0, 0))) for x in (n, value)]
+  after = run(slow, *alone)[0][:, 2:]
+  np.testing.assert_allclose(packed[:, :10], before, atol=1e-12)
+  np.testing.assert_allclose(packed[:, 10:], after, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 5, 8, 21])
+def test_documents_in_pieces_equal_one_pass(size):
+  """Pieces number their documents anew: 0 goes on with the state's."""
+  slow, n, value = random_level()
+  number = jnp.repeat(jnp.arange(4), jnp.array([3, 7, 2, 10]))
+  whole, _, _ = run(slow, n, value, segments=number[None].repeat(B, 0))
+  state, outputs = chunks.fresh(cms.zero_state(slow, B)), []
+  for first in range(0, T, size):
+    piece = slice(first, first + size)
+    last = number[max(first - 1, 0)]
+    segments = (number[piece] - last)[None].repeat(B, 0)
+    y, state, _ = run(
+      slow, n[:, piece], value[:, piece], state, segments=segments
+    )
+    outputs.append(y)
+  np.testing.assert_allclose(jnp.concatenate(outputs, 1), whole, atol=1e-12)
+
+
 def test_outer_gradient_goes_through_the_writes():
   slow, n, value = random_level()
   loss = lambda value, rate: jnp.sum(

@@ -207,3 +207,35 @@ def test_dynamics_are_finite_scalars_per_layer(name):
   assert leaves
   for leaf in leaves:
     assert leaf.shape == (2,) and jnp.isfinite(leaf).all()
+
+
+@pytest.mark.parametrize("name", ["titans", "hope"])
+@pytest.mark.parametrize("piece_length", [None, 8])
+def test_documents_in_pieces_equal_one_pass(name, piece_length):
+  """A long document goes on in the next piece; a new one starts anew."""
+  cms = dataclasses.replace(CMS, chunk_lengths=(4, 20, 0))
+  config = make(name, cms=cms if name == "hope" else CMSConfig())
+  model, params, tokens = init(config)
+  number = jnp.repeat(jnp.arange(3), jnp.array([8, 24, 8]))
+  segments = number[None].repeat(B, 0)
+  apply = fast_jit(lambda *a: model.apply({"params": params}, *a))
+  whole = apply(tokens, None, segments).logits
+  state = language_model.init_state(config, B, piece_length)
+  logits = []
+  for first in range(0, T, 8):
+    piece = slice(first, first + 8)
+    numbers = segments[:, piece] - number[max(first - 1, 0)]
+    out = apply(tokens[:, piece], state, numbers)
+    logits.append(out.logits)
+    state = out.state
+  np.testing.assert_allclose(
+    jnp.concatenate(logits, axis=1), whole, atol=2e-5, rtol=1e-4
+  )
+
+
+def test_state_for_whole_chunks_refuses_other_pieces():
+  config = make("titans")
+  model, params, tokens = init(config)
+  state = language_model.init_state(config, B, 8)
+  with pytest.raises(ValueError, match="6 tokens are not whole chunks of 4"):
+    model.apply({"params": params}, tokens[:, :6], state)

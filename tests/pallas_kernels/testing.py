@@ -25,6 +25,10 @@ def fast_jit(fn):
   return jax.jit(fn, compiler_options=_fast_compiler_options())
 
 
+def fast_compile(jitted, *args):
+  return jitted.lower(*args).compile(_fast_compiler_options())
+
+
 def random_inputs(
   shape=(1, 2, 70, 5, 3),
   *,

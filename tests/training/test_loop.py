@@ -32,7 +32,7 @@ def without_clock(record):
 
 def final_state(config, workdir):
   mesh = sharding.make_mesh(config.mesh)
-  manager = checkpoints.open_manager(workdir, keep=2)
+  manager = checkpoints.open_manager(workdir, config.train)
   abstract = step.build(config, mesh).abstract_state
   state = checkpoints.restore(manager, abstract)
   manager.close()
@@ -169,12 +169,12 @@ def test_signal_saves_and_the_run_resumes_bit_for_bit(
   tiny, finished, tmp_path, monkeypatch, name
 ):
   folder, result = finished(tiny)
-  before = [signal.getsignal(each) for each in interruption.SIGNALS]
+  before = [signal.getsignal(each) for each in interruption.CODES]
   with monkeypatch.context() as patch:
     signal_at(patch, 3, getattr(signal, name))
     with pytest.raises(interruption.Interrupted, match="step 3"):
       loop.train(tiny, tmp_path)
-  assert [signal.getsignal(each) for each in interruption.SIGNALS] == before
+  assert [signal.getsignal(each) for each in interruption.CODES] == before
   assert (tmp_path / "checkpoints" / "3").is_dir()
   assert without_clock(loop.train(tiny, tmp_path)) == without_clock(result)
   jax.tree.map(
@@ -236,25 +236,6 @@ def test_train_keeps_the_newest_checkpoints(tiny, finished):
   folder, _ = finished(tiny)
   kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
   assert kept == ["4", "6"]
-
-
-def test_train_stops_when_the_loss_is_no_number(tiny, tmp_path, monkeypatch):
-  real = step.build
-
-  def build(config, mesh):
-    compiled = real(config, mesh)
-
-    def train_step(state, batch):
-      batch = batch | {"weights": batch["weights"] * math.nan}
-      return compiled.train_step(state, batch)
-
-    return compiled._replace(train_step=train_step)
-
-  monkeypatch.setattr(step, "build", build)
-  with pytest.raises(metrics.Diverged, match="step 1"):
-    loop.train(tiny, tmp_path)
-  assert not (tmp_path / "result.json").exists()
-  assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_train_works_without_intermediate_events(tiny, tmp_path):

@@ -81,11 +81,31 @@ def test_meter_counts_seconds_of_earlier_sessions(tmp_path):
   assert 500.0 <= meter.seconds < 501.0
 
 
-def test_meter_stops_at_a_loss_that_is_no_number(tmp_path):
+def test_meter_says_what_it_wrote_and_json_has_no_nan(tmp_path):
   meter = meter_of(metrics.Writer(tmp_path, CONFIG, 0))
-  with pytest.raises(metrics.Diverged, match="step 8"):
-    meter.hold(8, Scalars(float("nan"), 0.0))
-    meter.flush()
+  assert meter.flush() is None
+  meter.hold(8, Scalars(float("nan"), 0.0))
+  step, values = meter.flush()
+  assert step == 8 and values["tokens"]
+  assert json.loads(lines(tmp_path)[0])["loss"] is None
+
+
+def test_training_goes_on_without_a_wandb_that_fails(
+  tmp_path, monkeypatch, capsys
+):
+  class Run:
+    def log(self, *args, **kwargs):
+      raise ConnectionError("no network")
+
+  fake = types.SimpleNamespace(init=lambda **kwargs: Run())
+  monkeypatch.setitem(sys.modules, "wandb", fake)
+  config = Config(train=TrainConfig(wandb="offline"))
+  writer = metrics.Writer(tmp_path, config, 0)
+  for step in (1, 2):
+    writer.write("train", step, {"loss": 1.0})
+  writer.close()
+  assert len(lines(tmp_path)) == 2
+  assert capsys.readouterr().err.count("wandb failed and is left out") == 1
 
 
 def test_wandb_is_optional_and_clearly_missed(tmp_path, monkeypatch):

@@ -73,7 +73,7 @@ def run(name, mesh_config, devices, restore=False, **train):
   rows = sharding.process_rows(mesh, size)
   batches = pipeline.TrainBatches(source["train"], size, rows, 6)
   compiled = step.build(cfg, mesh)
-  manager = checkpoints.open_manager(folder, keep=2)
+  manager = checkpoints.open_manager(folder, cfg.train)
   with sharding.activate(mesh):
     state = (checkpoints.restore(manager, compiled.abstract_state)
       if restore else compiled.init(jax.random.key(0)))

@@ -4,11 +4,20 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from hope_jax.config import DataConfig, MeshConfig, ModelConfig
+from hope_jax.config import (
+  CMSConfig,
+  DataConfig,
+  MemoryConfig,
+  MeshConfig,
+  ModelConfig,
+)
 from hope_jax.data import pipeline
+from hope_jax.models import language_model
 from hope_jax.training import sharding, step
+from tests.pallas_kernels.testing import fast_compile, fast_jit
 
 # Recorded on a CPU with jax 0.10.2; see CHANGELOG before changing them.
 GOLDEN_LOSS = [5.549557, 5.488030]
@@ -154,3 +163,63 @@ def test_build_allocates_nothing(tiny):
   config = dataclasses.replace(tiny, model=model)
   abstract = step.build(config, mesh).abstract_state
   assert step.count_parameters(abstract.params) > 2**36
+
+
+def carrying(config, name, accumulate=1, slowest=64):
+  """Hardly any learning, so that all steps are one pass of one model."""
+  model = dataclasses.replace(
+    config.model,
+    sequence_layer=name,
+    memory=MemoryConfig(chunk_length=4, projection_chunk_length=8),
+    cms=CMSConfig(hidden=(8, 8, 16), chunk_lengths=(8, slowest, 0)),
+  )
+  train = dataclasses.replace(
+    config.train, carry_state=True, accumulate=accumulate
+  )
+  opt = dataclasses.replace(config.opt, peak_lr=1e-30)
+  return dataclasses.replace(config, model=model, opt=opt, train=train)
+
+
+@pytest.mark.parametrize(
+  ("name", "accumulate"), [("titans", 1), ("hope", 1), ("hope", 2)]
+)
+def test_carried_state_equals_the_uncut_pass(tiny, name, accumulate):
+  config = carrying(tiny, name, accumulate)
+  compiled, mesh, state, batch = start(config)
+  batches = [batch(number) for number in range(3)]
+  losses = []
+  with sharding.activate(mesh):
+    train_step = fast_compile(compiled.train_step, state, batches[0])
+    for each in batches:
+      state, scalars = train_step(state, each)
+      losses.append(float(scalars.loss))
+    joined = {
+      key: jnp.concatenate([each[key] for each in batches], axis=1)
+      for key in batches[0]
+    }
+    whole = language_model.LanguageModel(config.model)
+    forward = fast_jit(lambda *args: step.forward(whole, *args).logits)
+    logits = forward(state.params, joined["tokens"])
+  loss = optax.softmax_cross_entropy_with_integer_labels(
+    logits, joined["targets"]
+  )
+  expected = [float(part.mean()) for part in jnp.split(loss, 3, axis=1)]
+  np.testing.assert_allclose(losses, expected, rtol=2e-5)
+  assert jnp.abs(jnp.diff(loss.mean(axis=0))).max() > 0
+
+
+def test_carried_state_ends_with_its_document(tiny):
+  config = carrying(tiny, "hope", slowest=32)
+  compiled, mesh, state, batch = start(config)
+  first, second = batch(0), batch(1)
+  new = {**second, "segments": second["segments"] + 1}
+  with sharding.activate(mesh):
+    train_step = fast_compile(compiled.train_step, state, new)
+    fresh, _ = train_step(jax.tree.map(jnp.copy, state), new)
+    state, _ = train_step(state, first)
+    state, _ = train_step(state, new)
+  for a, b in zip(
+    jax.tree.leaves(state.fast), jax.tree.leaves(fresh.fast), strict=True
+  ):
+    if a.ndim > 1:
+      np.testing.assert_allclose(a, b, atol=1e-6)

@@ -1,0 +1,254 @@
+"""Sources of documents: text, JSONL, parquet, TFDS; cut into parts.
+
+A part is what one worker reads: a whole text file, a range of a JSONL file's
+bytes, some row groups of a parquet file, or a range of a TFDS split.  The list
+of parts depends on the inputs alone, and so does the order of all documents.
+"""
+
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from hope_jax.config import ConfigError
+
+PART_BYTES = 64 << 20
+TFDS = "tfds:"
+_KINDS = {
+  ".txt": "text",
+  ".jsonl": "jsonl",
+  ".json": "jsonl",
+  ".gz": "gzip",
+  ".parquet": "parquet",
+}
+
+
+class Fields(NamedTuple):
+  """Where a record keeps its text; `prompt` is read, but not to be learned."""
+
+  text: str = "text"
+  prompt: str | None = None
+
+
+class Part(NamedTuple):
+  """Units `start` .. `stop - 1` of a source: bytes, row groups or examples."""
+
+  path: str
+  kind: str
+  start: int
+  stop: int
+  bytes: int
+
+
+class Text(NamedTuple):
+  """A document: what is only read, and what is to be learned."""
+
+  prompt: str
+  text: str
+
+
+def find(inputs: Sequence[str]) -> list[str]:
+  """All files of `inputs`: files, folders and patterns, sorted."""
+  found = []
+  for name in inputs:
+    if name.startswith(TFDS):
+      found.append(name)
+      continue
+    path = epath.Path(name)
+    if any(c in name for c in "*?["):
+      matches = [p for p in path.parent.glob(path.name) if not p.is_dir()]
+    elif path.is_dir():
+      matches = [p for p in path.iterdir() if p.suffix in _KINDS]
+    else:
+      matches = [path] if path.exists() else []
+    if not matches:
+      raise ConfigError(
+        f"no input {name}: give files ({', '.join(_KINDS)}), folders, patterns"
+        f" or {TFDS}name:split"
+      )
+    found += sorted(str(path) for path in matches)
+  repeated = {name for name in found if found.count(name) > 1}
+  if repeated:
+    raise ConfigError(f"input {min(repeated)} is named twice")
+  return found
+
+
+def parts(paths: Sequence[str], part_bytes: int = PART_BYTES) -> list[Part]:
+  """The parts of all sources, in order."""
+  return [part for path in paths for part in _parts(path, part_bytes)]
+
+
+def _parts(name: str, part_bytes: int) -> list[Part]:
+  if name.startswith(TFDS):
+    source, size = _tfds(name), 1000
+    count = len(source)
+    return [
+      Part(name, "tfds", i, min(i + size, count), 0)
+      for i in range(0, count, size)
+    ]
+  path = epath.Path(name)
+  kind = _KINDS.get(path.suffix)
+  if kind is None:
+    raise ConfigError(
+      f"{name}: the ending {path.suffix!r} is none of {', '.join(_KINDS)}"
+    )
+  size = path.stat().length
+  if not size:
+    raise ConfigError(f"{name} is empty")
+  if kind == "jsonl":
+    starts = range(0, size, part_bytes)
+    return [
+      Part(name, kind, i, min(i + part_bytes, size), min(part_bytes, size - i))
+      for i in starts
+    ]
+  if kind == "parquet":
+    return _row_groups(path, part_bytes)
+  return [Part(name, kind, 0, size, size)]
+
+
+def _row_groups(path: epath.Path, part_bytes: int) -> list[Part]:
+  metadata = _parquet(path).metadata
+  found, start, held = [], 0, 0
+  for group in range(metadata.num_row_groups):
+    held += metadata.row_group(group).total_byte_size
+    if held >= part_bytes or group + 1 == metadata.num_row_groups:
+      found.append(Part(str(path), "parquet", start, group + 1, held))
+      start, held = group + 1, 0
+  return found
+
+
+def read(part: Part, fields: Fields) -> Iterator[Text]:
+  """The documents of a part; `ConfigError` names the place of a bad one."""
+  return _READERS[part.kind](part, fields)
+
+
+def _read_text(part: Part, fields: Fields) -> Iterator[Text]:
+  del fields
+  yield Text("", _decode(epath.Path(part.path).read_bytes(), part.path, 0))
+
+
+def _read_jsonl(part: Part, fields: Fields) -> Iterator[Text]:
+  """The lines that begin inside of the part."""
+  with epath.Path(part.path).open("rb") as file:
+    if part.start:
+      file.seek(part.start - 1)
+      file.readline()
+    while (place := file.tell()) < part.stop:
+      yield from _line(file.readline(), part.path, place, fields)
+
+
+def _read_gzip(part: Part, fields: Fields) -> Iterator[Text]:
+  """Compressed JSONL, or one compressed text."""
+  is_text = part.path.endswith(".txt.gz")
+  place = 0
+  try:
+    with epath.Path(part.path).open("rb") as raw, gzip.open(raw) as file:
+      if is_text:
+        yield Text("", _decode(file.read(), part.path, 0))
+        return
+      for line in file:
+        yield from _line(line, part.path, place, fields)
+        place += len(line)
+  except (gzip.BadGzipFile, EOFError) as error:
+    raise ConfigError(f"{part.path} is not a whole gzip file") from error
+
+
+def _line(line: bytes, path: str, place: int, fields: Fields) -> Iterator[Text]:
+  text = _decode(line, path, place)
+  if not text.strip():
+    return
+  try:
+    record = json.loads(text)
+  except ValueError as error:
+    raise ConfigError(f"{path}, byte {place}: not JSON ({error})") from error
+  yield _text(record, fields, f"{path}, byte {place}")
+
+
+def _read_parquet(part: Part, fields: Fields) -> Iterator[Text]:
+  file = _parquet(epath.Path(part.path))
+  columns = [name for name in (fields.text, fields.prompt) if name]
+  missing = [c for c in columns if c not in file.schema_arrow.names]
+  if missing:
+    raise ConfigError(
+      f"{part.path} has no column {missing[0]!r}; it has"
+      f" {', '.join(file.schema_arrow.names)}"
+    )
+  row = 0
+  for group in range(part.start, part.stop):
+    table = file.read_row_group(group, columns=columns)
+    for record in table.to_pylist():
+      yield _text(record, fields, f"{part.path}, row group {group}, row {row}")
+      row += 1
+
+
+def _read_tfds(part: Part, fields: Fields) -> Iterator[Text]:
+  source = _tfds(part.path)
+  for index in range(part.start, part.stop):
+    record = {
+      key: value.decode("utf-8", errors="strict")
+      if isinstance(value, bytes)
+      else value
+      for key, value in source[index].items()
+    }
+    yield _text(record, fields, f"{part.path}, example {index}")
+
+
+_READERS = {
+  "text": _read_text,
+  "jsonl": _read_jsonl,
+  "gzip": _read_gzip,
+  "parquet": _read_parquet,
+  "tfds": _read_tfds,
+}
+
+
+def _parquet(path: epath.Path) -> Any:
+  import pyarrow
+  from pyarrow import parquet
+
+  try:
+    return parquet.ParquetFile(path.open("rb"))
+  except (pyarrow.ArrowInvalid, OSError) as error:
+    reason = str(error).splitlines()[0]
+    raise ConfigError(f"{path} is not a parquet file: {reason}") from error
+
+
+def _tfds(name: str) -> Any:
+  """`tfds:name[/config][:version]:split`, a random-access source."""
+  import tensorflow_datasets as tfds
+
+  dataset, _, split = name.removeprefix(TFDS).rpartition(":")
+  if not dataset:
+    raise ConfigError(f"{name}: give {TFDS}name:split")
+  try:
+    return tfds.data_source(dataset, split=split)
+  except Exception as error:  # the library raises its own kinds
+    reason = str(error).strip().splitlines()[0]
+    raise ConfigError(f"cannot open {name}: {reason}") from error
+
+
+def _decode(data: bytes, path: str, place: int) -> str:
+  try:
+    return data.decode("utf-8")
+  except UnicodeDecodeError as error:
+    raise ConfigError(
+      f"{path} is not UTF-8 text: byte {place + error.start} is"
+      f" 0x{error.object[error.start]:02x} ({error.reason})"
+    ) from error
+
+
+def _text(record: Any, fields: Fields, where: str) -> Text:
+  if not isinstance(record, dict):
+    raise ConfigError(f"{where}: not an object with a field {fields.text!r}")
+  values = []
+  for name in (fields.prompt, fields.text):
+    value = "" if name is None else record.get(name)
+    if not isinstance(value, str):
+      raise ConfigError(
+        f"{where}: no text in field {name!r}; it has"
+        f" {', '.join(map(str, record)) or 'nothing'}"
+      )
+    values.append(value)
+  return Text(*values)

@@ -1,0 +1,185 @@
+"""Continuing token sequences: prefill in pieces, then one token at a time.
+
+Everything that a model remembers is in an explicit state of constant size (an
+attention cache excepted).  Prompts are read each by itself, in pieces whose
+lengths are powers of two, so that few shapes are compiled and a prompt may be
+as long as one likes; then all sequences are decoded together, each at its own
+place.
+
+Legend: N sequences, T prompt tokens, V vocab, L state leaves with batch 1.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hope_jax.config import ConfigError, ModelConfig
+from hope_jax.models import language_model
+from hope_jax.training import step as step_lib
+
+PIECE = 512  # tokens of prefill at a time
+BLOCK = 32  # tokens decoded between two looks at the stop condition
+
+
+class Sampling(NamedTuple):
+  """How a token is drawn: softmax(logits / temperature), cut to the `top_k`
+  likeliest (0: all) and to the likeliest with probability `top_p` in sum."""
+
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+  def check(self) -> None:
+    """`ConfigError` for values without meaning."""
+    if not self.temperature >= 0:
+      raise ConfigError(f"--temperature={self.temperature} must be 0 or more")
+    if self.top_k < 0:
+      raise ConfigError(f"--top_k={self.top_k} must be 0 (all) or more")
+    if not 0 < self.top_p <= 1:
+      raise ConfigError(f"--top_p={self.top_p} must be above 0, at most 1")
+
+
+def draw(key: jax.Array, logits_V: jax.Array, sampling: Sampling) -> jax.Array:
+  """One token; temperature 0 is the likeliest.
+
+  The token that crosses probability top_p is kept, so one always remains.
+  """
+  if sampling.temperature == 0:
+    return jnp.argmax(logits_V)
+  logits_V = logits_V / sampling.temperature
+  sorted_V = jnp.sort(logits_V, descending=True)
+  least = jnp.asarray(-jnp.inf)
+  if sampling.top_k:
+    least = sorted_V[min(sampling.top_k, logits_V.size) - 1]
+  if sampling.top_p < 1:
+    kept_V = jnp.where(sorted_V >= least, sorted_V, -jnp.inf)
+    probability_V = jax.nn.softmax(kept_V)
+    before_V = jnp.cumsum(probability_V) - probability_V
+    least = jnp.min(jnp.where(before_V < sampling.top_p, kept_V, jnp.inf))
+  return jax.random.categorical(
+    key, jnp.where(logits_V >= least, logits_V, -jnp.inf)
+  )
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+def advance(
+  params: Any, state: Any, tokens_T: jax.Array, *, config: ModelConfig
+) -> tuple[jax.Array, Any]:
+  """One sequence read on: (logits [V] after its last token, state)."""
+  model = language_model.LanguageModel(config)
+  output = step_lib.forward(model, params, tokens_T[None], state=state)
+  return output.logits[0, -1], output.state
+
+
+def prefill(
+  params: Any, prompt: np.ndarray, *, config: ModelConfig
+) -> tuple[jax.Array, Any]:
+  """Reads a prompt [T], T > 0, from the beginning: as `advance`."""
+  state = language_model.init_state(config, 1)
+  logits_V, start = None, 0
+  while start < len(prompt):
+    size = min(PIECE, 1 << ((len(prompt) - start).bit_length() - 1))
+    piece = jnp.asarray(prompt[start : start + size], jnp.int32)
+    logits_V, state = advance(params, state, piece, config=config)
+    start += size
+  assert logits_V is not None, "an empty prompt"
+  return logits_V, state
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=("config", "count", "sampling", "vocab_size"),
+  donate_argnames="states",
+)
+def decode(
+  params: Any,
+  states: Any,
+  logits_NV: jax.Array,
+  keys_N: jax.Array,
+  *,
+  config: ModelConfig,
+  count: int,
+  sampling: Sampling,
+  vocab_size: int,
+) -> tuple[jax.Array, jax.Array, Any]:
+  """Draws `count` tokens for every sequence, from logits and states at hand.
+
+  Returns tokens [N, count], and logits and states to go on from.
+  """
+  model = language_model.LanguageModel(config)
+
+  def one(state: Any, logits_V: jax.Array, key: jax.Array) -> Any:
+    token = draw(key, logits_V[:vocab_size], sampling).astype(jnp.int32)
+    output = step_lib.forward(model, params, token[None, None], state=state)
+    return output.state, output.logits[0, -1], token
+
+  def step(carry: Any, number: jax.Array) -> tuple[Any, jax.Array]:
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys_N, number)
+    states, logits = carry
+    states, logits, tokens_N = jax.vmap(one)(states, logits, keys)
+    return (states, logits), tokens_N
+
+  (states, logits_NV), tokens = jax.lax.scan(
+    step, (states, logits_NV), jnp.arange(count)
+  )
+  return tokens.T, logits_NV, states
+
+
+def generate(
+  params: Any,
+  prompts: Sequence[np.ndarray],
+  *,
+  config: ModelConfig,
+  count: int,
+  sampling: Sampling,
+  vocab_size: int,
+  seed: int = 0,
+  is_over: Callable[[np.ndarray], bool] = lambda tokens: False,
+) -> list[np.ndarray]:
+  """Up to `count` new tokens for every prompt (of any lengths).
+
+  `is_over` is asked now and then whether a continuation may end; what a
+  sequence draws depends on the seed and its number alone.
+  """
+  longest = max(len(prompt) for prompt in prompts) + count
+  if config.has_attention and longest > config.context_length:
+    raise ConfigError(
+      f"prompt and continuation have {longest} tokens, but attention's cache"
+      f" holds model.context_length={config.context_length}: shorten them, or"
+      " train with a longer one"
+    )
+  read = [prefill(params, prompt, config=config) for prompt in prompts]
+  logits, states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *read)
+  root = jax.random.key(seed)
+  found = [np.zeros(0, np.int32) for _ in prompts]
+  for first in range(0, count, BLOCK):
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(
+      jax.random.fold_in(root, first), jnp.arange(len(prompts))
+    )
+    tokens, logits, states = decode(
+      params,
+      states,
+      logits,
+      keys,
+      config=config,
+      count=min(BLOCK, count - first),
+      sampling=sampling,
+      vocab_size=vocab_size,
+    )
+    found = [
+      np.concatenate([old, new])
+      for old, new in zip(found, np.asarray(tokens), strict=True)
+    ]
+    if all(is_over(tokens) for tokens in found):
+      break
+  return found
+
+
+def state_bytes(config: ModelConfig) -> int:
+  """Bytes of one sequence's state."""
+  state = jax.eval_shape(lambda: language_model.init_state(config, 1))
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))

@@ -1,0 +1,86 @@
+"""Parameters as safetensors with a JSON config: for other programs and runs.
+
+A folder holds model.safetensors (names as in the Flax tree, with dots:
+`blocks.mixer.readout.gate.kernel`; the layers of a stack on axis 0),
+config.json (the whole `Config`) and the SentencePiece model, if there is one.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from hope_jax import config as config_lib
+from hope_jax.config import Config, ConfigError
+from hope_jax.training import workdir as workdir_lib
+
+MODEL, CONFIG, TOKENIZER = (
+  "model.safetensors",
+  "config.json",
+  "tokenizer.model",
+)
+
+
+def save(folder: pathlib.Path, config: Config, params: Any) -> None:
+  """Writes parameters and config; an export that is there is replaced."""
+  from safetensors import numpy as safetensors
+
+  folder.mkdir(parents=True, exist_ok=True)
+  flat = {
+    name: np.ascontiguousarray(value)
+    for name, value in traverse_util.flatten_dict(
+      jax.device_get(params), sep="."
+    ).items()
+  }
+  beside = folder / f"{MODEL}.tmp"
+  safetensors.save_file(flat, beside, {"format": "hope_jax"})
+  beside.chmod(0o644)
+  beside.replace(folder / MODEL)
+  workdir_lib.write_json(folder / CONFIG, config_lib.to_dict(config))
+
+
+def read_config(folder: pathlib.Path) -> Config:
+  """The config of an export."""
+  try:
+    values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise ConfigError(
+      f"{folder} is not an export: cannot read {CONFIG} ({error})"
+    ) from error
+  return config_lib.from_config_dict(values)
+
+
+def load(folder: pathlib.Path, abstract: Any = None) -> Any:
+  """Parameters of an export as a tree of numpy arrays.
+
+  With `abstract`, a tree of shapes and shardings, they are laid out like it;
+  anything that does not fit is a `ConfigError` that names the first parameter.
+  """
+  import safetensors
+  from safetensors import numpy as safetensors_numpy
+
+  try:
+    flat = safetensors_numpy.load_file(folder / MODEL)
+  except (OSError, safetensors.SafetensorError) as error:
+    raise ConfigError(f"cannot read {folder / MODEL}: {error}") from error
+  if abstract is not None:
+    wanted: dict[str, Any] = traverse_util.flatten_dict(abstract, sep=".")
+    for name in sorted(wanted.keys() | flat.keys()):
+      ours = wanted[name].shape if name in wanted else "nothing"
+      theirs = flat[name].shape if name in flat else "nothing"
+      if ours != theirs:
+        raise ConfigError(
+          f"{folder} does not fit this model: {name} is {theirs} there and"
+          f" {ours} here"
+        )
+  params = traverse_util.unflatten_dict(flat, sep=".")
+  if abstract is None:
+    return params
+  return jax.tree.map(
+    lambda x, like: jax.device_put(x.astype(like.dtype), like.sharding),
+    params,
+    abstract,
+  )

@@ -1,0 +1,133 @@
+"""What a run does when something goes wrong: numbers, data, a hung step.
+
+A step whose loss or gradient is not finite changes nothing (`step.py`) and is
+counted; this module decides when that, or a loss that jumped, ends the run or
+sends it back.
+"""
+
+import collections
+import contextlib
+import faulthandler
+import math
+import queue
+import statistics
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from hope_jax.config import TrainConfig
+
+_HISTORY = 50  # logged losses that a spike is measured against
+
+
+class Diverged(RuntimeError):
+  """The run cannot go on from where it is; its checkpoints are good."""
+
+
+class NoData(RuntimeError):
+  """The input pipeline died or hangs."""
+
+
+class Guard:
+  """Watches the logged losses."""
+
+  def __init__(self, config: TrainConfig, records: list[dict[str, Any]]):
+    """`records`: of earlier sessions."""
+    self._config = config
+    losses = [r["loss"] for r in records if r["kind"] == "train"]
+    known = [loss for loss in losses if loss is not None]
+    self._losses = collections.deque(known, maxlen=_HISTORY)
+    self._rollbacks = sum(r["kind"] == "rollback" for r in records)
+
+  def is_spike(self, *seen: tuple[int, dict[str, float]] | None) -> bool:
+    """Whether to go back to the last checkpoint; `Diverged` to give up.
+
+    `seen`: steps and their logged scalars, None for nothing new.
+    """
+    return any(self._is_spike(*each) for each in seen if each is not None)
+
+  def _is_spike(self, step: int, values: dict[str, float]) -> bool:
+    limit = self._config.max_bad_steps
+    if values["bad_in_a_row"] >= limit:
+      raise Diverged(
+        f"loss or gradient was not finite in {int(values['bad_in_a_row'])}"
+        f" steps up to step {step}; the parameters are those from before, the"
+        " checkpoints are intact: lower opt.peak_lr, or look at the data"
+      )
+    loss, factor = values["loss"], self._config.rollback_factor
+    if not math.isfinite(loss):
+      return False
+    usual = statistics.median(self._losses) if self._losses else math.inf
+    if not factor or len(self._losses) < 5 or loss <= factor * usual:
+      self._losses.append(loss)
+      return False
+    self._rollbacks += 1
+    if self._rollbacks > self._config.max_rollbacks:
+      raise Diverged(
+        f"the loss jumped to {loss:.4g} at step {step}, the"
+        f" {self._rollbacks}th time; the checkpoints are intact: lower"
+        " opt.peak_lr, or look at the data"
+      )
+    return True
+
+
+def with_timeout(batches: Iterator[Any], seconds: float) -> Iterator[Any]:
+  """`batches`; `NoData` if one takes longer, or making it fails."""
+  box: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
+  is_over = threading.Event()
+
+  def put(kind: str, value: Any) -> None:
+    while not is_over.is_set():
+      with contextlib.suppress(queue.Full):
+        box.put((kind, value), timeout=1.0)
+        return
+
+  def read() -> None:
+    try:
+      for batch in batches:
+        put("batch", batch)
+        if is_over.is_set():
+          return
+      put("end", None)
+    except Exception as error:
+      put("error", error)
+
+  # A daemon: a read that hangs must not keep the process from ending.
+  threading.Thread(target=read, name="batches", daemon=True).start()
+  try:
+    while True:
+      try:
+        kind, value = box.get(timeout=seconds)
+      except queue.Empty as error:
+        raise NoData(
+          f"no batch for {seconds:g} s (data.timeout): the storage hangs, or a"
+          " data worker; run the same command again to resume"
+        ) from error
+      if kind == "end":
+        return
+      if kind == "error":
+        reason = str(value).strip().splitlines() or [type(value).__name__]
+        raise NoData(f"reading the data failed: {reason[-1]}") from value
+      yield value
+  finally:
+    is_over.set()
+
+
+class Watchdog:
+  """Dumps all threads' stacks on stderr when a step takes too long."""
+
+  def __init__(self, seconds: float):
+    self._seconds = seconds
+
+  def step(self) -> None:
+    """A step begins; the one before has ended."""
+    if self._seconds:
+      faulthandler.dump_traceback_later(self._seconds, repeat=True, file=2)
+
+  @contextlib.contextmanager
+  def watch(self) -> Iterator[None]:
+    """Inside, steps are watched."""
+    try:
+      yield
+    finally:
+      faulthandler.cancel_dump_traceback_later()

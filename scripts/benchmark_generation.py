@@ -1,0 +1,122 @@
+"""State bytes and decoding speed by context length: memories against a cache.
+
+python -m scripts.benchmark_generation [--models=hope,titans,transformer]
+
+After a context of 1K to 1M tokens, what a sequence's state takes and how fast
+tokens follow.  The speed is of single tokens one after the other, batch 1,
+median of several blocks; a Transformer's cache is as long as the context, and
+only its length matters, so that it is not filled by reading a real text.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from configs import _base, _models
+from experiments import plots, tables
+from hope_jax import generation
+from hope_jax.config import ModelConfig, from_config_dict
+from hope_jax.models import language_model
+
+LENGTHS = tuple(1 << n for n in range(10, 21, 2))
+TOKENS = 16  # of a timed block
+
+
+def make_config(name: str, size: str, length: int) -> ModelConfig:
+  """A model whose attention, if any, holds `length` tokens."""
+  group = _models.model(
+    name, size, memory_chunks=(16, 64), cms_chunks=(64, 256, 0)
+  )
+  config = from_config_dict(_base.make(model=group)).model
+  return dataclasses.replace(config, context_length=length)
+
+
+def at_end(state: Any, length: int) -> Any:
+  """An attention cache as if `length` - TOKENS tokens had been read."""
+
+  def move(path: Any, x: jax.Array) -> jax.Array:
+    is_cache = jax.tree_util.keystr(path).endswith(".mixer.position")
+    return jnp.full_like(x, length - TOKENS) if is_cache else x
+
+  return jax.tree_util.tree_map_with_path(move, state)
+
+
+def tokens_per_second(
+  params: Any, config: ModelConfig, length: int, rounds: int
+) -> float:
+  """Decoding speed behind a context of `length` tokens."""
+  state = at_end(language_model.init_state(config, 1), length)
+  states = jax.tree.map(lambda x: x[None], state)
+  logits = jnp.zeros((1, config.vocab_size))
+  seconds = []
+  for _ in range(rounds + 1):  # the first one compiles
+    start = time.perf_counter()
+    tokens, _, states = generation.decode(
+      params,
+      states,
+      logits,
+      jax.random.split(jax.random.key(0), 1),
+      config=config,
+      count=TOKENS,
+      sampling=generation.Sampling(),
+      vocab_size=config.vocab_size,
+    )
+    jax.block_until_ready(tokens)
+    seconds.append(time.perf_counter() - start)
+    if config.has_attention:
+      states = jax.vmap(lambda state: at_end(state, length))(states)
+  return TOKENS / statistics.median(seconds[1:])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  parser = argparse.ArgumentParser("python -m scripts.benchmark_generation")
+  parser.add_argument("--models", default="transformer,titans,hope")
+  parser.add_argument("--size", default="tiny")
+  parser.add_argument("--rounds", type=int, default=5)
+  parser.add_argument("--longest", type=int, default=LENGTHS[-1])
+  parser.add_argument("--plot", type=pathlib.Path)
+  flags = parser.parse_args(argv)
+  names = flags.models.split(",")
+  lengths = [length for length in LENGTHS if length <= flags.longest]
+  lines, curves = [], {name: [] for name in names}
+  for name in names:
+    config = make_config(name, flags.size, lengths[0])
+    model = language_model.LanguageModel(config)
+    tokens = np.zeros((1, 8), np.int32)
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), tokens))["params"]
+    for length in lengths:
+      config = make_config(name, flags.size, length)
+      size = generation.state_bytes(config)
+      speed = tokens_per_second(params, config, length, flags.rounds)
+      curves[name].append(speed)
+      lines.append(
+        {
+          "model": name,
+          "context": f"{length:,}",
+          "state MiB": f"{size / 2**20:,.2f}",
+          "tokens/s": f"{speed:,.0f}",
+        }
+      )
+  print(tables.markdown(lines))
+  print(f"\n{tables.machine()}, batch 1, median of {flags.rounds}")
+  if flags.plot:
+    plots.lines(
+      flags.plot,
+      {name: (lengths, values) for name, values in curves.items()},
+      title="Decoding speed by context",
+      xlabel="tokens of context",
+      ylabel="tokens/s",
+    )
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,156 @@
+"""Generation against full passes, in batches and pieces."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hope_jax import generate, generation
+from hope_jax.config import ConfigError
+from hope_jax.data import tokenizer
+from hope_jax.generation import Sampling
+from hope_jax.models import language_model
+from tests.models.test_models import init, make
+from tests.pallas_kernels.testing import fast_jit
+
+GREEDY = Sampling(temperature=0.0)
+PROMPTS = [np.array([5, 1, 7, 20, 30]), np.array([3]), np.arange(11) * 7 % 31]
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+  monkeypatch.setattr(generation, "PIECE", 4)
+  monkeypatch.setattr(generation, "BLOCK", 3)
+
+
+@pytest.fixture(scope="module", params=["transformer", "hope"])
+def model(request):
+  config = make(request.param, num_layers=1)
+  _, params, _ = init(config)
+  # So large that what comes next depends on all that went before.
+  params["blocks"]["mixer"] = jax.tree.map(
+    lambda x: 8 * x if x.ndim > 2 else x, params["blocks"]["mixer"]
+  )
+  return config, params
+
+
+def run(model, prompts, **kwargs):
+  config, params = model
+  options = {"count": 8, "sampling": GREEDY, "vocab_size": 31} | kwargs
+  return generation.generate(params, prompts, config=config, **options)
+
+
+def test_greedy_equals_full_passes(model):
+  config, params = model
+  network = language_model.LanguageModel(config)
+  apply = fast_jit(lambda x: network.apply({"params": params}, x[None]).logits)
+  found = run(model, PROMPTS)
+  for prompt, new in zip(PROMPTS, found, strict=True):
+    assert len(new) == 8
+    # Causal: what stands behind does not matter.
+    tokens = jnp.zeros(20, jnp.int32)
+    tokens = tokens.at[: len(prompt) + 8].set(jnp.concatenate([prompt, new]))
+    wanted = jnp.argmax(apply(tokens)[0], axis=-1)
+    np.testing.assert_array_equal(
+      new, wanted[len(prompt) - 1 : len(prompt) + 7]
+    )
+  assert len({token for new in found for token in new.tolist()}) > 4
+
+
+def test_batch_equals_each_prompt_alone(model):
+  together = run(model, PROMPTS)
+  for prompt, new in zip(PROMPTS, together, strict=True):
+    np.testing.assert_array_equal(new, run(model, [prompt])[0])
+
+
+def test_seed_sets_the_draws_and_count_cuts_them(model):
+  options = {"sampling": Sampling()}
+  drawn = lambda **kwargs: run(model, PROMPTS[:1], **options | kwargs)
+  first = drawn(seed=1)[0]
+  np.testing.assert_array_equal(first, drawn(seed=1)[0])
+  assert (first != drawn(seed=2)[0]).any()
+  np.testing.assert_array_equal(first[:6], drawn(seed=1, count=6)[0])
+
+
+def test_generation_ends_when_all_are_over(model):
+  seen = run(model, PROMPTS, is_over=lambda tokens: len(tokens) >= 4)
+  assert [len(tokens) for tokens in seen] == [6, 6, 6]
+
+
+def test_attention_has_a_longest_context(model):
+  config, _ = model
+  if config.has_attention:
+    with pytest.raises(ConfigError, match="51 tokens, but .*context_length=40"):
+      run(model, PROMPTS, count=40)
+  else:
+    run(model, PROMPTS, count=40)
+
+
+def test_state_grows_with_the_context_for_attention_only():
+  size = lambda name, length: generation.state_bytes(
+    make(name, context_length=length)
+  )
+  assert size("hope", 100) == size("hope", 1000)
+  assert size("transformer", 1000) > 9 * size("transformer", 100)
+
+
+@pytest.mark.parametrize(
+  ("text", "stop", "expected"),
+  [
+    ("abc", [], ("abc", False)),
+    ("abcab", ["ca"], ("ab", True)),
+    ("abcab", ["b", "c"], ("a", True)),
+  ],
+)
+def test_cut_ends_before_the_first_stop(text, stop, expected):
+  bytes_ = tokenizer.Bytes()
+  assert generate.cut(bytes_.encode(text), bytes_, stop) == expected
+
+
+def test_cut_ends_at_the_end_token():
+  bytes_ = tokenizer.Bytes()
+  ends = dataclasses.make_dataclass("Ends", [("eos", int)], bases=(object,))
+  ends.decode = staticmethod(bytes_.decode)
+  tokens = bytes_.encode("abXcd")
+  assert generate.cut(tokens, ends(ord("X")), []) == ("ab", True)
+
+
+PROBABILITY = np.array([0.05, 0.4, 0.1, 0.3, 0.15])
+
+
+@pytest.mark.parametrize(
+  ("sampling", "kept"),
+  [
+    (Sampling(), {0, 1, 2, 3, 4}),
+    (Sampling(temperature=0.0), {1}),
+    (Sampling(top_k=2), {1, 3}),
+    (Sampling(top_k=99), {0, 1, 2, 3, 4}),
+    (Sampling(top_p=0.39), {1}),
+    (Sampling(top_p=0.6), {1, 3}),
+    (Sampling(top_p=0.8), {1, 3, 4}),
+    (Sampling(top_k=3, top_p=0.9), {1, 3, 4}),
+    (Sampling(top_k=2, top_p=0.5), {1}),
+  ],
+)
+def test_draw_keeps_the_likeliest(sampling, kept):
+  keys = jax.random.split(jax.random.key(0), 3000)
+  logits = jnp.log(jnp.asarray(PROBABILITY, jnp.float32))
+  drawn = jax.vmap(lambda key: generation.draw(key, logits, sampling))(keys)
+  counts = np.bincount(drawn, minlength=5)
+  assert set(np.nonzero(counts)[0]) == kept
+  if sampling.temperature:
+    want = np.where(np.isin(np.arange(5), list(kept)), PROBABILITY, 0)
+    np.testing.assert_allclose(counts / 3000, want / want.sum(), atol=0.03)
+
+
+def test_draw_temperature_sharpens():
+  keys = jax.random.split(jax.random.key(0), 3000)
+  logits = jnp.log(jnp.asarray(PROBABILITY, jnp.float32))
+  drawn = jax.vmap(lambda key: generation.draw(key, logits, Sampling(0.5)))(
+    keys
+  )
+  want = PROBABILITY**2 / (PROBABILITY**2).sum()
+  counts = np.bincount(drawn, minlength=5)
+  np.testing.assert_allclose(counts / 3000, want, atol=0.03)

@@ -1,0 +1,67 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from hope_jax import export
+from hope_jax.config import ConfigError
+from hope_jax.training import exchange, loop
+from tests.training.test_loop import final_state
+
+
+@pytest.fixture(scope="module")
+def params():
+  return {
+    "embed": {"embedding": np.arange(6.0, dtype=np.float32).reshape(3, 2)},
+    "blocks": {"mixer": {"query": {"kernel": np.ones((2, 2, 2), np.float32)}}},
+  }
+
+
+def test_saved_parameters_come_back_under_their_names(tiny, params, tmp_path):
+  from safetensors import numpy as safetensors
+
+  exchange.save(tmp_path, tiny, params)
+  jax.tree.map(np.testing.assert_array_equal, exchange.load(tmp_path), params)
+  assert exchange.read_config(tmp_path) == tiny
+  names = safetensors.load_file(tmp_path / "model.safetensors").keys()
+  assert set(names) == {"embed.embedding", "blocks.mixer.query.kernel"}
+
+
+def test_run_exported_and_imported_goes_on_from_its_parameters(tiny, tmp_path):
+  loop.train(tiny, tmp_path / "run")
+  assert export.export(tmp_path / "run", tmp_path / "model") == 6
+  trained = final_state(tiny, tmp_path / "run").params
+  jax.tree.map(
+    np.testing.assert_array_equal, exchange.load(tmp_path / "model"), trained
+  )
+  train = dataclasses.replace(
+    tiny.train, steps=1, init_from=str(tmp_path / "model")
+  )
+  opt = dataclasses.replace(tiny.opt, peak_lr=1e-30)
+  config = dataclasses.replace(tiny, train=train, opt=opt)
+  loop.train(config, tmp_path / "next")
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    final_state(config, tmp_path / "next").params,
+    trained,
+  )
+
+
+def test_unusable_exports_are_one_clear_line(tiny, params, tmp_path):
+  with pytest.raises(ConfigError, match="cannot read .*model.safetensors"):
+    exchange.load(tmp_path)
+  with pytest.raises(ConfigError, match="is not an export"):
+    exchange.read_config(tmp_path)
+  exchange.save(tmp_path, tiny, params)
+  wrong = jax.eval_shape(lambda: {**params, "embed": {"embedding": np.ones(3)}})
+  with pytest.raises(ConfigError, match=r"embed.embedding is \(3, 2\) there"):
+    exchange.load(tmp_path, wrong)
+  missing = jax.eval_shape(lambda: {"embed": params["embed"]})
+  with pytest.raises(ConfigError, match="query.kernel is .* there and nothing"):
+    exchange.load(tmp_path, missing)
+  (tmp_path / "model.safetensors").write_bytes(b"broken")
+  with pytest.raises(ConfigError, match="cannot read"):
+    exchange.load(tmp_path)
+  assert json.loads((tmp_path / "config.json").read_text())
