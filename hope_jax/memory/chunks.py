@@ -100,13 +100,12 @@ class Layout(NamedTuple):
   def number(self, segments: jax.Array) -> jax.Array:
     """Document numbers [B, T] of all places: [N, B, C].
 
-    Places before the first token belong to document 0, those after the last
-    token to its document.
+    Places before the first token belong to its document, so that a piece may
+    begin with a new one wherever it begins; those after the last to its.
     """
     first = 0 if self.offset is None else self.offset
     token = jnp.arange(self.count * self.length) - first
-    known = jnp.pad(segments, ((0, 0), (1, 0)))
-    numbers = jnp.take(known, jnp.clip(token + 1, 0, self.tokens), axis=1)
+    numbers = jnp.take(segments, jnp.clip(token, 0, self.tokens - 1), axis=1)
     return split_chunks(numbers, self.length, 1)
 
 

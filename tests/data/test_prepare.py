@@ -99,6 +99,27 @@ def test_interrupted_preparation_goes_on(source, tmp_path):
   assert content(tmp_path / "whole") == content(tmp_path / "cut")
 
 
+def test_interrupted_preparation_refuses_other_options(source, tmp_path):
+  def stop(count, total, done):
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    run(source, tmp_path / "out", progress=stop)
+  before = content(tmp_path / "out")
+  with pytest.raises(ConfigError, match="other inputs or options: finish it"):
+    run(source, tmp_path / "out", Options(length=32, align=16))
+  assert content(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("part_bytes", [12, 16, 18, 24, 100])
+def test_parts_of_jsonl_hold_every_line_once(part_bytes, tmp_path):
+  lines = [f'{{"text": "{i}"}}' for i in range(10)]  # 12 bytes and a line end
+  (tmp_path / "x.jsonl").write_text("".join(f"{line}\n" for line in lines))
+  parts = documents.parts([str(tmp_path / "x.jsonl")], part_bytes)
+  read = [d.text for p in parts for d in documents.read(p, documents.Fields())]
+  assert read == [str(i) for i in range(10)]
+
+
 def test_formats_hold_the_same_documents(source, tmp_path):
   import pyarrow
   from pyarrow import parquet
@@ -232,6 +253,7 @@ def test_carried_rows_go_on(prepared):
     assert len(starts) == row + 1
     # A lane's first example goes on from nothing.
     assert rows[0]["segments"].min() > 0 and rows[count]["segments"].min() > 0
+  assert (np.diff(starts) % total == count).all()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hope_jax.config import CMSConfig, MemoryConfig, ModelConfig
-from hope_jax.models import language_model
+from hope_jax.models import language_model, layers
 from hope_jax.models.block import SEQUENCE_LAYERS
 from tests.pallas_kernels.testing import fast_jit
 
@@ -210,6 +210,21 @@ def test_dynamics_are_finite_scalars_per_layer(name):
 
 
 @pytest.mark.parametrize("name", ["titans", "hope"])
+def test_piece_may_begin_with_a_new_document_anywhere(name):
+  """A session goes on with another text, inside a chunk of its memories."""
+  config = make(name)
+  model, params, tokens = init(config)
+  apply = fast_jit(lambda *a: model.apply({"params": params}, *a))
+  state = language_model.init_state(config, B)
+  _, state = apply(tokens[:, :11], state)
+  ours = apply(tokens[:, 11:], state, jnp.ones((B, T - 11), jnp.int32)).logits
+  # As if the chunks' first places had been empty.
+  empty = jax.tree.map(lambda x: 0 * x if x.ndim > 1 else x, state)
+  expected = apply(tokens[:, 11:], empty).logits
+  np.testing.assert_allclose(ours, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["titans", "hope"])
 @pytest.mark.parametrize("piece_length", [None, 8])
 def test_documents_in_pieces_equal_one_pass(name, piece_length):
   """A long document goes on in the next piece; a new one starts anew."""
@@ -239,3 +254,29 @@ def test_state_for_whole_chunks_refuses_other_pieces():
   state = language_model.init_state(config, B, 8)
   with pytest.raises(ValueError, match="6 tokens are not whole chunks of 4"):
     model.apply({"params": params}, tokens[:, :6], state)
+
+
+def test_convolution_in_pieces_stops_at_documents():
+  """Also where a document is shorter than the window."""
+  conv = layers.ShortConv(4, jnp.float32)
+  x = jax.random.normal(jax.random.key(0), (B, 12, 6))
+  number = jnp.repeat(jnp.arange(5), jnp.array([5, 1, 2, 1, 3]))
+  segments = number[None].repeat(B, 0)
+  params = nn.unbox(conv.init(jax.random.key(1), x))
+  whole, _ = conv.apply(params, x, None, segments)
+  apart = [
+    conv.apply(params, x[:, a:b])[0] for a, b in ((0, 5), (5, 6), (6, 8))
+  ]
+  np.testing.assert_allclose(
+    whole[:, :8], jnp.concatenate(apart, axis=1), atol=1e-6
+  )
+  for size in (1, 2, 5):
+    state, outputs = jnp.zeros((B, 3, 6)), []
+    for first in range(0, 12, size):
+      piece = slice(first, first + size)
+      here = segments[:, piece] - number[max(first - 1, 0)]
+      y, state = conv.apply(params, x[:, piece], state, here)
+      outputs.append(y)
+    np.testing.assert_allclose(
+      jnp.concatenate(outputs, axis=1), whole, atol=1e-6
+    )
