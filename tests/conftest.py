@@ -16,6 +16,14 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
+@pytest.fixture(scope="module")
+def fast_compilation():
+  """Several times less compilation, for slower programs."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
   parser.addoption(
     "--slow", action="store_true", help="also run tests that take minutes"
