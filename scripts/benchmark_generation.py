@@ -36,7 +36,8 @@ def make_config(name: str, size: str, length: int) -> ModelConfig:
   group = _models.model(
     name, size, memory_chunks=(16, 64), cms_chunks=(64, 256, 0)
   )
-  config = from_config_dict(_base.make(model=group)).model
+  data = {"sequence_length": 1024}
+  config = from_config_dict(_base.make(model=group, data=data)).model
   return dataclasses.replace(config, context_length=length)
 
 

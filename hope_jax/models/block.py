@@ -62,7 +62,7 @@ class Block(nn.Module):
       normed, state.mixer if state else None, segments
     )
     x_BTD = x_BTD + mixed.y
-    cms_state = None
+    cms_state = {}
     if cfg.cms.hidden:
       x_BTD, cms_state = cms.ContinuumMemory(cfg, name="cms")(
         x_BTD, mixed, state.cms if state else None, segments

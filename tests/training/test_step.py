@@ -167,11 +167,12 @@ def test_build_allocates_nothing(tiny):
 
 def carrying(config, name, accumulate=1, slowest=64):
   """Hardly any learning, so that all steps are one pass of one model."""
+  cms = CMSConfig(hidden=(8, 8, 16), chunk_lengths=(8, slowest, 0))
   model = dataclasses.replace(
     config.model,
     sequence_layer=name,
     memory=MemoryConfig(chunk_length=4, projection_chunk_length=8),
-    cms=CMSConfig(hidden=(8, 8, 16), chunk_lengths=(8, slowest, 0)),
+    cms=cms if name == "hope" else CMSConfig(),
   )
   train = dataclasses.replace(
     config.train, carry_state=True, accumulate=accumulate
