@@ -150,14 +150,22 @@ def staged(
   rates: Sequence[float],
   seeds: Sequence[int],
 ) -> Plan:
-  """The plan that sweeps every row, then repeats each at its best rate."""
+  """The plan that sweeps every row, then repeats each at its best rate.
+
+  One group after the other, so that an interrupted run has whole tables.
+  """
 
   def plan(results: Results) -> list[Trial]:
-    stages = [sweep(row, results, rates=rates, seeds=seeds) for row in rows]
     trials = {}
-    for stage in (0, 1):  # a chosen trial replaces its twin of the grid
-      for pair in stages:
-        trials.update((trial.name, trial) for trial in pair[stage])
+    for group in dict.fromkeys(row.group for row in rows):
+      stages = [
+        sweep(row, results, rates=rates, seeds=seeds)
+        for row in rows
+        if row.group == group
+      ]
+      for stage in (0, 1):  # a chosen trial replaces its twin of the grid
+        for pair in stages:
+          trials.update((trial.name, trial) for trial in pair[stage])
     return list(trials.values())
 
   return plan

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from hope_jax.config import ConfigError
+from hope_jax.data import text as text_lib
 
 PART_BYTES = 64 << 20
 TFDS = "tfds:"
@@ -126,7 +127,9 @@ def read(part: Part, fields: Fields) -> Iterator[Text]:
 
 def _read_text(part: Part, fields: Fields) -> Iterator[Text]:
   del fields
-  yield Text("", _decode(epath.Path(part.path).read_bytes(), part.path, 0))
+  yield Text(
+    "", text_lib.decode(epath.Path(part.path).read_bytes(), part.path, 0)
+  )
 
 
 def _read_jsonl(part: Part, fields: Fields) -> Iterator[Text]:
@@ -146,7 +149,7 @@ def _read_gzip(part: Part, fields: Fields) -> Iterator[Text]:
   try:
     with epath.Path(part.path).open("rb") as raw, gzip.open(raw) as file:
       if is_text:
-        yield Text("", _decode(file.read(), part.path, 0))
+        yield Text("", text_lib.decode(file.read(), part.path, 0))
         return
       for line in file:
         yield from _line(line, part.path, place, fields)
@@ -156,7 +159,7 @@ def _read_gzip(part: Part, fields: Fields) -> Iterator[Text]:
 
 
 def _line(line: bytes, path: str, place: int, fields: Fields) -> Iterator[Text]:
-  text = _decode(line, path, place)
+  text = text_lib.decode(line, path, place)
   if not text.strip():
     return
   try:
@@ -227,16 +230,6 @@ def _tfds(name: str) -> Any:
   except Exception as error:  # the library raises its own kinds
     reason = str(error).strip().splitlines()[0]
     raise ConfigError(f"cannot open {name}: {reason}") from error
-
-
-def _decode(data: bytes, path: str, place: int) -> str:
-  try:
-    return data.decode("utf-8")
-  except UnicodeDecodeError as error:
-    raise ConfigError(
-      f"{path} is not UTF-8 text: byte {place + error.start} is"
-      f" 0x{error.object[error.start]:02x} ({error.reason})"
-    ) from error
 
 
 def _text(record: Any, fields: Fields, where: str) -> Text:

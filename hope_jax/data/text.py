@@ -10,6 +10,7 @@ Legend: T tokens of a window.
 
 import functools
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -76,18 +77,24 @@ def find(path: str) -> pathlib.Path:
   return beside
 
 
+def decode(data: bytes, path: Any, place: int = 0) -> str:
+  """UTF-8 bytes that stand at byte `place` of a file -> text."""
+  try:
+    return data.decode("utf-8")
+  except UnicodeDecodeError as error:
+    raise ConfigError(
+      f"{path} is not UTF-8 text: byte {place + error.start} is"
+      f" 0x{error.object[error.start]:02x} ({error.reason})"
+    ) from error
+
+
 def read(path: pathlib.Path) -> np.ndarray:
   """The bytes of one UTF-8 file; `ConfigError` if it is anything else."""
   try:
     data = path.read_bytes()
-    data.decode("utf-8")
   except OSError as error:
     raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-  except UnicodeDecodeError as error:
-    raise ConfigError(
-      f"{path} is not UTF-8 text: byte {error.start} is"
-      f" 0x{error.object[error.start]:02x} ({error.reason})"
-    ) from error
+  decode(data, path)
   if not data:
     raise ConfigError(f"{path} is empty")
   return np.frombuffer(data, np.uint8)

@@ -137,13 +137,12 @@ class Documents(NamedTuple):
   begins [N, B]: chunk n begins with another document than chunk n-1 ended
   with.  inherits, keeps [N, B, C]: a place's document is the one at the chunk's
   first place (it may read what earlier chunks wrote), at its last place (what
-  it writes is for the next chunk).  survives [N, B]: both in one.
+  it writes is for the next chunk).
   """
 
   begins: jax.Array
   inherits: jax.Array
   keeps: jax.Array
-  survives: jax.Array
   origin: dict[str, Any]
 
 
@@ -164,7 +163,6 @@ def documents(
     begins=(first != before)[..., 0],
     inherits=number == first,
     keeps=number == last,
-    survives=(first == last)[..., 0],
     origin=origin,
   )
 
@@ -196,20 +194,20 @@ def scan_chunks(
     continued: whether a new state is wanted; else nothing is returned for it.
     docs: from `documents`.
   """
-  begins = None if docs is None else (docs.begins, docs.survives)
-  inputs = (xs, layout.live, begins)
+  # Per chunk: a new document begins it; its first document also ends it.
+  borders = None if docs is None else (docs.begins, docs.keeps[..., 0])
+  inputs = (xs, layout.live, borders)
 
-  def restart(now, begins):
-    if begins is None:
+  def restart(now, borders):
+    if docs is None:
       return now
-    assert docs is not None
-    return choose(begins[0], docs.origin, now)
+    return choose(borders[0], docs.origin, now)
 
   if not continued or state.position is None:
 
     def body(now, inputs):
-      x, live, begins = inputs
-      now = restart(now, begins)
+      x, live, borders = inputs
+      now = restart(now, borders)
       return step(now["weight"], now, x, live)
 
     if not continued:
@@ -223,14 +221,14 @@ def scan_chunks(
 
   def body_continued(carry, inputs):
     start, now = carry
-    is_next, (x, live, begins) = inputs
-    now = restart(now, begins)
+    is_next, (x, live, borders) = inputs
+    now = restart(now, borders)
     start = _where(is_next, now["weight"], start)
-    if begins is not None:
-      start = choose(begins[0], now["weight"], start)
+    if docs is not None:
+      start = choose(borders[0], now["weight"], start)
     now, y = step(start, now, x, live)
-    if begins is not None and docs is not None:
-      start = choose(begins[1], start, docs.origin["weight"])
+    if docs is not None:
+      start = choose(borders[1], start, docs.origin["weight"])
     return (start, now), y
 
   (start, now), ys = checkpointed_scan(

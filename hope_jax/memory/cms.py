@@ -75,7 +75,7 @@ def run_level(
   xs = [layout.split(x, axis=1) for x in (inputs, values, slow_gate, slow_up)]
   origin = zero_state(slow, inputs.shape[0])
   docs = chunks.documents(segments, layout, origin)
-  masks = docs and (docs.inherits, docs.keeps, docs.survives)
+  masks = docs and (docs.inherits, docs.keeps)
 
   def step(start, now, xs, _):
     rate = learn_rate, chunk_length
@@ -110,7 +110,7 @@ def learn_chunk(
   xs: tuple[jax.Array, ...],
   rate: tuple[jax.Array, int],
   error_clip: float,
-  masks: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+  masks: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[LevelWeights, jax.Array]:
   """One chunk: (weights after its tokens, y [B, C, D]).
 
@@ -118,7 +118,7 @@ def learn_chunk(
   the chunk made of it.  `xs`: n, value and the slow products of gate and up; a
   place without a token has n = 0, which writes nothing.
   `rate`: eta and the chunk length that its step is divided by.
-  `masks`: inherits, keeps [B, C] and survives [B] of `chunks.Documents`.
+  `masks`: inherits and keeps [B, C] of `chunks.Documents`.
   """
   n, value, slow_gate, slow_up = xs
 
@@ -150,7 +150,7 @@ def learn_chunk(
 
   if masks is not None:
     weight = chunks.choose(
-      masks[2], weight, jax.tree.map(jnp.zeros_like, weight)
+      masks[1][:, 0], weight, jax.tree.map(jnp.zeros_like, weight)
     )
   after = LevelWeights(
     write(weight.gate, n, error_gate),

@@ -29,16 +29,20 @@ def open_manager(
   workdir: pathlib.Path, config: TrainConfig
 ) -> ocp.CheckpointManager:
   """A manager of the checkpoints below `workdir`."""
+
+  def quality(metrics: dict[str, float]) -> float:
+    return -metrics[LOSS]
+
   newest = checkpoint_managers.LatestN(config.keep_checkpoints)
   best = checkpoint_managers.BestN(
-    get_metric_fn=lambda metrics: -metrics[LOSS],
+    get_metric_fn=quality,
     n=config.keep_best,
     keep_checkpoints_without_metrics=False,
   )
   policies = [newest, best] if config.keep_best else [newest]
   options = ocp.CheckpointManagerOptions(
     preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-    best_fn=lambda metrics: -metrics[LOSS],
+    best_fn=quality,
     enable_async_checkpointing=True,
     cleanup_tmp_directories=True,
   )
@@ -70,6 +74,10 @@ def close(manager: ocp.CheckpointManager) -> None:
     raise _explained(error) from error
 
 
+def _first_line(error: Exception) -> str:
+  return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _explained(error: Exception) -> SaveFailed:
   text = str(error)
   reason = (text.strip().splitlines() or [type(error).__name__])[-1]
@@ -97,7 +105,7 @@ def restore(manager: ocp.CheckpointManager, abstract: Any) -> Any:
       state = manager.restore(step, args=args)["state"]
       return jax.block_until_ready(state)
     except Exception as error:
-      reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+      reason = _first_line(error)
       if step == found[-1]:
         raise ConfigError(
           f"no checkpoint in {manager.directory} can be read ({reason}):"
@@ -144,7 +152,7 @@ def restore_params(workdir: pathlib.Path, abstract: Any) -> tuple[int, Any]:
       restored = manager.restore(step, args=ocp.args.Composite(state=args))
       params = jax.block_until_ready(restored["state"]["params"])
     except Exception as error:
-      reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+      reason = _first_line(error)
       raise ConfigError(
         f"checkpoint {step} of {workdir} cannot be read ({reason}): run the"
         " training command again, which takes the one before"
