@@ -20,8 +20,8 @@ from experiments.trials import ROOT, Plan, slug, staged
 DEMO_ROWS = ("Hope", "Titans", "Transformer++", "Transformer++ conv")
 RATES = (2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
-# Of 2 x 1024 tokens: 0.5M, half an epoch of tiny Shakespeare.
-STEPS = 250
+# Of 2 x 1024 tokens: 0.37M, a third of an epoch of tiny Shakespeare.
+STEPS = 180
 PROMPT, SAMPLE_TOKENS = "ROMEO:", 400
 
 # Table 2: model, parameters, tokens, WikiText perplexity, mean accuracy of
