@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from etils import epath
 
 from experiments.runner import Record
 from hope_jax.training import metrics
@@ -36,7 +37,7 @@ def _curve(
   for record in records:
     config = (record.result or {})["config"]["data"]
     tokens = config["batch_size"] * config["sequence_length"]
-    for row in metrics.read(record.workdir):
+    for row in metrics.read(epath.Path(record.workdir)):
       is_here = row["kind"] == kind and row.get("split", "valid") == "valid"
       if is_here and row["loss"] is not None:  # None: a skipped step
         losses.setdefault(row["step"] * tokens, []).append(row["loss"])

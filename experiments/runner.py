@@ -25,6 +25,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from etils import epath
+
 from experiments.trials import ROOT, Plan, Trial, is_same, resolve
 from hope_jax.config import Config
 from hope_jax.training import metrics
@@ -272,9 +274,8 @@ class Runner:
     self._last_status = time.monotonic()
     for process in self._running:
       name, config = process.trial.name, self._config(process.trial)
-      rows = [
-        row for row in metrics.read(self._out / name) if row["kind"] == "train"
-      ]
+      records = metrics.read(epath.Path(self._out / name))
+      rows = [row for row in records if row["kind"] == "train"]
       if rows and process.output.name == workdir_lib.RESULT:
         loss = rows[-1]["loss"]
         shown = "not finite" if loss is None else f"{loss:.3f}"

@@ -11,11 +11,12 @@ per layer and level: learn rates, half-lives, |D| / |M_0| at the end ...
 
 import dataclasses
 import json
-import pathlib
 from typing import Any
 
 from absl import flags
+from etils import epath
 
+from hope_jax import files
 from hope_jax.config import Config, ConfigError, ModelConfig
 from hope_jax.data import pipeline
 from hope_jax.training import (
@@ -68,7 +69,7 @@ def lengthen(config: Config, length: int) -> Config:
 
 def evaluate(
   config: Config,
-  workdir: pathlib.Path,
+  workdir: epath.Path,
   split: str,
   *,
   with_dynamics: bool = False,
@@ -98,7 +99,7 @@ def evaluate(
 
 def main() -> None:
   args = flags.FLAGS
-  workdir = pathlib.Path(args.workdir)
+  workdir = files.reach(args.workdir)
   levels = tuple(args.level)
   config = workdir_lib.read_config(workdir)
   if args.writes == "off":
@@ -118,7 +119,7 @@ def main() -> None:
   }
   print(json.dumps(scores))
   if args.output:
-    workdir_lib.write_json(pathlib.Path(args.output), scores)
+    workdir_lib.write_json(files.reach(args.output), scores)
 
 
 if __name__ == "__main__":

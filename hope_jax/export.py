@@ -5,11 +5,11 @@ python -m hope_jax.train --config=... --workdir=runs/y \
   --config.train.init_from=models/x
 """
 
-import pathlib
-
 import jax
 from absl import flags
+from etils import epath
 
+from hope_jax import files
 from hope_jax.config import MeshConfig
 from hope_jax.data import pipeline, tokenizer
 from hope_jax.training import checkpoints, command, exchange, sharding
@@ -22,7 +22,7 @@ def define_flags() -> None:
   flags.DEFINE_string("output", None, "folder of the export", required=True)
 
 
-def export(workdir: pathlib.Path, folder: pathlib.Path) -> int:
+def export(workdir: epath.Path, folder: epath.Path) -> int:
   """Exports the newest checkpoint of a run; returns its step."""
   config = workdir_lib.read_config(workdir)
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
@@ -40,7 +40,7 @@ def export(workdir: pathlib.Path, folder: pathlib.Path) -> int:
 
 def main() -> None:
   args = flags.FLAGS
-  step = export(pathlib.Path(args.workdir), pathlib.Path(args.output))
+  step = export(files.reach(args.workdir), files.reach(args.output))
   print(f"{args.workdir}, step {step} -> {args.output}")
 
 

@@ -10,16 +10,17 @@ each, {"prompt", "text"}.
 """
 
 import json
-import pathlib
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from absl import flags
+from etils import epath
 
-from hope_jax import generation
+from hope_jax import files, generation
 from hope_jax.config import ConfigError, MeshConfig
 from hope_jax.data import pipeline
+from hope_jax.data import text as text_lib
 from hope_jax.data.tokenizer import Tokenizer
 from hope_jax.generation import Sampling
 from hope_jax.training import checkpoints, command, sharding
@@ -53,7 +54,7 @@ def cut(
 
 
 def generate(
-  workdir: pathlib.Path,
+  workdir: epath.Path,
   prompts: Sequence[str],
   *,
   count: int,
@@ -99,16 +100,8 @@ def generate(
 
 def read_prompts(path: str) -> list[str]:
   """The lines of a file."""
-  try:
-    return pathlib.Path(path).read_text(encoding="utf-8").splitlines()
-  except OSError as error:
-    raise ConfigError(
-      f"cannot read --prompt_file {path}: {error.strerror}"
-    ) from error
-  except UnicodeDecodeError as error:
-    raise ConfigError(
-      f"--prompt_file {path} is not UTF-8 text: byte {error.start}"
-    ) from error
+  data = text_lib.read(files.reach(path)).tobytes()
+  return text_lib.decode(data, path).splitlines()
 
 
 def main() -> None:
@@ -117,7 +110,7 @@ def main() -> None:
   if args.prompt_file:
     prompts += read_prompts(args.prompt_file)
   texts = generate(
-    pathlib.Path(args.workdir),
+    files.reach(args.workdir),
     prompts,
     count=args.tokens,
     sampling=Sampling(args.temperature, args.top_k, args.top_p),

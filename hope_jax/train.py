@@ -7,11 +7,10 @@ The same command again resumes an interrupted run.  JAX_COMPILATION_CACHE_DIR
 names a folder in which compiled steps are kept between runs.
 """
 
-import pathlib
-
 import jax
 from absl import flags
 
+from hope_jax import files
 from hope_jax.training import command, loop
 
 
@@ -27,7 +26,7 @@ def main() -> None:
   if flags.FLAGS.multihost:
     jax.distributed.initialize()
   config = command.read_config()
-  result = loop.train(config, pathlib.Path(flags.FLAGS.workdir))
+  result = loop.train(config, files.reach(flags.FLAGS.workdir))
   if jax.process_index() == 0:
     print(
       f"{result['model']}: {result['parameters']:,} parameters,"

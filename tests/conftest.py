@@ -1,12 +1,16 @@
 """Settings of the whole suite: strict shapes, CPU, reproducible properties."""
 
+import functools
+import http.server
 import os
+import threading
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis
 import jax
 import pytest
+from etils import epath
 
 # x[B, T] + y[T] is an error everywhere: write y[None].
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -16,12 +20,50 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
+FAST = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation(request):
+  """XLA's optimisations take most of the suite's time; they stay in modules
+  marked `optimized`: those of whole runs, as users make them."""
+  fast = request.node.get_closest_marker("optimized") is None
+  if os.environ.get(FAST) != str(fast):
+    jax.clear_caches()
+  jax.config.update("jax_disable_most_optimizations", fast)
+  os.environ[FAST] = str(fast)  # for the processes that tests start
+
+
+BUCKET = {
+  "EPATH_USE_TF": "false",
+  "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks for credentials
+  "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+}
+
+
 @pytest.fixture(scope="module")
-def fast_compilation():
-  """Several times less compilation, for slower programs."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+def server():
+  from gcp_storage_emulator import server, storage
+  from gcp_storage_emulator.handlers import buckets
+
+  data = storage.Storage(use_memory_fs=True)
+  buckets.create_bucket("bucket", data)
+  handler = functools.partial(server.RequestHandler, data)
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as found:
+    threading.Thread(target=found.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{found.server_port}"
+    found.shutdown()
+
+
+@pytest.fixture
+def bucket(server, monkeypatch, tmp_path):
+  """An empty folder of a bucket, on a local server of its protocol."""
+  for name, value in BUCKET.items():
+    monkeypatch.setenv(name, value)
+  for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+    monkeypatch.setenv(name, server)
+  monkeypatch.setenv("HOPE_JAX_CACHE", str(tmp_path / "cache"))
+  return epath.Path("gs://bucket") / tmp_path.name
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -23,6 +23,8 @@ from hope_jax.config import (
 )
 from hope_jax.training import checkpoints, sharding, step, workdir
 
+pytestmark = pytest.mark.optimized
+
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = """
 import ml_collections

@@ -20,13 +20,13 @@ PROMPTS = [np.array([5, 1, 7, 20, 30]), np.array([3]), np.arange(11) * 7 % 31]
 
 
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch, fast_compilation):
+def small_pieces(monkeypatch):
   monkeypatch.setattr(generation, "PIECE", 4)
   monkeypatch.setattr(generation, "BLOCK", 3)
 
 
 @pytest.fixture(scope="module", params=["transformer", "hope"])
-def model(request, fast_compilation):
+def model(request):
   config = make(request.param, num_layers=1)
   _, params, _ = init(config)
   # So large that what comes next depends on all that went before.

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from hope_jax import files
 from hope_jax.config import ConfigError
 from hope_jax.data import text as text_lib
 
@@ -57,7 +58,7 @@ def find(inputs: Sequence[str]) -> list[str]:
     if name.startswith(TFDS):
       found.append(name)
       continue
-    path = epath.Path(name)
+    path = files.reach(name)
     if any(c in name for c in "*?["):
       matches = [p for p in path.parent.glob(path.name) if not p.is_dir()]
     elif path.is_dir():

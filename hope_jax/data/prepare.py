@@ -14,15 +14,13 @@ import importlib
 import json
 import multiprocessing
 import os
-import pathlib
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from hope_jax import files
 from hope_jax.config import ConfigError
 from hope_jax.data import documents, packing, records
 from hope_jax.data import tokenizer as tokenizer_lib
@@ -143,7 +141,7 @@ def _run_part(
       counts["documents"] = sum(len(d.tokens) > 1 for d in found)
       shards.append({"split": split, "group": group, "file": file, **counts})
   done = epath.Path(output) / PARTS / f"{index:05d}.json"
-  _write_text(done, json.dumps(shards))
+  files.write_text(done, json.dumps(shards))
   return part.bytes
 
 
@@ -155,10 +153,8 @@ def _write_shard(
     "array_record.python.array_record_module"
   )
   counts = {"examples": 0, "tokens": 0, "places": 0}
-  path.parent.mkdir(parents=True, exist_ok=True)
-  beside = None if records.is_remote(path) else path.parent.parent / PARTS
-  with tempfile.TemporaryDirectory(dir=beside) as folder:
-    temporary = pathlib.Path(folder) / path.name
+  scratch = None if files.is_remote(path) else path.parent.parent / PARTS
+  with files.writing(path, scratch) as temporary:
     writer = array_record.ArrayRecordWriter(
       str(temporary), records.WRITER_OPTIONS
     )
@@ -169,27 +165,12 @@ def _write_shard(
       counts["places"] += len(example["tokens"])
     writer.close()
     if not counts["examples"]:
+      temporary.unlink()
       return counts
     with temporary.open("rb") as file:
       digest = hashlib.file_digest(file, "sha256").hexdigest()
     size = temporary.stat().st_size
-    if records.is_remote(path):
-      with temporary.open("rb") as source, path.open("wb") as target:
-        shutil.copyfileobj(source, target, 1 << 24)
-    else:
-      temporary.replace(pathlib.Path(path))
   return {**counts, "bytes": size, "sha256": digest}
-
-
-def _write_text(path: epath.Path, text: str) -> None:
-  """Writes a small file atomically."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  if records.is_remote(path):  # object stores write whole objects
-    path.write_text(text)
-    return
-  beside = path.with_name(f"{path.name}.tmp{os.getpid()}")
-  beside.write_text(text)
-  beside.replace(path)
 
 
 # ------------------------------------------------------------------ all
@@ -216,7 +197,7 @@ def prepare(
   options.check()
   paths = documents.find(inputs)
   parts = documents.parts(paths, options.part_bytes)
-  folder = epath.Path(output)
+  folder = files.reach(output)
   plan = {
     "options": dataclasses.asdict(options),
     "tokenizer": tokenizer,
@@ -255,7 +236,7 @@ def _claim(folder: epath.Path, plan: dict[str, Any], options: Options) -> None:
       raise ConfigError(
         f"{folder / split} is prepared already: choose another --output"
       )
-  _write_text(path, text)
+  files.write_text(path, text)
 
 
 def _tokenizer(
@@ -369,6 +350,6 @@ def _finish(
       ],
     )
     path = folder / split / records.MANIFEST
-    _write_text(path, records.to_json(manifests[split]))
+    files.write_text(path, records.to_json(manifests[split]))
   (folder / PARTS).rmtree()
   return manifests

@@ -12,16 +12,13 @@ cache when it is first opened (HOPE_JAX_CACHE, default ~/.cache/hope_jax).
 
 import collections
 import dataclasses
-import hashlib
 import json
-import os
-import pathlib
-import shutil
 from typing import Any, cast
 
 import numpy as np
 from etils import epath
 
+from hope_jax import files
 from hope_jax.config import Config, ConfigError, DataConfig
 from hope_jax.data import tokenizer
 from hope_jax.data.packing import FIELDS, Example
@@ -127,27 +124,6 @@ def decode(record: bytes, manifest: Manifest) -> Example:
   return example
 
 
-def is_remote(path: Any) -> bool:
-  """Whether `path` is in an object store."""
-  return "://" in str(path)
-
-
-def local(path: epath.Path) -> pathlib.Path:
-  """`path`, or for a remote one its copy in the cache."""
-  if not is_remote(path):
-    return pathlib.Path(path)
-  cache = os.environ.get("HOPE_JAX_CACHE", "~/.cache/hope_jax")
-  key = hashlib.sha256(str(path).encode()).hexdigest()[:16]
-  copy = pathlib.Path(cache).expanduser() / key / path.name
-  if not copy.exists() or copy.stat().st_size != path.stat().length:
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    beside = copy.with_name(f"{copy.name}.tmp{os.getpid()}")
-    with path.open("rb") as source, beside.open("wb") as target:
-      shutil.copyfileobj(source, target, 1 << 24)
-    beside.replace(copy)
-  return copy
-
-
 def check_shards(folder: epath.Path, manifest: Manifest) -> None:
   """`ConfigError` unless all shards are there and as long as recorded."""
   for shard in manifest.shards:
@@ -236,7 +212,7 @@ def _folders(config: DataConfig) -> list[epath.Path]:
   names = [name.strip() for name in config.path.split(",") if name.strip()]
   if not names:
     raise ConfigError("data.path is empty: give a folder of prepared data")
-  return [epath.Path(name) for name in names]
+  return [files.reach(name) for name in names]
 
 
 def _check(
@@ -325,7 +301,7 @@ class Examples:
     self._manifest = manifest
     shards = [shard for shard in manifest.shards if shard.group == group]
     self._source = array_record_data_source.ArrayRecordDataSource(
-      [str(local(folder / shard.file)) for shard in shards]
+      [str(files.local(folder / shard.file)) for shard in shards]
     )
     expected = sum(shard.examples for shard in shards)
     if len(self._source) != expected:

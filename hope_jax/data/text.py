@@ -9,15 +9,16 @@ Legend: T tokens of a window.
 """
 
 import functools
-import pathlib
 from typing import Any
 
 import numpy as np
+from etils import epath
 
+from hope_jax import files
 from hope_jax.config import ConfigError, DataConfig
 from hope_jax.data import tokenizer
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+REPOSITORY = epath.Path(__file__).resolve().parents[2]
 SPLITS = ("train", "valid", "test")
 
 Example = dict[str, np.ndarray]
@@ -68,9 +69,9 @@ class EvalWindows:
     }
 
 
-def find(path: str) -> pathlib.Path:
+def find(path: str) -> epath.Path:
   """`path` as given, or beside the repository root if only there."""
-  given = pathlib.Path(path)
+  given = files.reach(path)
   beside = REPOSITORY / path
   if given.exists() or given.is_absolute() or not beside.exists():
     return given
@@ -88,12 +89,12 @@ def decode(data: bytes, path: Any, place: int = 0) -> str:
     ) from error
 
 
-def read(path: pathlib.Path) -> np.ndarray:
+def read(path: epath.Path) -> np.ndarray:
   """The bytes of one UTF-8 file; `ConfigError` if it is anything else."""
   try:
     data = path.read_bytes()
   except OSError as error:
-    raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    raise ConfigError(f"cannot read {path}: {files.reason(error)}") from error
   decode(data, path)
   if not data:
     raise ConfigError(f"{path} is empty")

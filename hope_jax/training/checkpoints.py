@@ -6,15 +6,16 @@ are the newest ones and those with the best validation loss.
 """
 
 import errno
-import pathlib
 import sys
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from hope_jax import files
 from hope_jax.config import ConfigError, TrainConfig
 
 FOLDER, BROKEN = "checkpoints", "broken_checkpoints"
@@ -25,8 +26,12 @@ class SaveFailed(RuntimeError):
   """A checkpoint could not be written; the older ones are intact."""
 
 
+def _folder(workdir: epath.Path) -> epath.Path:
+  return files.absolute(workdir) / FOLDER
+
+
 def open_manager(
-  workdir: pathlib.Path, config: TrainConfig
+  workdir: epath.Path, config: TrainConfig
 ) -> ocp.CheckpointManager:
   """A manager of the checkpoints below `workdir`."""
 
@@ -46,7 +51,7 @@ def open_manager(
     enable_async_checkpointing=True,
     cleanup_tmp_directories=True,
   )
-  return ocp.CheckpointManager((workdir / FOLDER).absolute(), options=options)
+  return ocp.CheckpointManager(_folder(workdir), options=options)
 
 
 def save(
@@ -72,10 +77,6 @@ def close(manager: ocp.CheckpointManager) -> None:
     manager.close()
   except Exception as error:
     raise _explained(error) from error
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _explained(error: Exception) -> SaveFailed:
@@ -105,7 +106,7 @@ def restore(manager: ocp.CheckpointManager, abstract: Any) -> Any:
       state = manager.restore(step, args=args)["state"]
       return jax.block_until_ready(state)
     except Exception as error:
-      reason = _first_line(error)
+      reason = files.reason(error)
       if step == found[-1]:
         raise ConfigError(
           f"no checkpoint in {manager.directory} can be read ({reason}):"
@@ -130,9 +131,9 @@ def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
   manager.reload()
 
 
-def restore_params(workdir: pathlib.Path, abstract: Any) -> tuple[int, Any]:
+def restore_params(workdir: epath.Path, abstract: Any) -> tuple[int, Any]:
   """(step, parameters) of a run's newest checkpoint, without the rest."""
-  folder = (workdir / FOLDER).absolute()
+  folder = _folder(workdir)
   if not folder.is_dir():
     raise ConfigError(f"{workdir} has no checkpoint yet")
   options = ocp.CheckpointManagerOptions(
@@ -152,7 +153,7 @@ def restore_params(workdir: pathlib.Path, abstract: Any) -> tuple[int, Any]:
       restored = manager.restore(step, args=ocp.args.Composite(state=args))
       params = jax.block_until_ready(restored["state"]["params"])
     except Exception as error:
-      reason = _first_line(error)
+      reason = files.reason(error)
       raise ConfigError(
         f"checkpoint {step} of {workdir} cannot be read ({reason}): run the"
         " training command again, which takes the one before"

@@ -6,14 +6,15 @@ config.json (the whole `Config`) and the SentencePiece model, if there is one.
 """
 
 import json
-import pathlib
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from flax import traverse_util
 
 from hope_jax import config as config_lib
+from hope_jax import files
 from hope_jax.config import Config, ConfigError
 from hope_jax.training import workdir as workdir_lib
 
@@ -24,7 +25,7 @@ MODEL, CONFIG, TOKENIZER = (
 )
 
 
-def save(folder: pathlib.Path, config: Config, params: Any) -> None:
+def save(folder: epath.Path, config: Config, params: Any) -> None:
   """Writes parameters and config; an export that is there is replaced."""
   from safetensors import numpy as safetensors
 
@@ -35,17 +36,16 @@ def save(folder: pathlib.Path, config: Config, params: Any) -> None:
       jax.device_get(params), sep="."
     ).items()
   }
-  beside = folder / f"{MODEL}.tmp"
-  safetensors.save_file(flat, beside, {"format": "hope_jax"})
-  beside.chmod(0o644)
-  beside.replace(folder / MODEL)
+  with files.writing(folder / MODEL) as path:
+    safetensors.save_file(flat, path, {"format": "hope_jax"})
+    path.chmod(0o644)
   workdir_lib.write_json(folder / CONFIG, config_lib.to_dict(config))
 
 
-def read_config(folder: pathlib.Path) -> Config:
+def read_config(folder: epath.Path) -> Config:
   """The config of an export."""
   try:
-    values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    values = json.loads((folder / CONFIG).read_text())
   except (OSError, ValueError) as error:
     raise ConfigError(
       f"{folder} is not an export: cannot read {CONFIG} ({error})"
@@ -53,7 +53,7 @@ def read_config(folder: pathlib.Path) -> Config:
   return config_lib.from_config_dict(values)
 
 
-def load(folder: pathlib.Path, abstract: Any = None) -> Any:
+def load(folder: epath.Path, abstract: Any = None) -> Any:
   """Parameters of an export as a tree of numpy arrays.
 
   With `abstract`, a tree of shapes and shardings, they are laid out like it;
@@ -63,7 +63,7 @@ def load(folder: pathlib.Path, abstract: Any = None) -> Any:
   from safetensors import numpy as safetensors_numpy
 
   try:
-    flat = safetensors_numpy.load_file(folder / MODEL)
+    flat = safetensors_numpy.load_file(files.local(folder / MODEL))
   except (OSError, safetensors.SafetensorError) as error:
     raise ConfigError(f"cannot read {folder / MODEL}: {error}") from error
   if abstract is not None:

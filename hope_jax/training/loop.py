@@ -1,12 +1,12 @@
 """One training run, from a config to result.json."""
 
 import dataclasses
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from hope_jax import config as config_lib
 from hope_jax.config import Config
@@ -26,7 +26,7 @@ from hope_jax.training import step as step_lib
 from hope_jax.training import workdir as workdir_lib
 
 
-def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
   """Trains, resuming if `workdir` holds a checkpoint; returns the result.
 
   Interrupted and resumed, a run gives what it would have given at once, bit
@@ -51,7 +51,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
 
 def _train(
   config: Config,
-  workdir: pathlib.Path,
+  workdir: epath.Path,
   mesh: jax.sharding.Mesh,
   sources: dict[str, Any],
 ) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def _train(
       state = compiled.init(jax.random.key(options.seed))
       if options.init_from:
         abstract = compiled.abstract_state.params
-        params = exchange.load(pathlib.Path(options.init_from), abstract)
+        params = exchange.load(epath.Path(options.init_from), abstract)
         state = dataclasses.replace(state, params=params)
     return state
 
@@ -153,6 +153,7 @@ def _train(
               sown = jax.device_get(collect(state.params, batch))
               writer.write("dynamics", step, dynamics.flatten(sown))
             valid = score("valid") if check else None
+            writer.sync()
             if keep:
               loss = None if valid is None else valid["loss"]
               checkpoints.save(manager, step, state, loss)

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import math
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,18 +16,20 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from hope_jax import config as config_lib
+from hope_jax import files
 from hope_jax.config import Config, ConfigError
 from hope_jax.training import workdir as workdir_lib
 
 
-def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
+def read(workdir: epath.Path) -> list[dict[str, Any]]:
   """All records of a run; a line cut short by a crash is left out."""
   path = workdir / workdir_lib.METRICS
   records = []
   if path.exists():
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text().splitlines():
       with contextlib.suppress(ValueError):
         records.append(json.loads(line))
   return records
@@ -37,15 +38,15 @@ def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
 class Writer:
   """Appends records, after dropping those that a resumed run will repeat."""
 
-  def __init__(self, workdir: pathlib.Path, config: Config, start_step: int):
+  def __init__(self, workdir: epath.Path, config: Config, start_step: int):
     self.records = [r for r in read(workdir) if r["step"] <= start_step]
-    self._file = self._wandb = self._bar = None
-    if jax.process_index():
+    self._wandb = self._bar = None
+    self._is_main = jax.process_index() == 0
+    if not self._is_main:
       return
-    path = workdir / workdir_lib.METRICS
-    kept = [json.dumps(record) + "\n" for record in self.records]
-    path.write_text("".join(kept), encoding="utf-8")
-    self._file = path.open("a", encoding="utf-8", buffering=1)
+    self._path = workdir / workdir_lib.METRICS
+    self._write_all()
+    self._grows = not files.is_remote(workdir)
     self._wandb = _start_wandb(workdir, config)
     self._steps = config.train.steps
     if sys.stderr.isatty():
@@ -60,12 +61,27 @@ class Writer:
     finite = {key: _finite(value) for key, value in values.items()}
     record = {"step": step, "kind": kind, **finite}
     self.records.append(record)
-    if self._file is None:
+    if not self._is_main:
       return
-    self._file.write(json.dumps(record) + "\n")
+    if self._grows:
+      with self._path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
     self._to_wandb(lambda run: run.log(_named(kind, values), step=step))
     if kind != "dynamics":
       self._show(kind, step, values)
+
+  def sync(self) -> None:
+    """Writes metrics.jsonl anew in a bucket, where it cannot grow."""
+    if not self._is_main or self._grows:
+      return
+    try:
+      self._write_all()
+    except Exception as error:  # the network: the next call writes it all
+      print(f"cannot write {self._path}: {error}", file=sys.stderr, flush=True)
+
+  def _write_all(self) -> None:
+    lines = [json.dumps(record) + "\n" for record in self.records]
+    files.write_text(self._path, "".join(lines))
 
   def find(self, kind: str, step: int, split: str) -> dict[str, Any] | None:
     """The values of an earlier record."""
@@ -97,9 +113,9 @@ class Writer:
       self._bar.write(f"step {step} {shown}")
 
   def close(self) -> None:
-    for part in (self._file, self._bar):
-      if part is not None:
-        part.close()
+    self.sync()
+    if self._bar is not None:
+      self._bar.close()
     self._to_wandb(lambda run: run.finish())
 
   def _to_wandb(self, call: Callable[[Any], Any]) -> None:
@@ -214,7 +230,7 @@ def _named(kind: str, values: dict[str, Any]) -> dict[str, Any]:
   return {f"{prefix}/{name}": value for name, value in values.items()}
 
 
-def _start_wandb(workdir: pathlib.Path, config: Config) -> Any:
+def _start_wandb(workdir: epath.Path, config: Config) -> Any:
   """A wandb run that continues if the run does; offline needs no login."""
   if config.train.wandb == "off":
     return None
@@ -225,7 +241,7 @@ def _start_wandb(workdir: pathlib.Path, config: Config) -> Any:
       f"train.wandb={config.train.wandb!r} needs the package wandb:"
       " pip install wandb"
     ) from error
-  where = str(workdir.absolute())
+  where = str(files.absolute(workdir))
   mode: Any = config.train.wandb
   return wandb.init(
     project=config.train.wandb_project,
@@ -233,6 +249,6 @@ def _start_wandb(workdir: pathlib.Path, config: Config) -> Any:
     id=hashlib.sha256(where.encode()).hexdigest()[:16],
     resume="allow",
     mode=mode,
-    dir=where,
+    dir=None if files.is_remote(workdir) else where,
     config=config_lib.to_dict(config),
   )

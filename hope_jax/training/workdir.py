@@ -6,18 +6,27 @@ killed leaves either the old file or the new one.
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import pathlib
 import socket
+import sys
+import threading
+import time
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
+from etils import epath
+
 from hope_jax import config as config_lib
+from hope_jax import files
 from hope_jax.config import Config, ConfigError
 
 CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
 LOCK = "lock"
+LEASE_SECONDS = 20.0  # between two renewals of a lock in a bucket
 MAY_CHANGE = (
   "mesh.",
   "train.wandb",
@@ -28,14 +37,12 @@ MAY_CHANGE = (
 )
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: epath.Path, value: Any) -> None:
   """Writes `value` as JSON, atomically."""
-  beside = path.with_name(f"{path.name}.tmp{os.getpid()}")
-  beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-  beside.replace(path)
+  files.write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_config(workdir: pathlib.Path) -> Config:
+def read_config(workdir: epath.Path) -> Config:
   """The config of a run; `ConfigError` if `workdir` holds none."""
   path = workdir / CONFIG
   try:
@@ -43,14 +50,14 @@ def read_config(workdir: pathlib.Path) -> Config:
   except OSError as error:
     raise ConfigError(
       f"{workdir} is not the folder of a run: cannot read {CONFIG}"
-      f" ({error.strerror})"
+      f" ({files.reason(error)})"
     ) from error
   except ValueError as error:
     raise ConfigError(f"{path} is not JSON: {error}") from error
   return config_lib.from_config_dict(values)
 
 
-def read_result(workdir: pathlib.Path) -> dict[str, Any] | None:
+def read_result(workdir: epath.Path) -> dict[str, Any] | None:
   """result.json of a finished run, or None."""
   path = workdir / RESULT
   if not path.exists():
@@ -61,7 +68,7 @@ def read_result(workdir: pathlib.Path) -> dict[str, Any] | None:
     raise ConfigError(f"{path} is not JSON: {error}") from error
 
 
-def claim(workdir: pathlib.Path, config: Config, *, write: bool) -> None:
+def claim(workdir: epath.Path, config: Config, *, write: bool) -> None:
   """Makes `workdir` the folder of a run of `config`, or checks that it is.
 
   The mesh and wandb may change between the sessions of a run, nothing else
@@ -82,34 +89,88 @@ def claim(workdir: pathlib.Path, config: Config, *, write: bool) -> None:
       write_json(path, config_lib.to_dict(config))
     except OSError as error:
       raise ConfigError(
-        f"cannot write to --workdir {workdir}: {error.strerror}"
+        f"cannot write to --workdir {workdir}: {files.reason(error)}"
       ) from error
 
 
 @contextlib.contextmanager
-def locked(workdir: pathlib.Path, *, only_if: bool = True) -> Iterator[None]:
+def locked(workdir: epath.Path, *, only_if: bool = True) -> Iterator[None]:
   """Inside, no other process can train in `workdir`; `ConfigError` if one does.
 
-  The operating system lets go of the lock when the process ends in any way.
+  On a disk the operating system lets go of the lock when the process ends in
+  any way.  In a bucket the lock is an object that its owner renews; one that is
+  not renewed any more is taken over.
   """
-  if not only_if:
+  lock = _leased if files.is_remote(workdir) else _flocked
+  with lock(workdir) if only_if else contextlib.nullcontext():
     yield
-    return
-  path = workdir / LOCK
-  with path.open("a+") as file:
+
+
+@contextlib.contextmanager
+def _flocked(workdir: epath.Path) -> Iterator[None]:
+  with pathlib.Path(workdir / LOCK).open("a+") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
       file.seek(0)
-      owner = file.read().strip() or "unknown"
-      raise ConfigError(
-        f"another run trains in {workdir} ({owner}): wait for it, end it, or"
-        " choose another --workdir"
-      ) from error
+      raise _in_use(workdir, file.read()) from error
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.write(_owner() + "\n")
     file.flush()
     yield
+
+
+@contextlib.contextmanager
+def _leased(workdir: epath.Path) -> Iterator[None]:
+  path = workdir / LOCK
+  before = _read_lease(path)
+  if before:
+    print(
+      f"{workdir} was last trained in by {before}, which did not leave it:"
+      f" waiting {3 * LEASE_SECONDS:.0f} s for a sign of life",
+      file=sys.stderr,
+      flush=True,
+    )
+    time.sleep(3 * LEASE_SECONDS)
+    now = _read_lease(path)
+    if now not in (before, ""):
+      raise _in_use(workdir, now)
+  owner, done = f"{_owner()}, {uuid.uuid4().hex[:8]}", threading.Event()
+  path.write_text(f"{owner}, renewal 0")
+
+  def renew() -> None:
+    for number in itertools.count(1):
+      if done.wait(LEASE_SECONDS):
+        return
+      with contextlib.suppress(Exception):  # the network comes back, or not
+        path.write_text(f"{owner}, renewal {number}")
+
+  thread = threading.Thread(target=renew, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    done.set()
+    thread.join()
+    path.unlink(missing_ok=True)
+
+
+def _read_lease(path: epath.Path) -> str:
+  try:
+    return path.read_text()
+  except FileNotFoundError:
+    return ""
+
+
+def _owner() -> str:
+  return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _in_use(workdir: epath.Path, owner: str) -> ConfigError:
+  return ConfigError(
+    f"another run trains in {workdir} ({owner.strip() or 'unknown'}): wait for"
+    " it, end it, or choose another --workdir"
+  )
 
 
 def _flatten(config: Config) -> dict[str, Any]:

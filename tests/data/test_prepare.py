@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import json
-import os
 import pathlib
 
 import numpy as np
@@ -358,13 +357,21 @@ def test_missing_and_repeated_inputs(source, tmp_path):
     documents.find([str(source), str(source)])
 
 
-def test_remote_shards_are_copied_once(prepared, tmp_path, monkeypatch):
-  monkeypatch.setenv("HOPE_JAX_CACHE", str(tmp_path / "cache"))
-  monkeypatch.setattr(records, "is_remote", lambda path: True)
-  sources = pipeline.load(config(prepared))
-  first = sources["in_order"][0]["tokens"]
-  copies = list((tmp_path / "cache").rglob("*.arrayrecord"))
-  assert copies and os.path.getsize(copies[0])
-  monkeypatch.setattr(records.shutil, "copyfileobj", None)  # not called again
-  again = pipeline.load(config(prepared))["in_order"][0]["tokens"]
-  np.testing.assert_array_equal(first, again)
+def test_data_in_a_bucket_are_read_through_the_cache(
+  source, prepared, bucket, tmp_path
+):
+  speeches = bucket / "speeches.jsonl"
+  speeches.write_bytes(source.read_bytes())
+  options = Options(length=64, align=64, holdout=(0.1, 0.1), long=200)
+  run(speeches, bucket / "data", options)
+  here, there = (
+    pipeline.load(config(folder))["in_order"]
+    for folder in (prepared, bucket / "data")
+  )
+  assert len(here) == len(there)
+  for i in range(len(here)):
+    np.testing.assert_array_equal(here[i]["tokens"], there[i]["tokens"])
+  copy = next((tmp_path / "cache").rglob("*.arrayrecord"))
+  before = copy.stat().st_mtime_ns
+  assert pipeline.load(config(bucket / "data"))["in_order"][0]
+  assert copy.stat().st_mtime_ns == before

@@ -27,6 +27,8 @@ from tests.training.test_loop import (
   without_clock,
 )
 
+pytestmark = pytest.mark.optimized
+
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 

@@ -18,6 +18,8 @@ from hope_jax.training import (
   step,
 )
 
+pytestmark = pytest.mark.optimized
+
 # What differs between two runs of the same computation.
 CLOCK = ("seconds", "tokens_per_second", "model_flops_per_second")
 

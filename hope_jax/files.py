@@ -1,0 +1,106 @@
+"""Files of runs and data sets: on a disk, or in a bucket (`gs://`).
+
+An `epath.Path` reads and writes both alike.  What differs is here: a bucket's
+objects appear whole but cannot grow, and libraries that want a local file need
+a copy.  `gs://` needs the extra `gcs`.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from hope_jax.config import ConfigError
+
+_BLOCK = 1 << 24  # bytes copied at a time
+
+
+def reason(error: Exception) -> str:
+  """What an error says, in one line."""
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
+  return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def reach(name: str) -> epath.Path:
+  """The path `name`; `ConfigError` if its bucket cannot be reached."""
+  path = epath.Path(name)
+  if is_remote(name):
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # tracebacks
+    try:
+      path.exists()
+    except Exception as error:  # no library, no network, no credentials ...
+      raise ConfigError(
+        f"cannot reach {name} ({reason(error)}): install the extra gcs, log in"
+        " (gcloud auth application-default login), check the bucket's name"
+      ) from error
+  return path
+
+
+def is_remote(path: Any) -> bool:
+  """Whether `path` is in a bucket."""
+  return "://" in str(path)
+
+
+def absolute(path: epath.Path) -> epath.Path:
+  """`path` from the root, or from the bucket."""
+  return path if is_remote(path) else epath.Path(path).resolve()
+
+
+def local(path: epath.Path) -> pathlib.Path:
+  """`path`, or for a remote one its copy in the cache ($HOPE_JAX_CACHE)."""
+  if not is_remote(path):
+    return pathlib.Path(path)
+  cache = os.environ.get("HOPE_JAX_CACHE", "~/.cache/hope_jax")
+  key = hashlib.sha256(str(path).encode()).hexdigest()[:16]
+  copy = pathlib.Path(cache).expanduser() / key / path.name
+  if not copy.exists() or copy.stat().st_size != path.stat().length:
+    with writing(epath.Path(copy)) as beside:
+      _copy(path, epath.Path(beside))
+  return copy
+
+
+@contextlib.contextmanager
+def writing(
+  path: epath.Path, scratch: epath.Path | None = None
+) -> Iterator[pathlib.Path]:
+  """A local file to write, which becomes `path` at the end: whole, or not.
+
+  Removed by its writer, it becomes nothing.  `scratch`: the folder where it is
+  until then, of the same file system; default: beside `path`.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  remote = is_remote(path)
+  folder = tempfile.mkdtemp() if remote else scratch or path.parent
+  beside = pathlib.Path(folder) / f"{path.name}.tmp{os.getpid()}"
+  try:
+    yield beside
+    if remote and beside.exists():
+      _copy(epath.Path(beside), path)
+    elif beside.exists():
+      beside.replace(path)
+  finally:
+    beside.unlink(missing_ok=True)
+    if remote:
+      os.rmdir(folder)
+
+
+def _copy(source: epath.Path, target: epath.Path) -> None:
+  with source.open("rb") as reader, target.open("wb") as writer:
+    shutil.copyfileobj(reader, writer, _BLOCK)
+
+
+def write_text(path: epath.Path, text: str) -> None:
+  """Writes a small file: killed on the way, the old one is still there."""
+  if is_remote(path):
+    path.write_text(text)
+    return
+  with writing(path) as beside:
+    beside.write_text(text, encoding="utf-8")

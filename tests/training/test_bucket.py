@@ -1,0 +1,74 @@
+"""Runs in a bucket."""
+
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+
+from hope_jax import export, files, generate
+from hope_jax.config import ConfigError
+from hope_jax.generation import Sampling
+from hope_jax.training import exchange, loop, metrics, workdir
+from tests.training.test_loop import Killed, kill_at, without_clock
+
+
+def test_run_in_a_bucket_equals_one_on_the_disk(
+  tiny, bucket, tmp_path, monkeypatch
+):
+  result = loop.train(tiny, epath.Path(tmp_path / "run"))
+  run = bucket / "run"
+  with monkeypatch.context() as patch:
+    kill_at(patch, 5)
+    patch.setattr(metrics.Writer, "close", lambda writer: None)
+    with pytest.raises(Killed):
+      loop.train(tiny, run)
+  assert {path.name for path in run.iterdir()} >= {"config.json", "checkpoints"}
+  assert metrics.read(run)[-1]["step"] == 4
+  again = loop.train(tiny, run)
+  assert without_clock(again) == without_clock(result)
+  assert json.loads((run / "result.json").read_text())["steps"] == 6
+  assert [without_clock(r) for r in metrics.read(run)] == [
+    without_clock(r) for r in metrics.read(epath.Path(tmp_path / "run"))
+  ]
+  assert not (run / "lock").exists()
+
+  export.export(run, bucket / "exported")
+  export.export(epath.Path(tmp_path / "run"), epath.Path(tmp_path / "exported"))
+  ours, theirs = (
+    exchange.load(folder / "exported")
+    for folder in (bucket, epath.Path(tmp_path))
+  )
+  for name in ours["embed"]:
+    np.testing.assert_array_equal(ours["embed"][name], theirs["embed"][name])
+  sampling = Sampling(temperature=0.0)
+  texts = [
+    generate.generate(folder, ["ROMEO"], count=4, sampling=sampling)
+    for folder in (run, epath.Path(tmp_path / "run"))
+  ]
+  assert texts[0] == texts[1]
+
+
+def test_lock_in_a_bucket(bucket, monkeypatch, capsys):
+  monkeypatch.setattr(workdir, "LEASE_SECONDS", 0.2)
+  with (
+    workdir.locked(bucket),
+    pytest.raises(ConfigError, match="another run trains in gs://.*process"),
+    workdir.locked(bucket),
+  ):
+    pass
+  assert "sign of life" in capsys.readouterr().err
+  assert not (bucket / "lock").exists()
+  (bucket / "lock").write_text("process 1 on a machine that is gone")
+  with workdir.locked(bucket):  # it is not renewed
+    assert "machine that is gone" not in (bucket / "lock").read_text()
+
+
+def test_bucket_that_cannot_be_reached_is_one_clear_line(monkeypatch):
+  monkeypatch.setattr(epath.gpath.PosixGPath, "exists", fail)
+  with pytest.raises(ConfigError, match="cannot reach gs://nowhere/x .no net"):
+    files.reach("gs://nowhere/x")
+
+
+def fail(path):
+  raise RuntimeError("no network\nat all")
