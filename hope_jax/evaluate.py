@@ -81,6 +81,10 @@ def evaluate(
     )
   mesh = sharding.mesh_or_default(config)
   source = pipeline.load(config)[split]
+  tokenizer = pipeline.load_tokenizer(config)
+  if tokenizer is not None:
+    data = {"tokenizer": tokenizer.sha256}
+    workdir_lib.check_data(workdir, config, data)
   with sharding.activate(mesh):
     compiled = step_lib.build(config, mesh)
     step, params = checkpoints.restore_params(

@@ -33,6 +33,8 @@ def export(workdir: epath.Path, folder: epath.Path) -> int:
     )
   exchange.save(folder, config, params)
   words = pipeline.load_tokenizer(config)
+  data = {"tokenizer": words.sha256} if words else {}
+  workdir_lib.write_json(folder / workdir_lib.DATA, data)
   if isinstance(words, tokenizer.SentencePiece):
     (folder / exchange.TOKENIZER).write_bytes(words.model)
   return step

@@ -78,6 +78,8 @@ def generate(
   tokenizer = pipeline.load_tokenizer(config)
   if tokenizer is None:
     raise ConfigError(f"{workdir} was trained on {config.data.kind}, not text")
+  data = {"tokenizer": tokenizer.sha256}
+  workdir_lib.check_data(workdir, config, data)
   encoded = [tokenizer.encode(prompt) for prompt in prompts]
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   with sharding.activate(mesh):

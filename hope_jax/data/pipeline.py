@@ -39,6 +39,21 @@ def load(config: Config) -> dict[str, Any]:
   return sources
 
 
+def fingerprint(config: Config) -> dict[str, str]:
+  """Hashes by which a run knows its data again: {} if they are generated.
+
+  `content` is of all splits, `tokenizer` of the tokenizer that made them.
+  """
+  if config.data.kind == "mqar":
+    return {}
+  if config.data.kind == "records":
+    return records.fingerprint(config.data)
+  return {
+    "content": text.fingerprint(config.data),
+    "tokenizer": tokenizer.Bytes.sha256,
+  }
+
+
 def load_tokenizer(config: Config) -> tokenizer.Tokenizer | None:
   """The tokenizer of the data; None for generated data."""
   if config.data.kind == "records":

@@ -12,6 +12,7 @@ cache when it is first opened (HOPE_JAX_CACHE, default ~/.cache/hope_jax).
 
 import collections
 import dataclasses
+import hashlib
 import json
 from typing import Any, cast
 
@@ -176,6 +177,18 @@ def load(config: DataConfig, vocab_size: int) -> dict[str, Any]:
     names = sorted({shard.group for shard in manifest.shards})
     sources[split] = _Joined([Examples(here, manifest, g) for g in names])
   return sources
+
+
+def fingerprint(config: DataConfig) -> dict[str, str]:
+  """Hashes of all manifests, which have the shards', and of the tokenizer."""
+  folders = _folders(config)
+  manifests = [read_manifest(folder / "train") for folder in folders]
+  manifests += [read_manifest(folders[0] / name) for name in ("valid", "test")]
+  content = "".join(to_json(manifest) for manifest in manifests)
+  return {
+    "content": hashlib.sha256(content.encode()).hexdigest(),
+    "tokenizer": manifests[0].tokenizer["sha256"],
+  }
 
 
 def load_tokenizer(config: DataConfig) -> tokenizer.Tokenizer:

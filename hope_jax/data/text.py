@@ -9,6 +9,7 @@ Legend: T tokens of a window.
 """
 
 import functools
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,15 @@ def read_splits(config: DataConfig) -> dict[str, np.ndarray]:
   tokens = np.concatenate([read(find(name)) for name in names])
   ends = [int(len(tokens) * end) for end in np.cumsum(fractions)]
   return dict(zip(SPLITS, np.split(tokens, ends), strict=True))
+
+
+def fingerprint(config: DataConfig) -> str:
+  """SHA-256 of all splits."""
+  digest = hashlib.sha256()
+  for name, tokens in read_splits(config).items():
+    digest.update(f"{name} {len(tokens)} ".encode())
+    digest.update(tokens.tobytes())
+  return digest.hexdigest()
 
 
 def load(

@@ -2,10 +2,10 @@
 
 A folder holds model.safetensors (names as in the Flax tree, with dots:
 `blocks.mixer.readout.gate.kernel`; the layers of a stack on axis 0),
-config.json (the whole `Config`) and the SentencePiece model, if there is one.
+config.json (the whole `Config`), data.json (the tokenizer's hash) and the
+SentencePiece model, if there is one.
 """
 
-import json
 from typing import Any
 
 import jax
@@ -18,11 +18,7 @@ from hope_jax import files
 from hope_jax.config import Config, ConfigError
 from hope_jax.training import workdir as workdir_lib
 
-MODEL, CONFIG, TOKENIZER = (
-  "model.safetensors",
-  "config.json",
-  "tokenizer.model",
-)
+MODEL, TOKENIZER = "model.safetensors", "tokenizer.model"
 
 
 def save(folder: epath.Path, config: Config, params: Any) -> None:
@@ -39,18 +35,9 @@ def save(folder: epath.Path, config: Config, params: Any) -> None:
   with files.writing(folder / MODEL) as path:
     safetensors.save_file(flat, path, {"format": "hope_jax"})
     path.chmod(0o644)
-  workdir_lib.write_json(folder / CONFIG, config_lib.to_dict(config))
-
-
-def read_config(folder: epath.Path) -> Config:
-  """The config of an export."""
-  try:
-    values = json.loads((folder / CONFIG).read_text())
-  except (OSError, ValueError) as error:
-    raise ConfigError(
-      f"{folder} is not an export: cannot read {CONFIG} ({error})"
-    ) from error
-  return config_lib.from_config_dict(values)
+  workdir_lib.write_json(
+    folder / workdir_lib.CONFIG, config_lib.to_dict(config)
+  )
 
 
 def load(folder: epath.Path, abstract: Any = None) -> Any:

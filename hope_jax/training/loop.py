@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from hope_jax import config as config_lib
+from hope_jax import files
 from hope_jax.config import Config
 from hope_jax.data import pipeline
 from hope_jax.training import (
@@ -36,14 +37,15 @@ def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batches(config, mesh)
   sources = pipeline.load(config)
-  workdir_lib.claim(workdir, config, write=is_main)
+  data = pipeline.fingerprint(config)
+  workdir_lib.claim(workdir, config, data, write=is_main)
   with workdir_lib.locked(workdir, only_if=is_main):
     result = workdir_lib.read_result(workdir)
     if result is not None:
       print(f"{workdir} is finished: {workdir_lib.RESULT} exists")
       return result
     with sharding.activate(mesh):
-      result = _train(config, workdir, mesh, sources)
+      result = _train(config, workdir, mesh, sources, data)
     if is_main:
       workdir_lib.write_json(workdir / workdir_lib.RESULT, result)
   return result
@@ -54,6 +56,7 @@ def _train(
   workdir: epath.Path,
   mesh: jax.sharding.Mesh,
   sources: dict[str, Any],
+  data: dict[str, str],
 ) -> dict[str, Any]:
   """The run itself: state, input, books, loop, result."""
   options = config.train
@@ -65,13 +68,7 @@ def _train(
 
   def last_state() -> step_lib.TrainState:
     state = checkpoints.restore(manager, compiled.abstract_state)
-    if state is None:
-      state = compiled.init(jax.random.key(options.seed))
-      if options.init_from:
-        abstract = compiled.abstract_state.params
-        params = exchange.load(epath.Path(options.init_from), abstract)
-        state = dataclasses.replace(state, params=params)
-    return state
+    return _first_state(config, compiled, data) if state is None else state
 
   state = last_state()
   start = step = int(state.step)
@@ -182,6 +179,19 @@ def _train(
   finally:
     writer.close()
     checkpoints.close(manager)
+
+
+def _first_state(
+  config: Config, compiled: step_lib.Compiled, data: dict[str, str]
+) -> step_lib.TrainState:
+  """Drawn from the seed; the parameters of an export, if one is named."""
+  state = compiled.init(jax.random.key(config.train.seed))
+  if not config.train.init_from:
+    return state
+  folder = files.reach(config.train.init_from)
+  workdir_lib.check_data(folder, config, data)
+  params = exchange.load(folder, compiled.abstract_state.params)
+  return dataclasses.replace(state, params=params)
 
 
 def _roll_back(state: Any, step: int, read_on: Any) -> tuple[Any, int, Any]:

@@ -1,4 +1,5 @@
-"""The folder of one run: config.json, metrics.jsonl, result.json, checkpoints.
+"""The folder of one run: config.json, data.json (hashes of what it reads),
+metrics.jsonl, result.json, checkpoints.
 
 Files appear atomically (written beside, then renamed), so that a run that is
 killed leaves either the old file or the new one.
@@ -24,7 +25,8 @@ from hope_jax import config as config_lib
 from hope_jax import files
 from hope_jax.config import Config, ConfigError
 
-CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
+CONFIG, DATA = "config.json", "data.json"
+METRICS, RESULT = "metrics.jsonl", "result.json"
 LOCK = "lock"
 LEASE_SECONDS = 20.0  # between two renewals of a lock in a bucket
 MAY_CHANGE = (
@@ -44,35 +46,40 @@ def write_json(path: epath.Path, value: Any) -> None:
 
 def read_config(workdir: epath.Path) -> Config:
   """The config of a run; `ConfigError` if `workdir` holds none."""
-  path = workdir / CONFIG
   try:
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = _read_object(workdir / CONFIG)
   except OSError as error:
     raise ConfigError(
       f"{workdir} is not the folder of a run: cannot read {CONFIG}"
       f" ({files.reason(error)})"
     ) from error
-  except ValueError as error:
-    raise ConfigError(f"{path} is not JSON: {error}") from error
   return config_lib.from_config_dict(values)
 
 
 def read_result(workdir: epath.Path) -> dict[str, Any] | None:
   """result.json of a finished run, or None."""
   path = workdir / RESULT
-  if not path.exists():
-    return None
+  return _read_object(path) if path.exists() else None
+
+
+def _read_object(path: epath.Path) -> dict[str, Any]:
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
+    values = json.loads(path.read_text())
+  except ValueError as error:  # or not UTF-8
     raise ConfigError(f"{path} is not JSON: {error}") from error
+  if not isinstance(values, dict):
+    raise ConfigError(f"{path} holds no JSON object")
+  return values
 
 
-def claim(workdir: epath.Path, config: Config, *, write: bool) -> None:
+def claim(
+  workdir: epath.Path, config: Config, data: dict[str, str], *, write: bool
+) -> None:
   """Makes `workdir` the folder of a run of `config`, or checks that it is.
 
   The mesh and wandb may change between the sessions of a run, nothing else
-  may.  With `write` off (all processes but one) it only checks.
+  may, the data (`pipeline.fingerprint`) neither.  With `write` off (all
+  processes but one) it only checks.
   """
   path = workdir / CONFIG
   if path.exists():
@@ -83,14 +90,31 @@ def claim(workdir: epath.Path, config: Config, *, write: bool) -> None:
           f"{workdir} holds a run with {name}={old[name]!r}, not {value!r}:"
           " choose another --workdir, or remove this one"
         )
+    check_data(workdir, config, data)
   elif write:
     try:
       workdir.mkdir(parents=True, exist_ok=True)
+      write_json(workdir / DATA, data)
       write_json(path, config_lib.to_dict(config))
     except OSError as error:
       raise ConfigError(
         f"cannot write to --workdir {workdir}: {files.reason(error)}"
       ) from error
+
+
+def check_data(
+  workdir: epath.Path, config: Config, data: dict[str, str]
+) -> None:
+  """`ConfigError` if `data`, hashes of the data now, are not the run's."""
+  path = workdir / DATA
+  old = _read_object(path) if path.exists() else {}
+  for name in data:
+    if old.get(name, data[name]) != data[name]:
+      raise ConfigError(
+        f"{workdir} was trained on data of another {name} than data.path="
+        f"{config.data.path} has now: put the old data back, or choose another"
+        " --workdir"
+      )
 
 
 @contextlib.contextmanager

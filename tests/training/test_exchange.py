@@ -7,7 +7,7 @@ import pytest
 
 from hope_jax import export
 from hope_jax.config import ConfigError
-from hope_jax.training import exchange, loop
+from hope_jax.training import exchange, loop, workdir
 from tests.training.test_loop import final_state
 
 
@@ -24,7 +24,7 @@ def test_saved_parameters_come_back_under_their_names(tiny, params, tmp_path):
 
   exchange.save(tmp_path, tiny, params)
   jax.tree.map(np.testing.assert_array_equal, exchange.load(tmp_path), params)
-  assert exchange.read_config(tmp_path) == tiny
+  assert workdir.read_config(tmp_path) == tiny
   names = safetensors.load_file(tmp_path / "model.safetensors").keys()
   assert set(names) == {"embed.embedding", "blocks.mixer.query.kernel"}
 
@@ -49,11 +49,20 @@ def test_run_exported_and_imported_goes_on_from_its_parameters(tiny, tmp_path):
   )
 
 
+def test_export_of_another_tokenizer_is_refused(tiny, params, tmp_path):
+  exchange.save(tmp_path / "model", tiny, params)
+  data = {"tokenizer": "of other words"}
+  workdir.write_json(tmp_path / "model" / "data.json", data)
+  train = dataclasses.replace(tiny.train, init_from=str(tmp_path / "model"))
+  with pytest.raises(ConfigError, match="data of another tokenizer"):
+    loop.train(dataclasses.replace(tiny, train=train), tmp_path / "run")
+
+
 def test_unusable_exports_are_one_clear_line(tiny, params, tmp_path):
   with pytest.raises(ConfigError, match="cannot read .*model.safetensors"):
     exchange.load(tmp_path)
-  with pytest.raises(ConfigError, match="is not an export"):
-    exchange.read_config(tmp_path)
+  with pytest.raises(ConfigError, match="not the folder of a run"):
+    workdir.read_config(tmp_path)
   exchange.save(tmp_path, tiny, params)
   wrong = jax.eval_shape(lambda: {**params, "embed": {"embedding": np.ones(3)}})
   with pytest.raises(ConfigError, match=r"embed.embedding is \(3, 2\) there"):

@@ -248,3 +248,18 @@ def test_train_works_without_intermediate_events(tiny, tmp_path):
   result = loop.train(dataclasses.replace(tiny, train=train), tmp_path)
   assert result["tokens_per_second"] > 0
   assert (tmp_path / "checkpoints" / "1").is_dir()
+
+
+def test_run_on_a_text_that_changed_is_refused(tiny, tmp_path, monkeypatch):
+  text = tmp_path / "text.txt"
+  text.write_text("To be, or not to be. " * 200)
+  config = dataclasses.replace(
+    tiny, data=dataclasses.replace(tiny.data, path=str(text))
+  )
+  with monkeypatch.context() as patch:
+    kill_at(patch, 3)
+    with pytest.raises(Killed):
+      loop.train(config, tmp_path / "run")
+  text.write_text("To be, or not to bee " * 200)
+  with pytest.raises(ConfigError, match="another content than data.path"):
+    loop.train(config, tmp_path / "run")
