@@ -11,6 +11,7 @@ one-line `ConfigError`.  The paper's symbols become words here:
 
 import dataclasses
 import difflib
+import types
 import typing
 from typing import Any, Literal
 
@@ -391,7 +392,7 @@ class Config:
       )
 
 
-def _convert(cls: type, values: Any, where: str) -> Any:
+def convert(cls: type, values: Any, where: str = "") -> Any:
   """Builds dataclass `cls` from a mapping; errors name the field."""
   if not hasattr(values, "items"):
     raise ConfigError(f"{where} must be a group of fields, got {values!r}")
@@ -403,27 +404,42 @@ def _convert(cls: type, values: Any, where: str) -> Any:
     if key not in fields:
       near = difflib.get_close_matches(key, fields, n=1)
       hint = f"; did you mean {near[0]!r}?" if near else ""
-      raise ConfigError(f"unknown config field {name!r}{hint}")
+      raise ConfigError(f"unknown field {name!r}{hint}")
     arguments[key] = _convert_value(hints[key], value, name)
+  for key, field in fields.items():
+    no_default = field.default is field.default_factory is dataclasses.MISSING
+    if no_default and key not in arguments:
+      raise ConfigError(f"{f'{where}.' if where else ''}{key} is missing")
   return cls(**arguments)
 
 
 def _convert_value(hint: Any, value: Any, name: str) -> Any:
   if dataclasses.is_dataclass(hint):
-    return _convert(typing.cast(type, hint), value, name)
-  origin = typing.get_origin(hint)
+    return convert(typing.cast(type, hint), value, name)
+  origin, parts = typing.get_origin(hint), typing.get_args(hint)
+  if hint is Any or (value is None and types.NoneType in parts):
+    return value
+  if origin is types.UnionType:  # of one type and None
+    return _convert_value(parts[0], value, name)
+  if origin is list and isinstance(value, list):
+    return [_convert_value(parts[0], item, name) for item in value]
+  if origin is dict and isinstance(value, dict):
+    return {
+      key: _convert_value(parts[1], item, f"{name}.{key}")
+      for key, item in value.items()
+    }
   if origin is tuple:
     if isinstance(value, str):  # from a command line: "a,b"
       value = [part for part in value.split(",") if part]
     if not isinstance(value, (tuple, list)):
       value = (value,)
-    item = typing.get_args(hint)[0]
-    return tuple(_convert_value(item, v, name) for v in value)
+    return tuple(_convert_value(parts[0], v, name) for v in value)
   if origin is Literal:
-    _choice(value, name, typing.get_args(hint))
+    _choice(typing.cast(str, value), name, parts)
     return value
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
+  hint = origin or hint
   if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
     raise ConfigError(
       f"{name}={value!r} must be of type {hint.__name__},"
@@ -434,7 +450,7 @@ def _convert_value(hint: Any, value: Any, name: str) -> Any:
 
 def from_config_dict(config_dict: Any) -> Config:
   """ConfigDict (or nested mapping) -> `Config`; raises `ConfigError`."""
-  return _convert(Config, config_dict, "")
+  return convert(Config, config_dict)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

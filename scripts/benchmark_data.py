@@ -21,7 +21,7 @@ from hope_jax.data import pipeline, records
 def measure(path: str, batch: int, tokens: int, workers: int) -> float:
   """Tokens per second and core of one pass over about `tokens` tokens."""
   manifest = records.read_manifest(epath.Path(path) / "train")
-  vocab_size = manifest.tokenizer["vocab_size"]
+  vocab_size = manifest.tokenizer.vocab_size
   data = DataConfig(
     kind="records",
     path=path,

@@ -7,6 +7,7 @@ of parts depends on the inputs alone, and so does the order of all documents.
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -155,7 +156,7 @@ def _read_gzip(part: Part, fields: Fields) -> Iterator[Text]:
       for line in file:
         yield from _line(line, part.path, place, fields)
         place += len(line)
-  except (gzip.BadGzipFile, EOFError) as error:
+  except (gzip.BadGzipFile, EOFError, zlib.error) as error:
     raise ConfigError(f"{part.path} is not a whole gzip file") from error
 
 
@@ -171,6 +172,17 @@ def _line(line: bytes, path: str, place: int, fields: Fields) -> Iterator[Text]:
 
 
 def _read_parquet(part: Part, fields: Fields) -> Iterator[Text]:
+  import pyarrow
+
+  try:
+    yield from _parquet_rows(part, fields)
+  except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    raise ConfigError(
+      f"{part.path} is not a whole parquet file: {files.reason(error)}"
+    ) from error
+
+
+def _parquet_rows(part: Part, fields: Fields) -> Iterator[Text]:
   file = _parquet(epath.Path(part.path))
   columns = [name for name in (fields.text, fields.prompt) if name]
   missing = [c for c in columns if c not in file.schema_arrow.names]

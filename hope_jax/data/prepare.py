@@ -334,12 +334,12 @@ def _finish(
       length=options.length,
       align=options.align,
       token_dtype=token_dtype(tokenizer.vocab_size).name,
-      tokenizer={
-        "name": tokenizer.name,
-        "vocab_size": tokenizer.vocab_size,
-        "eos": tokenizer.eos,
-        "sha256": tokenizer.sha256,
-      },
+      tokenizer=records.TokenizerOf(
+        name=tokenizer.name,
+        vocab_size=tokenizer.vocab_size,
+        eos=tokenizer.eos,
+        sha256=tokenizer.sha256,
+      ),
       counts=counts,
       options=plan["options"],
       sources=[{"path": path, "bytes": size} for path, size in sizes.items()],

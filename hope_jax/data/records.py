@@ -11,21 +11,24 @@ cache when it is first opened (HOPE_JAX_CACHE, default ~/.cache/hope_jax).
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
 from etils import epath
 
 from hope_jax import files
-from hope_jax.config import Config, ConfigError, DataConfig
+from hope_jax.config import Config, ConfigError, DataConfig, convert
 from hope_jax.data import tokenizer
 from hope_jax.data.packing import FIELDS, Example
 
 MANIFEST = "manifest.json"
 VERSION = 1
+TOKEN_DTYPES = ("uint8", "uint16", "uint32")
 # Examples of 10,000s of tokens each make one compressed group of their own, so
 # that any of them is read alone.
 WRITER_OPTIONS = "group_size:1,zstd:3"
@@ -43,12 +46,21 @@ class Shard:
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenizerOf:
+  """The tokenizer that made a split (`tokenizer.Tokenizer`)."""
+
+  name: str
+  vocab_size: int
+  eos: int | None
+  sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
   """What a split holds.
 
   Attributes:
     length, align, token_dtype: see `packing.py`.
-    tokenizer: name, vocab_size, eos, sha256.
     counts: documents, tokens (places with a weight), examples, places.
     options: everything else that the content depends on.
     sources: path and size of every input.
@@ -58,13 +70,21 @@ class Manifest:
   length: int
   align: int
   token_dtype: str
-  tokenizer: dict[str, Any]
+  tokenizer: TokenizerOf
   counts: dict[str, int]
   options: dict[str, Any]
   sources: list[dict[str, Any]]
   licence: str
   shards: list[Shard]
   version: int = VERSION
+
+  def __post_init__(self):
+    if self.version != VERSION:
+      raise ConfigError(f"version {self.version}, this code reads {VERSION}")
+    if min(self.length, self.align) < 1:
+      raise ConfigError("length and align must be positive")
+    if self.token_dtype not in TOKEN_DTYPES:
+      raise ConfigError(f"token_dtype {self.token_dtype!r} is not a dtype")
 
   def fields(self) -> list[tuple[str, np.dtype]]:
     """Names and dtypes of a record's arrays, each of `length` values."""
@@ -81,20 +101,13 @@ def read_manifest(folder: epath.Path) -> Manifest:
   """The manifest in `folder`; `ConfigError` if it is missing or unusable."""
   path = folder / MANIFEST
   try:
-    values = json.loads(path.read_text())
-    if values["version"] != VERSION:
-      raise ConfigError(
-        f"{path} is of version {values['version']}, this code reads {VERSION}:"
-        " prepare the data again"
-      )
-    values["shards"] = [Shard(**shard) for shard in values["shards"]]
-    return Manifest(**values)
+    return convert(Manifest, json.loads(path.read_text()))
   except OSError as error:
     raise ConfigError(
       f"{folder} is not prepared data: it has no {MANIFEST}"
       " (scripts/prepare_data.py makes it)"
     ) from error
-  except (ValueError, TypeError, KeyError) as error:
+  except ValueError as error:  # not JSON, not UTF-8, not a manifest's fields
     raise ConfigError(
       f"{path} is not a manifest ({error}): prepare the data again"
     ) from error
@@ -187,7 +200,7 @@ def fingerprint(config: DataConfig) -> dict[str, str]:
   content = "".join(to_json(manifest) for manifest in manifests)
   return {
     "content": hashlib.sha256(content.encode()).hexdigest(),
-    "tokenizer": manifests[0].tokenizer["sha256"],
+    "tokenizer": manifests[0].tokenizer.sha256,
   }
 
 
@@ -195,12 +208,12 @@ def load_tokenizer(config: DataConfig) -> tokenizer.Tokenizer:
   """The tokenizer that made the data."""
   folder = _folders(config)[0]
   wanted = read_manifest(folder / "train").tokenizer
-  if wanted["name"] == tokenizer.BYTES:
+  if wanted.name == tokenizer.BYTES:
     return tokenizer.Bytes()
-  found = tokenizer.load(folder / wanted["name"])
-  if found.sha256 != wanted["sha256"]:
+  found = tokenizer.load(folder / wanted.name)
+  if found.sha256 != wanted.sha256:
     raise ConfigError(
-      f"{folder / wanted['name']} is not the tokenizer that made {folder}"
+      f"{folder / wanted.name} is not the tokenizer that made {folder}"
       " (its manifest has another hash): copy the right one there"
     )
   return found
@@ -241,13 +254,13 @@ def _check(
       f"{folder} holds examples of {manifest.length} tokens: set"
       f" data.sequence_length={manifest.length}, or prepare the data again"
     )
-  size = manifest.tokenizer["vocab_size"]
+  size = manifest.tokenizer.vocab_size
   if size > vocab_size:
     raise ConfigError(
       f"model.vocab_size={vocab_size} is too small for the tokenizer of"
       f" {folder}: set it to {size}"
     )
-  if manifest.tokenizer["sha256"] != first.tokenizer["sha256"]:
+  if manifest.tokenizer.sha256 != first.tokenizer.sha256:
     raise ConfigError(
       f"{folder} was made by another tokenizer than the first folder (or"
       " split) of data.path"
@@ -313,21 +326,36 @@ class Examples:
 
     self._manifest = manifest
     shards = [shard for shard in manifest.shards if shard.group == group]
-    self._source = array_record_data_source.ArrayRecordDataSource(
-      [str(files.local(folder / shard.file)) for shard in shards]
-    )
-    expected = sum(shard.examples for shard in shards)
-    if len(self._source) != expected:
-      raise ConfigError(
-        f"the shards in {folder} hold {len(self._source)} examples, their"
-        f" manifest says {expected}: prepare the data again"
+    self._folder = folder
+    with self._explained():
+      self._source = array_record_data_source.ArrayRecordDataSource(
+        [str(files.local(folder / shard.file)) for shard in shards]
       )
+      count = len(self._source)
+    expected = sum(shard.examples for shard in shards)
+    if count != expected:
+      raise ConfigError(
+        f"the shards in {folder} hold {count} examples, their manifest says"
+        f" {expected}: prepare the data again"
+      )
+
+  @contextlib.contextmanager
+  def _explained(self) -> Iterator[None]:
+    try:
+      yield
+    except (RuntimeError, OSError) as error:  # of checksums
+      raise ConfigError(
+        f"a shard in {self._folder} is damaged ({files.reason(error)}): copy it"
+        " again, or prepare the data again"
+      ) from error
 
   def __len__(self) -> int:
     return len(self._source)
 
   def __getitem__(self, index: int) -> Example:
-    raw = decode(self._source[int(index)], self._manifest)
+    with self._explained():
+      record = self._source[int(index)]
+    raw = decode(record, self._manifest)
     return {
       "tokens": raw["tokens"].astype(np.int32),
       "targets": raw["targets"].astype(np.int32),

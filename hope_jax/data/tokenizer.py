@@ -77,7 +77,7 @@ class SentencePiece:
     self._processor: Any = sentencepiece.SentencePieceProcessor()
     try:
       self._processor.LoadFromSerializedProto(model)
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:
       raise ConfigError(f"{name} is not a SentencePiece model") from error
     self.vocab_size = self._processor.vocab_size()
     eos = self._processor.eos_id()

@@ -29,9 +29,11 @@ def read(workdir: epath.Path) -> list[dict[str, Any]]:
   path = workdir / workdir_lib.METRICS
   records = []
   if path.exists():
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
       with contextlib.suppress(ValueError):
-        records.append(json.loads(line))
+        record = json.loads(line)
+        if isinstance(record, dict) and record.keys() >= {"step", "kind"}:
+          records.append(record)
   return records
 
 
