@@ -248,6 +248,11 @@ def _check(
   config: DataConfig,
   vocab_size: int,
 ) -> None:
+  if min((shard.examples for shard in manifest.shards), default=0) < 1:
+    raise ConfigError(
+      f"the {manifest.split} split of {folder} has no examples: prepare more"
+      " data, or with a larger --holdout"
+    )
   check_shards(folder / manifest.split, manifest)
   if manifest.length != config.sequence_length:
     raise ConfigError(
