@@ -11,6 +11,7 @@ one-line `ConfigError`.  The paper's symbols become words here:
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from typing import Any, Literal
@@ -25,9 +26,27 @@ def _choice(value: str, name: str, choices: tuple[str, ...]):
     raise ConfigError(f"{name}={value!r} is not one of {', '.join(choices)}")
 
 
-def _positive(value: float, name: str):
-  if not value > 0:
-    raise ConfigError(f"{name}={value} must be positive")
+def _check_numbers(
+  group: Any,
+  prefix: str,
+  positive: tuple[str, ...] = (),
+  below_one: tuple[str, ...] = (),
+):
+  """All numbers of a group are finite and not negative; some of them more."""
+  for field in dataclasses.fields(group):
+    name, value = field.name, getattr(group, field.name)
+    for number in value if isinstance(value, tuple) else (value,):
+      if isinstance(number, str | bool) or dataclasses.is_dataclass(number):
+        continue
+      if not (math.isfinite(number) and number >= 0):
+        wanted = "a number that is not negative"
+      elif name in positive and not number:
+        wanted = "positive"
+      elif name in below_one and number >= 1:
+        wanted = "below 1"
+      else:
+        continue
+      raise ConfigError(f"{prefix}.{name}={value!r} must be {wanted}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +112,16 @@ class MemoryConfig:
     _choice(self.step_scale, "memory.step_scale", ("mean", "sum"))
     _choice(self.read, "memory.read", ("chunk", "token_pre", "token_post"))
     _choice(self.remat, "memory.remat", ("none", "chunk", "sqrt"))
-    _positive(self.chunk_length, "memory.chunk_length")
-    _positive(self.projection_chunk_length, "memory.projection_chunk_length")
-    _positive(self.loss_factor, "memory.loss_factor")
+    lengths = "chunk_length", "projection_chunk_length"
+    half_lives = "half_life_min", "half_life_max"
+    rates = "initial_learn_rate", "initial_momentum"
+    positive = (*lengths, *half_lives, *rates, "loss_factor")
+    _check_numbers(self, "memory", positive, ("initial_momentum",))
+    if self.half_life_min > self.half_life_max:
+      raise ConfigError(
+        f"memory.half_life_min={self.half_life_min} must not be above"
+        f" memory.half_life_max={self.half_life_max}"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +152,8 @@ class CMSConfig:
         "cms.chunk_lengths must grow from level to level, 0 (never) last;"
         f" got {self.chunk_lengths}"
       )
+    positive = "hidden", "initial_learn_rate"
+    _check_numbers(self, "cms", positive)
     _choice(self.value, "cms.value", ("mixer_linear", "mixer_value"))
 
 
@@ -137,6 +165,7 @@ class ModelConfig:
     inner_rates: `off` makes the twin: the same model, no inner learning.
     frozen_levels: fast levels whose writes are switched off (`memory`, `k`,
       `v`, `q`, `eta`, `alpha`, `cms_0`, `cms_1` ...).
+    conv_window: of the causal convolution on q, k and v; 0: none.
     context_length: positions of attention's cache when generating.
     remat: what the outer backward pass keeps of a block.
   """
@@ -166,12 +195,20 @@ class ModelConfig:
     _choice(self.inner_rates, "model.inner_rates", ("on", "off"))
     _choice(self.dtype, "model.dtype", ("float32", "bfloat16"))
     _choice(self.remat, "model.remat", ("none", "full", "dots"))
-    for name in ("vocab_size", "width", "num_layers", "num_heads"):
-      _positive(getattr(self, name), f"model.{name}")
+    sizes = "vocab_size", "width", "num_layers", "num_heads"
+    positive = (*sizes, "ffn_hidden", "context_length", "rope_base")
+    _check_numbers(self, "model", positive)
+    if self.conv_window == 1:
+      raise ConfigError("model.conv_window=1 mixes nothing: 0 (none) or >= 2")
     if self.width % self.num_heads:
       raise ConfigError(
         f"model.num_heads={self.num_heads} does not divide"
         f" model.width={self.width}"
+      )
+    if self.has_attention and self.head_dim % 2:
+      raise ConfigError(
+        f"model.width={self.width} and num_heads={self.num_heads} make heads of"
+        f" {self.head_dim}: rotary positions need an even width"
       )
     names = self.fast_levels
     for level in self.frozen_levels:
@@ -238,7 +275,7 @@ class OptConfig:
   memory_lr_ratio: float = 1.0
 
   def __post_init__(self):
-    _positive(self.peak_lr, "opt.peak_lr")
+    _check_numbers(self, "opt", ("peak_lr", "eps"), ("b1", "b2"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,17 +316,9 @@ class DataConfig:
 
   def __post_init__(self):
     _choice(self.kind, "data.kind", ("text", "records", "mqar"))
-    _positive(self.timeout, "data.timeout")
-    if any(weight <= 0 for weight in self.weights):
-      raise ConfigError(f"data.weights={self.weights} must be positive")
-    if not 0 <= self.long_share < 1:
-      raise ConfigError(
-        f"data.long_share={self.long_share} must be at least 0 and below 1"
-      )
-    if self.workers < 0:
-      raise ConfigError(f"data.workers={self.workers} must not be negative")
-    _positive(self.sequence_length, "data.sequence_length")
-    _positive(self.batch_size, "data.batch_size")
+    sizes = "sequence_length", "batch_size", "num_pairs"
+    positive = (*sizes, "timeout", "weights")
+    _check_numbers(self, "data", positive, ("long_share",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,10 +369,8 @@ class TrainConfig:
   wandb_project: str = "hope_jax"
 
   def __post_init__(self):
-    _positive(self.steps, "train.steps")
-    _positive(self.accumulate, "train.accumulate")
-    _positive(self.keep_checkpoints, "train.keep_checkpoints")
-    _positive(self.max_bad_steps, "train.max_bad_steps")
+    counts = "steps", "accumulate", "keep_checkpoints", "max_bad_steps"
+    _check_numbers(self, "train", counts)
     if self.rollback_factor and self.rollback_factor <= 1:
       raise ConfigError(
         f"train.rollback_factor={self.rollback_factor} must be above 1, or 0"
@@ -358,6 +385,9 @@ class EvalConfig:
 
   batches: int = 0
   batch_size: int = 8
+
+  def __post_init__(self):
+    _check_numbers(self, "eval", ("batch_size",))
 
 
 @dataclasses.dataclass(frozen=True)

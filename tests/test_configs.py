@@ -1,5 +1,6 @@
 """Every config in every mode: builds, eval_shapes, has the size it says."""
 
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -120,3 +121,43 @@ def test_mqar_trains_on_1p6m_tokens(end):
   config = _load("mqar", "titans" + end)
   per_step = config.data.sequence_length * config.data.batch_size
   assert config.train.steps * per_step == pytest.approx(1.6e6, rel=0.03)
+
+
+def numbers(config, prefix=""):
+  """(group, field) of every number in a config."""
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      yield from numbers(value, f"{prefix}{field.name}.")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+      yield prefix, field.name, type(value)
+
+
+@pytest.mark.parametrize(
+  ("group", "name", "kind"),
+  [n for n in numbers(config_lib.Config()) if n[0] != "mesh."],
+)
+def test_numbers_out_of_range_are_named(group, name, kind):
+  bad = [-1, float("nan"), float("inf")] if kind is float else [-1]
+  for value in bad:
+    fields = {name: value}
+    for part in reversed(group.rstrip(".").split(".")):
+      fields = {part: fields}
+    with pytest.raises(config_lib.ConfigError, match=f"{name}=.* must be"):
+      config_lib.from_config_dict(fields)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"model": {"conv_window": 1}}, "mixes nothing"),
+    ({"model": {"width": 15, "num_heads": 3}}, "need an even width"),
+    ({"opt": {"b2": 1.0}}, "opt.b2=1.0 must be below 1"),
+    ({"memory": {}}, "unknown field 'memory'"),
+    ({"model": {"cms": {"hidden": (8, 0), "chunk_lengths": (4, 0)}}}, "hidden"),
+    ({"model": {"memory": {"half_life_min": 1e6}}}, "must not be above"),
+  ],
+)
+def test_fields_that_cannot_be_used_are_named(fields, message):
+  with pytest.raises(config_lib.ConfigError, match=message):
+    config_lib.from_config_dict(fields)
