@@ -66,7 +66,9 @@ class FastLevel(nn.Module):
       self._weight("down", std / (2 * cfg.num_layers) ** 0.5, ("mlp", "embed")),
     )
     start = math.log(math.expm1(cfg.cms.initial_learn_rate))
-    rate: Any = self.param("gates_learn_rate", lambda key: jnp.full((), start))
+    rate: Any = self.param(
+      "learn_rate", lambda key: jnp.full((), start, jnp.float32)
+    )
     n = n_BTD.astype(jnp.float32)
     if not cfg.is_live(self.level):
       return cms.feed_forward(slow, None, n).astype(n_BTD.dtype), state

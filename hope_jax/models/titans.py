@@ -89,7 +89,9 @@ class Gates(nn.Module):
       bias: Any = self.param(
         f"{name}_bias",
         nn.with_logical_partitioning(
-          lambda key, start=start: start, ("heads",)
+          # Not weakly typed, or the second step would compile again.
+          lambda key, start=start: start.astype(jnp.float32),
+          ("heads",),
         ),
       )
       logit = jnp.broadcast_to(

@@ -12,7 +12,7 @@ import optax
 
 from hope_jax.config import OptConfig
 
-MEMORY_NAMES = ("initial", "gates")
+MEMORY_NAMES = ("initial", "gates", "learn_rate")
 NO_DECAY_NAMES = ("norm", "conv")
 
 
@@ -22,7 +22,7 @@ def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
 
 
 def group(path: tuple[Any, ...]) -> str:
-  """`memory` below `initial` or `gates`, `base` elsewhere."""
+  """`memory` for what memories start from and what opens them, else `base`."""
   names = path_names(path)
   return "memory" if set(MEMORY_NAMES) & set(names) else "base"
 

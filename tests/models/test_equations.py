@@ -116,7 +116,7 @@ def continuum(p, x, y, values, config):
     if not chunk_length:
       x = x + feed_forward(level, n)
       continue
-    rate = jax.nn.softplus(level["gates_learn_rate"])
+    rate = jax.nn.softplus(level["learn_rate"])
     outputs, _ = oracle.run_cms_level(
       [level[name] for name in ("gate", "up", "down")],
       n,

@@ -103,7 +103,7 @@ def without_rates(params):
 
   def change(path, x):
     name = jax.tree_util.keystr(path)
-    if "eta_bias" in name or "gates_learn_rate" in name:
+    if "eta_bias" in name or "learn_rate" in name:
       return jnp.full_like(x, -1e9)
     return x
 
@@ -157,7 +157,7 @@ def test_every_initial_state_and_gate_gets_a_gradient(name):
     per_box = boxes.reshape(2, 2, 5, 8, 8)
     assert (jnp.linalg.norm(per_box, axis=(3, 4)) > 0).all()
     for level in ("level_0", "level_1"):
-      rates = gradient["blocks"]["cms"][level]["gates_learn_rate"]
+      rates = gradient["blocks"]["cms"][level]["learn_rate"]
       assert (rates != 0).all()
 
 

@@ -18,6 +18,7 @@ PARAMS = {
       "gates": {"eta": {"kernel": jnp.ones((2, 4, 3))}},
       "rate": jnp.ones((2, 3)),
     },
+    "cms": {"level_0": {"learn_rate": jnp.ones((2,))}},
   },
   "norm_out": {"scale": jnp.ones((4,))},
 }
@@ -43,6 +44,7 @@ def test_groups_put_initial_states_and_gates_apart():
   assert {name for name, group in groups.items() if group == "memory"} == {
     "blocks/mixer/initial/memory_output",
     "blocks/mixer/gates/eta/kernel",
+    "blocks/cms/level_0/learn_rate",
   }
 
 

@@ -14,8 +14,10 @@ from hope_jax.config import (
   ConfigError,
   DataConfig,
   EvalConfig,
+  MemoryConfig,
   MeshConfig,
   ModelConfig,
+  TrainConfig,
 )
 from hope_jax.training import sharding
 
@@ -60,20 +62,21 @@ from hope_jax.training import checkpoints, evaluation, sharding, step
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 config = config_lib.from_config_dict(json.loads(sys.argv[1]))
-folder = pathlib.Path(sys.argv[2])
-source = pipeline.load(config)
-size = config.data.batch_size
+carrying = config_lib.from_config_dict(json.loads(sys.argv[2]))
+folder = pathlib.Path(sys.argv[3])
 report = {"devices": jax.device_count()}
 
-def run(name, mesh_config, devices, restore=False, **train):
+def run(name, mesh_config, devices, restore=False, config=config, **train):
   cfg = dataclasses.replace(
     config, train=dataclasses.replace(config.train, **train))
+  source, size = pipeline.load(cfg), cfg.data.batch_size
+  here = folder / cfg.model.sequence_layer
   mesh = sharding.make_mesh(mesh_config, devices)
   sharding.check_batches(cfg, mesh)
   rows = sharding.process_rows(mesh, size)
   batches = pipeline.TrainBatches(source["train"], size, rows, 6)
   compiled = step.build(cfg, mesh)
-  manager = checkpoints.open_manager(folder, cfg.train)
+  manager = checkpoints.open_manager(here, cfg.train)
   with sharding.activate(mesh):
     state = (checkpoints.restore(manager, compiled.abstract_state)
       if restore else compiled.init(jax.random.key(0)))
@@ -103,6 +106,10 @@ run("eight", cube, jax.devices())
 run("eight_parts", cube, jax.devices(), accumulate=2)
 run("resumed", MeshConfig(data=1, fsdp=4), jax.devices()[:4], restore=True)
 run("resumed_one", MeshConfig(), jax.devices()[:1], restore=True)
+run("carried", cube, jax.devices(), config=carrying)
+others = jax.devices()[:4]
+run("carried_on", MeshConfig(fsdp=2), others, restore=True, config=carrying)
+run("carried_one", MeshConfig(), others[:1], restore=True, config=carrying)
 print(json.dumps(report))
 """
 
@@ -118,6 +125,19 @@ def eight(tmp_path_factory, compilation_cache):
     data=DataConfig(kind="mqar", sequence_length=32, batch_size=8),
     eval=EvalConfig(batches=2, batch_size=8),
   )
+  memory = MemoryConfig(chunk_length=8)
+  carrying = dataclasses.replace(
+    config,
+    model=dataclasses.replace(
+      config.model,
+      sequence_layer="titans",
+      vocab_size=256,
+      num_layers=1,
+      memory=memory,
+    ),
+    data=DataConfig(sequence_length=32, batch_size=8),
+    train=TrainConfig(carry_state=True),
+  )
   flags = "--xla_force_host_platform_device_count=8"
   child = subprocess.run(
     [
@@ -125,6 +145,7 @@ def eight(tmp_path_factory, compilation_cache):
       "-c",
       textwrap.dedent(EIGHT),
       json.dumps(dataclasses.asdict(config)),
+      json.dumps(dataclasses.asdict(carrying)),
       str(tmp_path_factory.mktemp("eight")),
     ],
     env=os.environ
@@ -165,8 +186,8 @@ def test_eight_devices_split_parameters_and_moments(eight):
 
 
 def test_eight_devices_do_not_recompile(eight):
-  runs = ("one", "eight", "eight_parts", "resumed", "resumed_one")
-  assert {eight[name]["compiled"] for name in runs} == {1}
+  runs = [run for run in eight.values() if isinstance(run, dict)]
+  assert {run["compiled"] for run in runs} == {1} and len(runs) == 8
 
 
 def test_eight_devices_never_gather_an_activation_whole(eight):
@@ -180,3 +201,16 @@ def test_checkpoint_restores_onto_other_meshes(eight):
   assert (
     eight["resumed"]["losses"][0] != eight["one"]["losses"][0]
   )  # it did go on
+
+
+def test_carried_state_restores_onto_other_meshes(eight):
+  """The memories go on where the documents do, on 4 devices as on 1."""
+  np.testing.assert_allclose(
+    eight["carried_on"]["losses"], eight["carried_one"]["losses"], rtol=1e-5
+  )
+  fast = [
+    parts
+    for name, (parts, ndim) in eight["carried"]["spread"].items()
+    if "fast/" in name and ndim > 1
+  ]
+  assert fast and set(fast) == {4}  # rows over data x fsdp

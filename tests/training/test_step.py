@@ -16,6 +16,7 @@ from hope_jax.config import (
 )
 from hope_jax.data import pipeline
 from hope_jax.models import language_model
+from hope_jax.models.block import SEQUENCE_LAYERS
 from hope_jax.training import sharding, step
 from tests.pallas_kernels.testing import fast_compile, fast_jit
 
@@ -77,6 +78,25 @@ def test_train_step_golden_first_steps(tiny):
 def test_train_step_does_not_recompile(tiny):
   _, _, compiled = run(tiny, 3)
   assert compiled.train_step._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", SEQUENCE_LAYERS)
+def test_train_step_keeps_the_types_of_the_state(tiny, name):
+  """Or the second step compiles again."""
+  config = carrying(tiny, "hope", slowest=16)
+  carries = name in ("titans", "hope")
+  config = dataclasses.replace(
+    config,
+    model=dataclasses.replace(config.model, sequence_layer=name),
+    train=dataclasses.replace(config.train, carry_state=carries),
+  )
+  compiled, mesh, source = build(config)
+  batch = pipeline.TrainBatches(source, 4, (0, 4), 1)[0]
+  with sharding.activate(mesh):
+    before = jax.eval_shape(compiled.init, jax.random.key(0))
+    after, _ = jax.eval_shape(compiled.train_step, before, batch)
+  kind = lambda x: (x.shape, x.dtype, x.weak_type)
+  assert jax.tree.map(kind, before) == jax.tree.map(kind, after)
 
 
 def test_train_step_learns(tiny):
