@@ -22,6 +22,7 @@ from hope_jax.config import (
 from hope_jax.training import sharding
 
 ONE = jax.devices()[:1]
+pytestmark = pytest.mark.xdist_group("sharding")  # `eight` runs once
 
 
 def test_make_mesh_fills_the_open_axis():
