@@ -142,21 +142,26 @@ def test_formats_hold_the_same_documents(source, tmp_path):
     assert read == SPEECHES, name
 
 
-def test_tfds_source(tmp_path, monkeypatch):
-  """The real library on a data set of its own format."""
-  import tensorflow_datasets as tfds
-
-  class Source(list):
-    pass
-
-  def data_source(name, split):
-    assert (name, split) == ("speeches/plain:1.0.0", "train")
-    return Source({"text": s.encode()} for s in SPEECHES)
-
-  monkeypatch.setattr(tfds, "data_source", data_source)
-  parts = documents.parts(["tfds:speeches/plain:1.0.0:train"])
-  read = [d.text for p in parts for d in documents.read(p, documents.Fields())]
-  assert read == SPEECHES
+def test_tfds_source(monkeypatch):
+  """A data set that the real library wrote: three lines, as array_record."""
+  monkeypatch.setenv(
+    "TFDS_DATA_DIR", str(pathlib.Path(__file__).parent / "tfds")
+  )
+  fields = documents.Fields("text", "role")
+  name = "tfds:speeches:train"
+  read = [d for p in documents.parts([name]) for d in documents.read(p, fields)]
+  assert [d.text for d in read] == [
+    "To be, or not to be.",
+    "That is the question.",
+    "Ay, there’s the rub.",
+  ]
+  assert {d.prompt for d in read} == {"Hamlet"}
+  with pytest.raises(ConfigError, match="has no|no text in field 'body'"):
+    list(documents.read(documents.parts([name])[0], documents.Fields("body")))
+  with pytest.raises(ConfigError, match="cannot open tfds:speeches:test"):
+    documents.parts(["tfds:speeches:test"])
+  with pytest.raises(ConfigError, match="cannot open tfds:nothing:train"):
+    documents.parts(["tfds:nothing:train"])
 
 
 def test_holdout_splits_by_content(source, tmp_path):
