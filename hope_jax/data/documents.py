@@ -202,13 +202,12 @@ def _parquet_rows(part: Part, fields: Fields) -> Iterator[Text]:
 def _read_tfds(part: Part, fields: Fields) -> Iterator[Text]:
   source = _tfds(part.path)
   for index in range(part.start, part.stop):
+    where = f"{part.path}, example {index}"
     record = {
-      key: value.decode("utf-8", errors="strict")
-      if isinstance(value, bytes)
-      else value
+      key: text_lib.decode(value, where) if isinstance(value, bytes) else value
       for key, value in source[index].items()
     }
-    yield _text(record, fields, f"{part.path}, example {index}")
+    yield _text(record, fields, where)
 
 
 _READERS = {

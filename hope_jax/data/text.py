@@ -31,15 +31,12 @@ class TrainWindows:
   def __init__(self, tokens: np.ndarray, length: int, seed: int):
     self._tokens, self._length, self._seed = tokens, length, seed
     self._per_epoch = len(tokens) // length - 1  # room for any offset
-    self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
-
-  def _epoch_order(self, epoch: int) -> tuple[int, np.ndarray]:
-    rng = np.random.default_rng([self._seed, epoch])
-    return int(rng.integers(self._length)), rng.permutation(self._per_epoch)
 
   def __getitem__(self, index: int) -> Example:
     epoch, position = divmod(index, self._per_epoch)
-    offset, order = self._order(epoch)
+    offset, order = _epoch_order(
+      self._seed, epoch, self._length, self._per_epoch
+    )
     start = offset + int(order[position]) * self._length
     window = self._tokens[start : start + self._length + 1].astype(np.int32)
     return {
@@ -47,6 +44,15 @@ class TrainWindows:
       "targets": window[1:],
       "weights": np.ones(self._length, np.float32),
     }
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_order(
+  seed: int, epoch: int, length: int, count: int
+) -> tuple[int, np.ndarray]:
+  """Where an epoch's windows begin, below `length`, and their order."""
+  rng = np.random.default_rng([seed, epoch])
+  return int(rng.integers(length)), rng.permutation(count)
 
 
 class EvalWindows:

@@ -12,12 +12,13 @@ import math
 import queue
 import statistics
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from hope_jax.config import TrainConfig
 
 _HISTORY = 50  # logged losses that a spike is measured against
+_GRACE_SECONDS = 5.0  # for data workers to end
 
 
 class Diverged(RuntimeError):
@@ -71,8 +72,11 @@ class Guard:
     return True
 
 
-def with_timeout(batches: Iterator[Any], seconds: float) -> Iterator[Any]:
-  """`batches`; `NoData` if one takes longer, or making it fails."""
+def with_timeout(batches: Iterator[Any], seconds: float) -> Generator[Any]:
+  """`batches`; `NoData` if one takes longer, or making it fails.
+
+  Closed, it ends what makes them.
+  """
   box: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
   is_over = threading.Event()
 
@@ -91,9 +95,12 @@ def with_timeout(batches: Iterator[Any], seconds: float) -> Iterator[Any]:
       put("end", None)
     except Exception as error:
       put("error", error)
+    finally:
+      getattr(batches, "close", lambda: None)()  # ends its processes
 
   # A daemon: a read that hangs must not keep the process from ending.
-  threading.Thread(target=read, name="batches", daemon=True).start()
+  thread = threading.Thread(target=read, name="batches", daemon=True)
+  thread.start()
   try:
     while True:
       try:
@@ -111,6 +118,7 @@ def with_timeout(batches: Iterator[Any], seconds: float) -> Iterator[Any]:
       yield value
   finally:
     is_over.set()
+    thread.join(timeout=_GRACE_SECONDS)
 
 
 class Watchdog:

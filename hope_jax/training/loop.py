@@ -1,7 +1,7 @@
 """One training run, from a config to result.json."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -80,7 +80,7 @@ def _train(
   batch_size = config.data.batch_size
   rows = sharding.process_rows(mesh, batch_size)
 
-  def read_on(state: step_lib.TrainState) -> Iterator[pipeline.Batch]:
+  def read_on(state: step_lib.TrainState) -> Generator[pipeline.Batch]:
     first, offset = int(state.step), int(state.offset)
     batches = pipeline.TrainBatches(
       sources["train"], batch_size, rows, options.steps + offset
@@ -140,6 +140,7 @@ def _train(
           jax.block_until_ready(scalars)
           seen.append(meter.flush())
         if guard.is_spike(*seen):
+          batches.close()
           state, step, batches = _roll_back(last_state(), step, read_on)
           meter.forget()
           writer.write("rollback", step, {"offset": int(state.offset)})
@@ -177,6 +178,7 @@ def _train(
       "config": config_lib.to_dict(config),
     }
   finally:
+    batches.close()
     writer.close()
     checkpoints.close(manager)
 

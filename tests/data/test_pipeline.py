@@ -33,11 +33,12 @@ def test_batch_has_the_promised_arrays(kind):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_batch_depends_on_the_step_alone(kind):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batch_depends_on_the_step_alone(kind, workers):
   source = pipeline.load(CONFIGS[kind])["train"]
   batches = pipeline.TrainBatches(source, 4, (0, 4), 2000)
   for step, batch in itertools.islice(
-    enumerate(pipeline.prefetch(batches, 1500), 1500), 30
+    enumerate(pipeline.prefetch(batches, 1500, workers), 1500), 30
   ):
     fresh = pipeline.load(CONFIGS[kind])["train"]
     assert_same(batch, pipeline.TrainBatches(fresh, 4, (0, 4), 2000)[step])
