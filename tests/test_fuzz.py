@@ -80,7 +80,7 @@ def damaged_json(draw, value):
     return json.dumps(value)
 
 
-def accepts_or_explains(call):
+def assert_explained(call):
   """Runs `call`; any error but a `ConfigError` of one short line fails."""
   try:
     call()
@@ -118,7 +118,7 @@ def test_documents(name, tmp_path, data):
     for part in documents.parts(documents.find([str(path)])):
       list(documents.read(part, documents.Fields()))
 
-  accepts_or_explains(read)
+  assert_explained(read)
 
 
 @SETTINGS
@@ -127,7 +127,7 @@ def test_text_files(tmp_path, data):
   path = tmp_path / "a.txt"
   path.write_bytes(data.draw(damaged(DOCUMENTS["a.txt"])))
   config = DataConfig(path=str(path), sequence_length=8)
-  accepts_or_explains(lambda: text.load(config, 256))
+  assert_explained(lambda: text.load(config, 256))
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def words():
 def test_tokenizers(words, tmp_path, data):
   path = tmp_path / "tokenizer.model"
   path.write_bytes(data.draw(damaged(words)))
-  accepts_or_explains(lambda: tokenizer.load(path).encode("To be"))
+  assert_explained(lambda: tokenizer.load(path).encode("To be"))
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_manifests(prepared, data):
   either = damaged_json(json.loads(good)).map(str.encode) | damaged(good)
   try:
     path.write_bytes(data.draw(either))
-    accepts_or_explains(lambda: read_all(prepared))
+    assert_explained(lambda: read_all(prepared))
   finally:
     path.write_bytes(good)
 
@@ -190,7 +190,7 @@ def test_shards(prepared, data):
   good = path.read_bytes()
   try:
     path.write_bytes(data.draw(damaged(good)))
-    accepts_or_explains(lambda: read_all(prepared))
+    assert_explained(lambda: read_all(prepared))
   finally:
     path.write_bytes(good)
 
@@ -210,10 +210,10 @@ def test_workdirs(tmp_path, data):
     damaged_json(values) if file == "config.json" else JSON.map(json.dumps)
   )
   (run / file).write_text(data.draw(changed))
-  accepts_or_explains(
+  assert_explained(
     lambda: workdir.claim(run, good, {"tokenizer": "1"}, write=True)
   )
-  accepts_or_explains(lambda: workdir.read_result(run))
+  assert_explained(lambda: workdir.read_result(run))
 
 
 @SETTINGS
@@ -245,4 +245,4 @@ def test_exports(tmp_path, data):
   abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), PARAMS
   )
-  accepts_or_explains(lambda: exchange.load(folder, abstract))
+  assert_explained(lambda: exchange.load(folder, abstract))
