@@ -100,7 +100,7 @@ def test_random_config_trains_resumes_and_generates(
   records = metrics.read(epath.Path(tmp_path))
   assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2]
   texts = generate.generate(
-    epath.Path(tmp_path), ["To be"], count=3, sampling=Sampling()
+    epath.Path(tmp_path), ["ToBe"], count=3, sampling=Sampling()
   )
   assert len(texts) == 1
   jax.clear_caches()
