@@ -4,4 +4,4 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-exec "$python" -m pytest -n "${TEST_JOBS:-2}" --dist loadgroup "$@"
+exec "$python" -m pytest -n "${TEST_JOBS:-2}" "$@"
