@@ -185,11 +185,11 @@ def test_build_allocates_nothing(tiny):
   assert step.count_parameters(abstract.params) > 2**36
 
 
-def carrying(config, accumulate=1, slowest=64):
+def carrying(config, name="hope", accumulate=1, slowest=64):
   """Hardly any learning, so that all steps are one pass of one model."""
   model = dataclasses.replace(
     config.model,
-    sequence_layer="hope",
+    sequence_layer=name,
     memory=MemoryConfig(chunk_length=4, projection_chunk_length=8),
     cms=CMSConfig(hidden=(8, 8, 16), chunk_lengths=(8, slowest, 0)),
   )
@@ -200,8 +200,9 @@ def carrying(config, accumulate=1, slowest=64):
   return dataclasses.replace(config, model=model, opt=opt, train=train)
 
 
-def test_carried_state_equals_the_uncut_pass(tiny):
-  config = carrying(tiny, accumulate=2)
+@pytest.mark.parametrize(("name", "accumulate"), [("titans", 1), ("hope", 2)])
+def test_carried_state_equals_the_uncut_pass(tiny, name, accumulate):
+  config = carrying(tiny, name, accumulate)
   compiled, mesh, state, batch = start(config)
   batches = [batch(number) for number in range(3)]
   losses = []
