@@ -170,29 +170,31 @@ def read_all(folder):
     sources["in_order"][i]
 
 
+def assert_explained_with(path, content, prepared):
+  """`assert_explained` of the whole data with one file's content changed."""
+  good = path.read_bytes()
+  try:
+    path.write_bytes(content)
+    assert_explained(lambda: read_all(prepared))
+  finally:
+    path.write_bytes(good)
+
+
 @SETTINGS
 @hypothesis.given(data=st.data())
 def test_manifests(prepared, data):
   path = prepared / "train" / "manifest.json"
   good = path.read_bytes()
   either = damaged_json(json.loads(good)).map(str.encode) | damaged(good)
-  try:
-    path.write_bytes(data.draw(either))
-    assert_explained(lambda: read_all(prepared))
-  finally:
-    path.write_bytes(good)
+  assert_explained_with(path, data.draw(either), prepared)
 
 
 @SETTINGS
 @hypothesis.given(data=st.data())
 def test_shards(prepared, data):
   path = next((prepared / "train").glob("*.arrayrecord"))
-  good = path.read_bytes()
-  try:
-    path.write_bytes(data.draw(damaged(good)))
-    assert_explained(lambda: read_all(prepared))
-  finally:
-    path.write_bytes(good)
+  content = data.draw(damaged(path.read_bytes()))
+  assert_explained_with(path, content, prepared)
 
 
 @SETTINGS

@@ -158,8 +158,8 @@ def report(folder, compilation_cache):
     check=False,
   )
   assert child.returncode == 0, child.stderr[-3000:]
-  report = json.loads(child.stdout.splitlines()[-1])
-  return report | {"stderr": child.stderr}
+  found = json.loads(child.stdout.splitlines()[-1])
+  return found | {"stderr": child.stderr}
 
 
 def check_eight_equal_one(eight):
