@@ -26,7 +26,7 @@ def main() -> None:
   if flags.FLAGS.multihost:
     jax.distributed.initialize()
   config = command.read_config()
-  result = loop.train(config, files.reach(flags.FLAGS.workdir))
+  result = loop.run(config, files.reach(flags.FLAGS.workdir))
   if jax.process_index() == 0:
     print(
       f"{result['model']}: {result['parameters']:,} parameters,"

@@ -28,7 +28,7 @@ from hope_jax.config import ModelConfig, from_config_dict
 from hope_jax.models import language_model
 
 LENGTHS = tuple(1 << n for n in range(10, 21, 2))
-TOKENS = 16  # of a timed block
+TOKENS = 16  # of a timed block; 1 behind the longest caches
 
 
 def make_config(name: str, size: str, length: int) -> ModelConfig:
@@ -41,21 +41,28 @@ def make_config(name: str, size: str, length: int) -> ModelConfig:
   return dataclasses.replace(config, context_length=length)
 
 
-def at_end(state: Any, length: int) -> Any:
-  """An attention cache as if `length` - TOKENS tokens had been read."""
+def block_length(config: ModelConfig) -> int:
+  """Tokens of a timed block, fewer where one takes seconds."""
+  if not config.has_attention:
+    return TOKENS
+  return max(1, min(TOKENS, (1 << 18) // config.context_length))
+
+
+def at(state: Any, place: int) -> Any:
+  """An attention cache as if `place` tokens had been read."""
 
   def move(path: Any, x: jax.Array) -> jax.Array:
     is_cache = jax.tree_util.keystr(path).endswith(".mixer.position")
-    return jnp.full_like(x, length - TOKENS) if is_cache else x
+    return jnp.full_like(x, place) if is_cache else x
 
   return jax.tree_util.tree_map_with_path(move, state)
 
 
-def tokens_per_second(
-  params: Any, config: ModelConfig, length: int, rounds: int
-) -> float:
-  """Decoding speed behind a context of `length` tokens."""
-  state = at_end(language_model.init_state(config, 1), length)
+def tokens_per_second(params: Any, config: ModelConfig, rounds: int) -> float:
+  """Decoding speed behind a context of `config.context_length` tokens."""
+  count = block_length(config)
+  place = config.context_length - count
+  state = at(language_model.init_state(config, 1), place)
   states = jax.tree.map(lambda x: x[None], state)
   logits = jnp.zeros((1, config.vocab_size))
   seconds = []
@@ -67,15 +74,15 @@ def tokens_per_second(
       logits,
       jax.random.split(jax.random.key(0), 1),
       config=config,
-      count=TOKENS,
+      count=count,
       sampling=generation.Sampling(),
       vocab_size=config.vocab_size,
     )
     jax.block_until_ready(tokens)
     seconds.append(time.perf_counter() - start)
     if config.has_attention:
-      states = jax.vmap(lambda state: at_end(state, length))(states)
-  return TOKENS / statistics.median(seconds[1:])
+      states = jax.vmap(lambda state: at(state, place))(states)
+  return count / statistics.median(seconds[1:])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -97,14 +104,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for length in lengths:
       config = make_config(name, flags.size, length)
       size = generation.state_bytes(config)
-      speed = tokens_per_second(params, config, length, flags.rounds)
+      speed = tokens_per_second(params, config, flags.rounds)
       curves[name].append(speed)
       lines.append(
         {
           "model": name,
           "context": f"{length:,}",
           "state MiB": f"{size / 2**20:,.2f}",
-          "tokens/s": f"{speed:,.0f}",
+          "tokens/s": f"{speed:,.2f}",
         }
       )
   print(tables.markdown(lines))

@@ -27,7 +27,7 @@ from hope_jax.training import step as step_lib
 from hope_jax.training import workdir as workdir_lib
 
 
-def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
+def run(config: Config, workdir: epath.Path) -> dict[str, Any]:
   """Trains, resuming if `workdir` holds a checkpoint; returns the result.
 
   Interrupted and resumed, a run gives what it would have given at once, bit
@@ -45,20 +45,20 @@ def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
       print(f"{workdir} is finished: {workdir_lib.RESULT} exists")
       return result
     with sharding.activate(mesh):
-      result = _train(config, workdir, mesh, sources, data)
+      result = train(config, workdir, mesh, sources, data)
     if is_main:
       workdir_lib.write_json(workdir / workdir_lib.RESULT, result)
   return result
 
 
-def _train(
+def train(
   config: Config,
   workdir: epath.Path,
   mesh: jax.sharding.Mesh,
   sources: dict[str, Any],
   data: dict[str, str],
 ) -> dict[str, Any]:
-  """The run itself: state, input, books, loop, result."""
+  """The run itself, in a folder that is claimed and locked: its result."""
   options = config.train
 
   # 1. The state, new or restored.

@@ -16,16 +16,16 @@ from tests.training.test_loop import Killed, kill_at, without_clock
 def test_run_in_a_bucket_equals_one_on_the_disk(
   tiny, bucket, tmp_path, monkeypatch
 ):
-  result = loop.train(tiny, epath.Path(tmp_path / "run"))
+  result = loop.run(tiny, epath.Path(tmp_path / "run"))
   run = bucket / "run"
   with monkeypatch.context() as patch:
     kill_at(patch, 5)
     patch.setattr(metrics.Writer, "close", lambda writer: None)
     with pytest.raises(Killed):
-      loop.train(tiny, run)
+      loop.run(tiny, run)
   assert {path.name for path in run.iterdir()} >= {"config.json", "checkpoints"}
   assert metrics.read(run)[-1]["step"] == 4
-  again = loop.train(tiny, run)
+  again = loop.run(tiny, run)
   assert without_clock(again) == without_clock(result)
   assert json.loads((run / "result.json").read_text())["steps"] == 6
   assert [without_clock(r) for r in metrics.read(run)] == [

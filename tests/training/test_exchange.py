@@ -30,7 +30,7 @@ def test_saved_parameters_come_back_under_their_names(tiny, params, tmp_path):
 
 
 def test_run_exported_and_imported_goes_on_from_its_parameters(tiny, tmp_path):
-  loop.train(tiny, tmp_path / "run")
+  loop.run(tiny, tmp_path / "run")
   assert export.export(tmp_path / "run", tmp_path / "model") == 6
   trained = final_state(tiny, tmp_path / "run").params
   jax.tree.map(
@@ -41,7 +41,7 @@ def test_run_exported_and_imported_goes_on_from_its_parameters(tiny, tmp_path):
   )
   opt = dataclasses.replace(tiny.opt, peak_lr=1e-30)
   config = dataclasses.replace(tiny, train=train, opt=opt)
-  loop.train(config, tmp_path / "next")
+  loop.run(config, tmp_path / "next")
   jax.tree.map(
     np.testing.assert_array_equal,
     final_state(config, tmp_path / "next").params,
@@ -55,7 +55,7 @@ def test_export_of_another_tokenizer_is_refused(tiny, params, tmp_path):
   workdir.write_json(tmp_path / "model" / "data.json", data)
   train = dataclasses.replace(tiny.train, init_from=str(tmp_path / "model"))
   with pytest.raises(ConfigError, match="data of another tokenizer"):
-    loop.train(dataclasses.replace(tiny, train=train), tmp_path / "run")
+    loop.run(dataclasses.replace(tiny, train=train), tmp_path / "run")
 
 
 def test_unusable_exports_are_one_clear_line(tiny, params, tmp_path):

@@ -67,7 +67,7 @@ def test_step_without_finite_loss_changes_nothing_and_counts(
 ):
   spoil(monkeypatch, lambda n: n in (3, 4), without_numbers)
   config = with_train(tiny, log_every=1, checkpoint_every=1, keep_checkpoints=9)
-  result = loop.train(config, tmp_path)
+  result = loop.run(config, tmp_path)
   assert result["bad_steps"] == 2 and math.isfinite(result["test_loss"])
   train = [r for r in metrics.read(tmp_path) if r["kind"] == "train"]
   assert [r["loss"] is None for r in train] == [
@@ -93,12 +93,12 @@ def test_too_many_bad_steps_end_the_run_with_good_checkpoints(
     with pytest.raises(
       faults.Diverged, match="not finite in 2 steps .* step 4"
     ):
-      loop.train(config, tmp_path)
+      loop.run(config, tmp_path)
   assert not (tmp_path / "result.json").exists()
   for leaf in jax.tree.leaves(final_state(config, tmp_path).params):
     assert np.isfinite(leaf).all()
   # The cause removed, the same command goes on.
-  assert loop.train(config, tmp_path)["steps"] == 6
+  assert loop.run(config, tmp_path)["steps"] == 6
 
 
 def jumped(train_step, state, batch):
@@ -125,7 +125,7 @@ def test_spike_goes_back_and_past_the_data(tiny, tmp_path, monkeypatch):
 
   monkeypatch.setattr(loop.sharding, "put_batch", put_batch)
   spoil(monkeypatch, lambda n: n == 6 and next(times) == 0, jumped)
-  loop.train(config, tmp_path)
+  loop.run(config, tmp_path)
   records = metrics.read(tmp_path)
   # The jump of step 6 is seen one step later; back to checkpoint 4.
   assert [
@@ -143,7 +143,7 @@ def test_too_many_spikes_end_the_run(tiny, tmp_path, monkeypatch):
   )
   spoil(monkeypatch, lambda n: n == 7, jumped)
   with pytest.raises(faults.Diverged, match="jumped to .* the 3th time"):
-    loop.train(config, tmp_path)
+    loop.run(config, tmp_path)
 
 
 # ---------------------------------------------------------------- data
@@ -203,16 +203,16 @@ def killed(tiny, tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     kill_at(patch, 5)
     with pytest.raises(Killed):
-      loop.train(tiny, tmp_path / "run")
+      loop.run(tiny, tmp_path / "run")
   return tmp_path / "run"
 
 
 def test_truncated_newest_checkpoint_is_set_aside(tiny, killed, capsys):
   whole = killed.parent / "whole"
-  result = loop.train(tiny, whole)
+  result = loop.run(tiny, whole)
   truncate(killed / "checkpoints" / "4")
   capsys.readouterr()
-  again = loop.train(tiny, killed)
+  again = loop.run(tiny, killed)
   said = capsys.readouterr().err
   assert (
     "checkpoint 4 cannot be read and was moved to broken_checkpoints" in said
@@ -230,7 +230,7 @@ def test_no_readable_checkpoint_is_one_clear_line(tiny, killed):
   for number in ("2", "4"):
     truncate(killed / "checkpoints" / number)
   with pytest.raises(ConfigError, match="no checkpoint in .* can be read"):
-    loop.train(tiny, killed)
+    loop.run(tiny, killed)
   assert (killed / "checkpoints" / "2").is_dir()
 
 
@@ -241,7 +241,7 @@ def test_best_checkpoint_is_kept(tiny, tmp_path):
   config = dataclasses.replace(
     config, opt=dataclasses.replace(config.opt, peak_lr=3.0)
   )
-  loop.train(config, tmp_path)
+  loop.run(config, tmp_path)
   losses = {
     r["step"]: r["loss"]
     for r in metrics.read(tmp_path)
@@ -258,8 +258,8 @@ def test_second_job_on_a_workdir_is_refused(tiny, tmp_path):
     workdir.locked(tmp_path),
     pytest.raises(ConfigError, match=f"another run trains .*{os.getpid()}"),
   ):
-    loop.train(tiny, tmp_path)
-  assert loop.train(tiny, tmp_path)["steps"] == 6
+    loop.run(tiny, tmp_path)
+  assert loop.run(tiny, tmp_path)["steps"] == 6
 
 
 # ------------------------------------------------- real processes, real ends
@@ -271,7 +271,7 @@ from hope_jax.training import command, loop
 from absl import flags
 def main():
   values = json.loads(pathlib.Path(sys.argv[1]).read_text())
-  loop.train(config.from_config_dict(values), pathlib.Path(sys.argv[2]))
+  loop.run(config.from_config_dict(values), pathlib.Path(sys.argv[2]))
 sys.argv, sys_argv = sys.argv[:1], sys.argv
 def guarded():
   sys.argv = sys_argv
@@ -326,7 +326,7 @@ def test_killed_runs_continue_bit_for_bit(
   config = with_train(
     tiny, steps=120, log_every=1, checkpoint_every=7, eval_every=20
   )
-  result = loop.train(config, tmp_path / "whole")
+  result = loop.run(config, tmp_path / "whole")
   kill_and_resume(
     config,
     tmp_path / "killed",

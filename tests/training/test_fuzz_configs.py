@@ -94,8 +94,8 @@ def test_random_config_trains_resumes_and_generates(
   with monkeypatch.context() as patch:
     kill_at(patch, 1)
     with pytest.raises(Killed):
-      loop.train(config, epath.Path(tmp_path))
-  result = loop.train(config, epath.Path(tmp_path))
+      loop.run(config, epath.Path(tmp_path))
+  result = loop.run(config, epath.Path(tmp_path))
   assert result["bad_steps"] == 0
   records = metrics.read(epath.Path(tmp_path))
   assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2]

@@ -66,7 +66,7 @@ def finished(tmp_path_factory):
   def get(config):
     if config not in done:
       folder = tmp_path_factory.mktemp("finished")
-      done[config] = folder, loop.train(config, folder)
+      done[config] = folder, loop.run(config, folder)
     return done[config]
 
   return get
@@ -122,7 +122,7 @@ def test_train_writes_metrics_one_step_late(tiny, tmp_path, monkeypatch):
 
   monkeypatch.setattr(step, "build", build)
   train = dataclasses.replace(tiny.train, eval_every=0, checkpoint_every=0)
-  loop.train(dataclasses.replace(tiny, train=train), tmp_path)
+  loop.run(dataclasses.replace(tiny, train=train), tmp_path)
   assert newest == [0, 0, 1, 2, 2, 4]
 
 
@@ -134,9 +134,9 @@ def test_resume_equals_uninterrupted_bit_for_bit(
   with monkeypatch.context() as patch:
     kill_at(patch, killed_after)
     with pytest.raises(Killed):
-      loop.train(tiny, tmp_path)
+      loop.run(tiny, tmp_path)
   assert not (tmp_path / "result.json").exists()
-  resumed = loop.train(tiny, tmp_path)
+  resumed = loop.run(tiny, tmp_path)
   assert without_clock(resumed) == without_clock(result)
   assert [without_clock(r) for r in metrics.read(tmp_path)] == [
     without_clock(r) for r in metrics.read(folder)
@@ -175,10 +175,10 @@ def test_signal_saves_and_the_run_resumes_bit_for_bit(
   with monkeypatch.context() as patch:
     signal_at(patch, 3, getattr(signal, name))
     with pytest.raises(interruption.Interrupted, match="step 3"):
-      loop.train(tiny, tmp_path)
+      loop.run(tiny, tmp_path)
   assert [signal.getsignal(each) for each in interruption.CODES] == before
   assert (tmp_path / "checkpoints" / "3").is_dir()
-  assert without_clock(loop.train(tiny, tmp_path)) == without_clock(result)
+  assert without_clock(loop.run(tiny, tmp_path)) == without_clock(result)
   jax.tree.map(
     np.testing.assert_array_equal,
     final_state(tiny, folder),
@@ -189,7 +189,7 @@ def test_signal_saves_and_the_run_resumes_bit_for_bit(
 def test_second_signal_stops_at_once(tiny, tmp_path, monkeypatch):
   signal_at(monkeypatch, 3, signal.SIGINT, signal.SIGINT)
   with pytest.raises(KeyboardInterrupt) as stopped:
-    loop.train(tiny, tmp_path)
+    loop.run(tiny, tmp_path)
   assert stopped.type is KeyboardInterrupt
   assert not (tmp_path / "checkpoints" / "3").exists()
 
@@ -198,7 +198,7 @@ def test_resume_starts_from_the_checkpoint(tiny, tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     kill_at(patch, 5)
     with pytest.raises(Killed):
-      loop.train(tiny, tmp_path)
+      loop.run(tiny, tmp_path)
   seen = []
   real = step.build
 
@@ -212,14 +212,14 @@ def test_resume_starts_from_the_checkpoint(tiny, tmp_path, monkeypatch):
     return compiled._replace(train_step=train_step)
 
   monkeypatch.setattr(step, "build", build)
-  loop.train(tiny, tmp_path)
+  loop.run(tiny, tmp_path)
   assert seen == [4, 5]
 
 
 def test_train_again_changes_nothing(tiny, finished, capsys):
   folder, result = finished(tiny)
   before = (folder / "metrics.jsonl").read_text()
-  again = loop.train(tiny, folder)
+  again = loop.run(tiny, folder)
   assert "finished" in capsys.readouterr().out
   assert again["test_loss"] == result["test_loss"]
   assert (folder / "metrics.jsonl").read_text() == before
@@ -231,7 +231,7 @@ def test_train_refuses_the_folder_of_another_run(tiny, finished):
     tiny, opt=dataclasses.replace(tiny.opt, peak_lr=1e-3)
   )
   with pytest.raises(ConfigError, match="opt.peak_lr=0.01, not 0.001"):
-    loop.train(other, folder)
+    loop.run(other, folder)
 
 
 def test_train_keeps_the_newest_checkpoints(tiny, finished):
@@ -245,7 +245,7 @@ def test_train_works_without_intermediate_events(tiny, tmp_path):
   train = dataclasses.replace(
     tiny.train, steps=1, eval_every=0, checkpoint_every=0, dynamics_every=0
   )
-  result = loop.train(dataclasses.replace(tiny, train=train), tmp_path)
+  result = loop.run(dataclasses.replace(tiny, train=train), tmp_path)
   assert result["tokens_per_second"] > 0
   assert (tmp_path / "checkpoints" / "1").is_dir()
 
@@ -259,7 +259,7 @@ def test_run_on_a_text_that_changed_is_refused(tiny, tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     kill_at(patch, 3)
     with pytest.raises(Killed):
-      loop.train(config, tmp_path / "run")
+      loop.run(config, tmp_path / "run")
   text.write_text("To be, or not to bee " * 200)
   with pytest.raises(ConfigError, match="another content than data.path"):
-    loop.train(config, tmp_path / "run")
+    loop.run(config, tmp_path / "run")
