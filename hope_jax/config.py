@@ -11,6 +11,7 @@ one-line `ConfigError`.  The paper's symbols become words here:
 
 import dataclasses
 import difflib
+import itertools
 import math
 import types
 import typing
@@ -131,12 +132,26 @@ class CMSConfig:
   Attributes:
     hidden: hidden width per level, fastest first; empty: a plain FFN.
     chunk_lengths: tokens between updates of a level; 0 never (the last).
-    value: wiring of the associative signal, see `memory/cms.py`.
+    connection: `sequential`, `nested` or `independent`, see `models/cms.py`.
+    signal: `associative` (a level answers a value) or `next_token` (it follows
+      the gradient of the model's loss, `models/next_token.py`).
+    value: wiring of the associative signal, see `models/cms.py`.
+    learning_share: share of the layers, from the last one down, that learn by
+      the next-token signal.
+    outer_order: 2 differentiates through the next-token signal's gradient, 1
+      takes it for a constant.
+    half_life: tokens after which half of D is forgotten, where it starts
+      (learned per level); 0: nothing is forgotten.
   """
 
   hidden: tuple[int, ...] = ()
   chunk_lengths: tuple[int, ...] = ()
+  connection: str = "sequential"
+  signal: str = "associative"
   value: str = "mixer_linear"
+  learning_share: float = 0.25
+  outer_order: int = 2
+  half_life: float = 0.0
   initial_learn_rate: float = 0.1
   error_clip: float = 1.0
 
@@ -146,15 +161,45 @@ class CMSConfig:
         f"cms.hidden has {len(self.hidden)} levels and cms.chunk_lengths"
         f" {len(self.chunk_lengths)}: give one chunk length per level"
       )
-    fast = [c for c in self.chunk_lengths if c]
+    fast = list(self.fast_lengths)
     if fast != sorted(fast) or any(self.chunk_lengths[len(fast) :]):
       raise ConfigError(
         "cms.chunk_lengths must grow from level to level, 0 (never) last;"
         f" got {self.chunk_lengths}"
       )
-    positive = "hidden", "initial_learn_rate"
+    positive = "hidden", "initial_learn_rate", "learning_share"
     _check_numbers(self, "cms", positive)
-    _choice(self.value, "cms.value", ("mixer_linear", "mixer_value"))
+    connections = "sequential", "nested", "independent"
+    _choice(self.connection, "cms.connection", connections)
+    wirings = "mixer_linear", "mixer_value", "mixer_pair"
+    _choice(self.value, "cms.value", wirings)
+    _choice(self.signal, "cms.signal", ("associative", "next_token"))
+    if self.outer_order not in (1, 2):
+      raise ConfigError(f"cms.outer_order={self.outer_order} must be 1 or 2")
+    if self.learning_share > 1:
+      raise ConfigError(
+        f"cms.learning_share={self.learning_share} must not be above 1"
+      )
+    self._check_lengths(fast)
+
+  def _check_lengths(self, fast: list[int]):
+    together = self.connection == "nested" or self.signal == "next_token"
+    for faster, slower in itertools.pairwise(fast if together else []):
+      if slower % faster:
+        raise ConfigError(
+          f"cms.chunk_lengths: {faster} does not divide {slower}, which"
+          f" cms.connection={self.connection} with signal={self.signal} needs"
+        )
+    if self.signal == "next_token" and (not fast or fast[0] & (fast[0] - 1)):
+      raise ConfigError(
+        "cms.signal=next_token: the shortest of cms.chunk_lengths must be a"
+        f" power of two; got {self.chunk_lengths}"
+      )
+
+  @property
+  def fast_lengths(self) -> tuple[int, ...]:
+    """Chunk lengths of the levels that learn inside the sequence."""
+    return tuple(c for c in self.chunk_lengths if c)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +277,7 @@ class ModelConfig:
     if self.has_attention:
       return ()
     memory = self.memory
-    if self.sequence_layer == "hope" and memory.adaptive:
+    if memory.adaptive:
       return memory.chunk_length, memory.projection_chunk_length
     return (memory.chunk_length,)
 
@@ -241,11 +286,9 @@ class ModelConfig:
     """Names of everything that learns inside the sequence, fastest first."""
     levels = ()
     if self.sequence_layer in ("titans", "hope"):
-      levels += ("memory",)
-    if self.sequence_layer == "hope":
-      levels += self.memory.adaptive
-    fast = [c for c in self.cms.chunk_lengths if c]
-    return levels + tuple(f"cms_{i}" for i in range(len(fast)))
+      levels += ("memory", *self.memory.adaptive)
+    fast = len(self.cms.fast_lengths)
+    return levels + tuple(f"cms_{i}" for i in range(fast))
 
   def is_live(self, level: str) -> bool:
     """Whether `level` is written to inside the sequence."""
@@ -298,6 +341,8 @@ class DataConfig:
     sequence_length, batch_size: tokens per example, examples per step
       (global, over all processes).
     num_pairs, num_keys, num_values: MQAR's pairs per example and alphabet.
+    train_pairs: sizes of the problems in MQAR's training, see `data/mqar.py`;
+      empty: num_pairs.
   """
 
   kind: str = "text"
@@ -308,6 +353,7 @@ class DataConfig:
   num_pairs: int = 8
   num_keys: int = 32
   num_values: int = 32
+  train_pairs: tuple[int, ...] = ()
   weights: tuple[float, ...] = ()
   long_share: float = 0.0
   workers: int = 0
@@ -317,7 +363,7 @@ class DataConfig:
   def __post_init__(self):
     _choice(self.kind, "data.kind", ("text", "records", "mqar"))
     sizes = "sequence_length", "batch_size", "num_pairs"
-    positive = (*sizes, "timeout", "weights")
+    positive = (*sizes, "timeout", "weights", "train_pairs")
     _check_numbers(self, "data", positive, ("long_share",))
 
 
@@ -413,6 +459,18 @@ class Config:
         f"train.carry_state: {self.model.sequence_layer} on {self.data.kind}"
         " has nothing to carry; it is for titans and hope on documents"
       )
+    if self.model.cms.signal == "next_token" and self.model.has_attention:
+      if self.data.kind == "records":
+        raise ConfigError(
+          "model.cms.signal=next_token: attention reads packed documents in one"
+          " pass only; use text, or another sequence layer"
+        )
+      if self.data.sequence_length > self.model.context_length:
+        raise ConfigError(
+          f"data.sequence_length={self.data.sequence_length} is longer than"
+          f" attention's cache: raise model.context_length"
+          f" ({self.model.context_length})"
+        )
     slowest = max((0, *self.model.cms.chunk_lengths))
     if slowest * 2 > self.data.sequence_length and not carries:
       raise ConfigError(

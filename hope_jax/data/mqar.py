@@ -7,6 +7,11 @@ other targets have weight 0.  Deviations from the paper: queries stand at
 uniform (not power-law) positions, between them is a filler token (not random
 ones), and the answer is never part of the input.
 
+As in that paper, training may mix sizes (`data.train_pairs`): a row then holds
+as many problems of one size as fit, side by side, as documents of their own, and
+asks as many queries as a row with one large problem.  valid and test have
+`data.num_pairs` in one problem.
+
 Vocabulary: 0 filler, 1..num_keys keys, then num_values values.
 """
 
@@ -35,21 +40,35 @@ class Recall:
 
   def __getitem__(self, index: int) -> Example:
     cfg = self.config
-    pairs, length = cfg.num_pairs, cfg.sequence_length
     rng = np.random.default_rng([cfg.seed, _STREAMS[self.split], index])
-    keys = 1 + rng.choice(cfg.num_keys, pairs, replace=False)
-    values = 1 + cfg.num_keys + rng.integers(cfg.num_values, size=pairs)
-    tokens = np.full(length, FILLER, np.int32)
-    tokens[0 : 2 * pairs : 2] = keys
-    tokens[1 : 2 * pairs : 2] = values
-    # `choice` without replacement is in random order: so are the queries.
-    where = 2 * pairs + rng.choice(length - 2 * pairs, pairs, replace=False)
-    tokens[where] = keys
-    targets = np.zeros(length, np.int32)
-    targets[where] = values
-    weights = np.zeros(length, np.float32)
-    weights[where] = 1.0
-    return {"tokens": tokens, "targets": targets, "weights": weights}
+    if self.split != "train" or not cfg.train_pairs:
+      return _problem(rng, cfg, cfg.num_pairs, cfg.sequence_length)
+    pairs = int(rng.choice(cfg.train_pairs))
+    count = cfg.num_pairs // pairs
+    length = cfg.sequence_length // count
+    parts = [_problem(rng, cfg, pairs, length) for _ in range(count)]
+    example = {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
+    numbers = np.arange(count, dtype=np.int32)
+    return {**example, "segments": np.repeat(numbers, length)}
+
+
+def _problem(
+  rng: np.random.Generator, cfg: DataConfig, pairs: int, length: int
+) -> Example:
+  """Pairs, then their queries among fillers."""
+  keys = 1 + rng.choice(cfg.num_keys, pairs, replace=False)
+  values = 1 + cfg.num_keys + rng.integers(cfg.num_values, size=pairs)
+  tokens = np.full(length, FILLER, np.int32)
+  tokens[0 : 2 * pairs : 2] = keys
+  tokens[1 : 2 * pairs : 2] = values
+  # `choice` without replacement is in random order: so are the queries.
+  where = 2 * pairs + rng.choice(length - 2 * pairs, pairs, replace=False)
+  tokens[where] = keys
+  targets = np.zeros(length, np.int32)
+  targets[where] = values
+  weights = np.zeros(length, np.float32)
+  weights[where] = 1.0
+  return {"tokens": tokens, "targets": targets, "weights": weights}
 
 
 def load(config: DataConfig, vocab_size: int) -> dict[str, Recall]:
@@ -69,6 +88,12 @@ def load(config: DataConfig, vocab_size: int) -> dict[str, Recall]:
       f"data.num_pairs={pairs} takes {3 * pairs} positions (pairs and"
       f" queries), but data.sequence_length={config.sequence_length}"
     )
+  for size in config.train_pairs:
+    if pairs % size or config.sequence_length % (pairs // size):
+      raise ConfigError(
+        f"data.train_pairs={config.train_pairs}: rows for {pairs} pairs in"
+        f" {config.sequence_length} tokens do not divide into problems of {size}"
+      )
   if 1 + keys + values > vocab_size:
     raise ConfigError(
       f"model.vocab_size={vocab_size} is too small for {keys} keys,"

@@ -223,7 +223,7 @@ def scan_chunks(
     start, now = carry
     is_next, (x, live, borders) = inputs
     now = restart(now, borders)
-    start = _where(is_next, now["weight"], start)
+    start = where(is_next, now["weight"], start)
     if docs is not None:
       start = choose(borders[0], now["weight"], start)
     now, y = step(start, now, x, live)
@@ -235,7 +235,7 @@ def scan_chunks(
     body_continued, (state.start, state.now), (is_next, inputs), policy=policy
   )
   position = end % chunk_length
-  start = _where(position == 0, now["weight"], start)
+  start = where(position == 0, now["weight"], start)
   return ys, ChunkState(now, start, position.astype(jnp.int32))
 
 
@@ -264,5 +264,6 @@ def _outputs(
   return jax.tree.map(lambda ys, y: jnp.concatenate([ys, y[None]]), ys, y)
 
 
-def _where(condition: jax.Array, a: Any, b: Any) -> Any:
+def where(condition: jax.Array, a: Any, b: Any) -> Any:
+  """The tree `a` where one condition for all holds, else `b`."""
   return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)

@@ -1,15 +1,20 @@
-"""Continuum memory system, sequential, with the associative signal (eq. 71).
+"""Continuum memory system with the associative signal (eq. 70-74).
 
 One level is the model's own feed-forward block with fast weights: with
 n = RMS(x) and W = W_0 + D,
 
   y_t = W_down (silu(W_gate n_t) * W_up n_t),   x <- x + y
-  after every C tokens:  D <- D - mean_t eta'_t u_t n_t^T   (per matrix)
+  after every C tokens:  D <- alpha^C D - mean_t alpha^(C-t) eta'_t u_t k_t^T
 
-u is the matrix's error for 1/2 |y_t - value_t|^2 at the chunk's first state,
-eta' = eta / (1 + eta |input|^2) its proximal step, eta learned per level.
-Reads see only whole chunks, so inside a chunk nothing is sequential.  Deviates
-from the paper, which leaves signal and step open: see spec 02, section 4.
+u is the matrix's error for 1/2 |y(k_t) - value_t|^2 at the chunk's first state,
+eta' = eta / (1 + eta |input|^2) its proximal step, eta learned per level, alpha
+too where a level forgets.  The key k_t is n_t unless others are given.  Reads
+see only whole chunks, so inside a chunk nothing is sequential.  Deviates from
+the paper, which leaves signal and step open: see spec 02, section 4.
+
+`run_level` runs one level along the sequence; levels in sequence (eq. 73) or
+side by side (eq. 74) are several of them.  `run_nested` runs levels of which
+each restarts from its slower neighbour's state (eq. 72).
 
 A document may begin inside a chunk: its tokens read W_0 until the chunk's end,
 and what the chunk leaves behind is what its last document wrote.
@@ -17,13 +22,14 @@ and what the chunk leaves behind is what its last document wrote.
 Legend: B batch, T tokens, C chunk length, D model, F hidden.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from hope_jax.memory import architectures, chunks, deep, rules
-from pallas_kernels.scan import CheckpointPolicy
+from pallas_kernels.scan import CheckpointPolicy, checkpointed_scan
 
 
 class LevelWeights(NamedTuple):
@@ -34,20 +40,67 @@ class LevelWeights(NamedTuple):
   down: Any
 
 
+class Rule(NamedTuple):
+  """How a level learns.
+
+  Attributes:
+    learn_rate: eta, a scalar.
+    log_retention: log alpha per token, a scalar; None: nothing is forgotten.
+    chunk_length: tokens between updates; the step is divided by it.
+    error_clip: largest norm of an error; 0 does not clip.
+  """
+
+  learn_rate: jax.Array
+  log_retention: jax.Array | None
+  chunk_length: int
+  error_clip: float
+
+
+class Inputs(NamedTuple):
+  """What a block reads: n [..., D], its slow products [..., F] of gate, up."""
+
+  n: jax.Array
+  gate: jax.Array
+  up: jax.Array
+
+
+class Tokens(NamedTuple):
+  """What a chunk brings: reads, keys (None: the reads), values [..., D]."""
+
+  reads: Inputs
+  keys: Inputs | None
+  values: jax.Array
+
+
+class Trace(NamedTuple):
+  """A block's forward pass: hidden = activated * up, y = W_down hidden."""
+
+  hidden: jax.Array
+  activated: jax.Array
+  slope: jax.Array
+  up: jax.Array
+  y: jax.Array
+
+
 def zero_state(slow: LevelWeights, batch_size: int) -> dict[str, Any]:
   """D = 0 for every sequence."""
   return {"weight": chunks.zeros(slow, batch_size)}
+
+
+def slow_products(slow: LevelWeights, n: jax.Array) -> Inputs:
+  """n [B, T, D] with the products that no fast weight changes."""
+  apply = lambda weight: jnp.einsum("BTD,DF->BTF", n, weight)
+  return Inputs(n, apply(slow.gate), apply(slow.up))
 
 
 def run_level(
   slow: LevelWeights,
   inputs: jax.Array,
   values: jax.Array,
-  learn_rate: jax.Array,
+  rule: Rule,
   *,
-  chunk_length: int,
-  error_clip: float,
   policy: CheckpointPolicy,
+  keys: jax.Array | None = None,
   state: chunks.ChunkState | None = None,
   segments: jax.Array | None = None,
   with_dynamics: bool = False,
@@ -56,44 +109,45 @@ def run_level(
 
   Args:
     slow: W_0, without batch axis.
-    inputs: n [B, T, D], the normalised input, which is the key.
+    inputs: n [B, T, D], the normalised input.
     values: [B, T, D], what the block learns to answer.
-    learn_rate: eta, a scalar.
     policy: what the backward pass stores (`checkpointed_scan`).
+    keys: [B, T, D], to what it learns to answer; None: to `inputs`.
     segments: [B, T] document numbers (`memory/chunks.py`).
 
   Returns:
     y [B, T, D], the state after, scalars about the learning.
   """
-  layout = chunks.plan(inputs.shape[1], chunk_length, state)
+  layout = chunks.plan(inputs.shape[1], rule.chunk_length, state)
   continued = state is not None
   if state is None:
     state = chunks.fresh(zero_state(slow, inputs.shape[0]))
   # The slow products of all tokens at once; the scan adds the fast ones.
-  slow_gate = jnp.einsum("BTD,DF->BTF", inputs, slow.gate)
-  slow_up = jnp.einsum("BTD,DF->BTF", inputs, slow.up)
-  xs = [layout.split(x, axis=1) for x in (inputs, values, slow_gate, slow_up)]
+  reads = slow_products(slow, inputs)
+  written = None if keys is None else slow_products(slow, keys)
+  xs = jax.tree.map(
+    lambda x: layout.split(x, axis=1), Tokens(reads, written, values)
+  )
   origin = zero_state(slow, inputs.shape[0])
   docs = chunks.documents(segments, layout, origin)
   masks = docs and (docs.inherits, docs.keeps)
 
-  def step(start, now, xs, _):
-    rate = learn_rate, chunk_length
-    xs, masks = xs
-    after, y = learn_chunk(
-      slow, start, now["weight"], xs, rate, error_clip, masks
+  def step(start, now, xs, live):
+    tokens, masks = xs
+    after, trace = learn_chunk(
+      slow, start, now["weight"], tokens, rule, live, masks
     )
     dynamics = None
     if with_dynamics:
-      dynamics = _dynamics(slow, after, xs, y, error_clip)
-    return {"weight": after}, (y, dynamics)
+      dynamics = _dynamics(slow, start, after, tokens, rule)
+    return {"weight": after}, (trace.y, dynamics)
 
   (y, dynamics), state = chunks.scan_chunks(
     step,
     state,
-    (tuple(xs), masks),
+    (xs, masks),
     layout,
-    chunk_length=chunk_length,
+    chunk_length=rule.chunk_length,
     policy=policy,
     continued=continued,
     docs=docs,
@@ -107,44 +161,38 @@ def learn_chunk(
   slow: LevelWeights,
   start: LevelWeights,
   weight: LevelWeights,
-  xs: tuple[jax.Array, ...],
-  rate: tuple[jax.Array, int],
-  error_clip: float,
+  tokens: Tokens,
+  rule: Rule,
+  live: jax.Array | None = None,
   masks: tuple[jax.Array, jax.Array] | None = None,
-) -> tuple[LevelWeights, jax.Array]:
-  """One chunk: (weights after its tokens, y [B, C, D]).
+) -> tuple[LevelWeights, Trace]:
+  """One chunk: (weights after its tokens, what was read).
 
   Reads and gradients are taken at `start`; `weight` is what earlier tokens of
-  the chunk made of it.  `xs`: n, value and the slow products of gate and up; a
-  place without a token has n = 0, which writes nothing.
-  `rate`: eta and the chunk length that its step is divided by.
-  `masks`: inherits and keeps [B, C] of `chunks.Documents`.
+  the chunk made of it.  A place without a token (`live` [C]) has n = 0, which
+  writes nothing.  `masks`: inherits and keeps [B, C] of `chunks.Documents`.
   """
-  n, value, slow_gate, slow_up = xs
+  inherits = None if masks is None else masks[0]
+  read = forward(slow, start, tokens.reads, inherits)
+  keys, trace = tokens.reads, read
+  if tokens.keys is not None:
+    keys = tokens.keys
+    trace = forward(slow, start, keys, inherits)
+  errors = _errors(slow, start, trace, tokens.values, rule.error_clip, inherits)
+  count, later = _ages(tokens.values.shape[1], live)
 
-  def fast(equation, x, weight):
-    y = jnp.einsum(equation, x, weight)
-    return y if masks is None else y * masks[0][..., None]
-
-  gate = slow_gate + fast("BCD,BDF->BCF", n, start.gate)
-  up = slow_up + fast("BCD,BDF->BCF", n, start.up)
-  activated, slope = architectures.activate(gate, "silu")
-  hidden = activated * up
-  y = jnp.einsum("BCF,FD->BCD", hidden, slow.down)
-  y = y + fast("BCF,BFD->BCD", hidden, start.down)
-  error = rules.clip_norm(y - value, error_clip)
-  back = jnp.einsum("BCD,FD->BCF", error, slow.down)
-  back = back + fast("BCD,BFD->BCF", error, start.down)
-  error_gate = rules.clip_norm(back * up * slope, error_clip)
-  error_up = rules.clip_norm(back * activated, error_clip)
-  learn_rate, chunk_length = rate
+  def faded(x: jax.Array, age: jax.Array) -> jax.Array:
+    if rule.log_retention is None:
+      return x
+    return x * jnp.exp(rule.log_retention * age)
 
   def write(weight, layer_input, layer_error):
     square = jnp.sum(jnp.square(layer_input), axis=-1)
-    step = learn_rate / (1.0 + learn_rate * square) / chunk_length
+    rate = rule.learn_rate / (1.0 + rule.learn_rate * square)
+    step = faded(rate / rule.chunk_length, later[None])
     if masks is not None:
       step = step * masks[1]
-    return weight - jnp.einsum(
+    return faded(weight, count) - jnp.einsum(
       "BCD,BCF->BDF", layer_input * step[..., None], layer_error
     )
 
@@ -152,37 +200,185 @@ def learn_chunk(
     weight = chunks.choose(
       masks[1][:, 0], weight, jax.tree.map(jnp.zeros_like, weight)
     )
-  after = LevelWeights(
-    write(weight.gate, n, error_gate),
-    write(weight.up, n, error_up),
-    write(weight.down, hidden, error),
+  layer_inputs = LevelWeights(keys.n, keys.n, trace.hidden)
+  return LevelWeights(*map(write, weight, layer_inputs, errors)), read
+
+
+def forward(
+  slow: LevelWeights,
+  fast: LevelWeights,
+  x: Inputs,
+  inherits: jax.Array | None = None,
+) -> Trace:
+  """The block at one state; places that do not inherit [B, C] read W_0."""
+
+  def apply(equation, x, weight):
+    y = jnp.einsum(equation, x, weight)
+    return y if inherits is None else y * inherits[..., None]
+
+  gate = x.gate + apply("BCD,BDF->BCF", x.n, fast.gate)
+  up = x.up + apply("BCD,BDF->BCF", x.n, fast.up)
+  activated, slope = architectures.activate(gate, "silu")
+  hidden = activated * up
+  y = jnp.einsum("BCF,FD->BCD", hidden, slow.down)
+  y = y + apply("BCF,BFD->BCD", hidden, fast.down)
+  return Trace(hidden, activated, slope, up, y)
+
+
+def _errors(
+  slow: LevelWeights,
+  fast: LevelWeights,
+  trace: Trace,
+  values: jax.Array,
+  bound: float,
+  inherits: jax.Array | None,
+) -> LevelWeights:
+  """dL/d(output) of the three matrices for 1/2 |y - value|^2, clipped."""
+  error = rules.clip_norm(trace.y - values, bound)
+  through = jnp.einsum("BCD,BFD->BCF", error, fast.down)
+  if inherits is not None:
+    through = through * inherits[..., None]
+  back = jnp.einsum("BCD,FD->BCF", error, slow.down) + through
+  return LevelWeights(
+    rules.clip_norm(back * trace.up * trace.slope, bound),
+    rules.clip_norm(back * trace.activated, bound),
+    error,
   )
-  return after, y
 
 
-def feed_forward(
-  slow: LevelWeights, fast: LevelWeights | None, n: jax.Array
-) -> jax.Array:
-  """The block at one state: n [B, C, D] -> y [B, C, D]."""
+def _ages(length: int, live: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+  """Tokens of a chunk, and tokens after each of its places [C]."""
+  live = jnp.ones(length, jnp.int32) if live is None else live.astype(jnp.int32)
+  upto = jnp.cumsum(live)
+  return upto[-1], upto[-1] - upto
 
-  def apply(x, base, difference):
-    y = jnp.einsum("BCD,DF->BCF", x, base)
-    if difference is None:
-      return y
-    return y + jnp.einsum("BCD,BDF->BCF", x, difference)
 
-  fast = fast or LevelWeights(None, None, None)
-  hidden = jax.nn.silu(apply(n, slow.gate, fast.gate)) * apply(
-    n, slow.up, fast.up
+class NestedLevel(NamedTuple):
+  """A level of `run_nested`: its norm's scale [D]; `live` off: D stays 0."""
+
+  scale: jax.Array
+  rule: Rule
+  live: bool
+
+
+def run_nested(
+  slow: LevelWeights,
+  x: jax.Array,
+  values: jax.Array,
+  levels: Sequence[NestedLevel],
+  *,
+  policy: CheckpointPolicy,
+  keys: jax.Array | None = None,
+  state: Sequence[chunks.ChunkState] | None = None,
+  segments: jax.Array | None = None,
+  with_dynamics: bool = False,
+) -> tuple[
+  jax.Array, list[chunks.ChunkState] | None, list[dict[str, jax.Array]]
+]:
+  """Levels in sequence that share W_0, each restarting from the next one.
+
+  When a level's chunk ends, its faster neighbour takes over its D (eq. 72), and
+  so on down to the fastest.  All levels advance together by the shortest chunk.
+
+  Args:
+    slow: W_0 of all levels.
+    x: [B, T, D], the residual stream.
+    levels: fastest first; each chunk length divides the next.
+    keys, values, policy, segments, with_dynamics: as in `run_level`.
+
+  Returns:
+    x after all levels, their states, scalars about each one's learning.
+  """
+  lengths = [level.rule.chunk_length for level in levels]
+  origin = zero_state(slow, x.shape[0])
+  continued = state is not None
+  if state is None:
+    state = [chunks.fresh(origin) for _ in levels]
+  positions = [s.position for s in state]
+  layout = chunks.plan(x.shape[1], lengths[0], state[0] if continued else None)
+  docs = chunks.documents(segments, layout, origin)
+  # Tokens of the slowest chunk that are past at the start of each chunk.
+  first = jnp.arange(layout.count) * layout.length
+  past = positions[-1] - (0 if layout.offset is None else layout.offset) + first
+  inside = (first > 0) & (first < positions[0] + layout.tokens)
+  borders = [inside & (past % length == 0) for length in lengths]
+
+  nothing = ((origin["weight"],) * 2,) * len(levels)
+
+  def body(carry, inputs):
+    (x, values, keys), live, borders, flags = inputs
+    masks = None
+    if flags is not None:
+      begins, *masks = flags
+      carry = chunks.choose(begins, nothing, carry)
+    carry = _restart(carry, borders, levels)
+    written = None if keys is None else slow_products(slow, keys)
+    after, dynamics = [], []
+    for level, (start, now) in zip(levels, carry, strict=True):
+      n = architectures.rms_normalize(x) * level.scale[None, None]
+      tokens = Tokens(slow_products(slow, n), written, values)
+      new, read = learn_chunk(slow, start, now, tokens, level.rule, live, masks)
+      x = x + read.y
+      new = new if level.live else now
+      if with_dynamics:
+        dynamics.append(_dynamics(slow, start, new, tokens, level.rule))
+      if masks is not None:
+        start = chunks.choose(masks[1][:, 0], start, origin["weight"])
+      after.append((start, new))
+    return tuple(after), (x, dynamics)
+
+  flags = docs and (docs.begins, docs.inherits, docs.keeps)
+  xs = jax.tree.map(lambda x: layout.split(x, axis=1), (x, values, keys))
+  carry = tuple((s.start, s.now["weight"]) for s in state)
+  carry, (y, dynamics) = checkpointed_scan(
+    body, carry, (xs, layout.live, borders, flags), policy=policy
   )
-  return apply(hidden, slow.down, fast.down)
+  dynamics = [deep.summarize(d) for d in dynamics]
+  y = layout.merge(y, axis=1)
+  if not continued:
+    return y, None, dynamics
+  ends = [position + layout.tokens for position in positions]
+  at_end = [end % c == 0 for end, c in zip(ends, lengths, strict=True)]
+  carry = _restart(carry, at_end, levels)
+  state = [
+    chunks.ChunkState({"weight": now}, start, (end % c).astype(jnp.int32))
+    for (start, now), end, c in zip(carry, ends, lengths, strict=True)
+  ]
+  return y, state, dynamics
 
 
-def _dynamics(slow, after, xs, y, error_clip):
+def _restart(
+  carry: tuple[Any, ...], borders: Sequence[Any], levels: Sequence[NestedLevel]
+) -> tuple[Any, ...]:
+  """(start, now) of every level where chunks may have ended (`borders`)."""
+  pairs = list(carry)
+  for i in reversed(range(len(levels))):
+    start, now = pairs[i]
+    if i + 1 < len(levels) and levels[i].live:
+      now = chunks.where(borders[i + 1], pairs[i + 1][1], now)
+    pairs[i] = chunks.where(borders[i], now, start), now
+  return tuple(pairs)
+
+
+def feed_forward(slow: LevelWeights, n: jax.Array) -> jax.Array:
+  """The block without fast weights: n [B, T, D] -> y [B, T, D]."""
+  reads = slow_products(slow, n)
+  hidden = jax.nn.silu(reads.gate) * reads.up
+  return jnp.einsum("BTF,FD->BTD", hidden, slow.down)
+
+
+def _dynamics(
+  slow: LevelWeights,
+  start: LevelWeights,
+  after: LevelWeights,
+  tokens: Tokens,
+  rule: Rule,
+) -> dict[str, jax.Array]:
   """Scalars of one chunk, as in `deep.dynamics_of`."""
-  n, value, *_ = xs
-  later = feed_forward(slow, after, n)
+  keys = tokens.reads if tokens.keys is None else tokens.keys
+  before, later = (forward(slow, fast, keys).y for fast in (start, after))
   return {
+    "learn_rate": rule.learn_rate,
     "relative_change": deep.relative_change(slow, after),
-    **deep.loss_dynamics(y, later, value, 0.5, error_clip),
+    **deep.loss_dynamics(before, later, tokens.values, 0.5, rule.error_clip),
   }

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hope_jax.config import MemoryConfig
 from hope_jax.memory import architectures, chunks, deep, rules
@@ -317,7 +318,10 @@ def learn_chunk(
       cfg,
       divide=divide,
     )
-    weight[kind], after_momentum[kind] = out.weight, out.momentum
+    weight[kind] = _unless_frozen(
+      out.weight, getattr(now["weight"], kind), boxes, frozen
+    )
+    after_momentum[kind] = out.momentum
     first += len(boxes)
 
   if start.hidden is not None:
@@ -334,13 +338,32 @@ def learn_chunk(
       cfg,
       divide=divide,
     )
-    weight["hidden"], after_momentum["hidden"] = out.weight, out.momentum
+    boxes = members(cfg, PROJECTIONS) + members(cfg, GATES)
+    weight["hidden"] = _unless_frozen(
+      out.weight, now["weight"].hidden, boxes, frozen
+    )
+    after_momentum["hidden"] = out.momentum
   absent = dict.fromkeys(Boxes._fields)
   after: dict[str, Any] = {"weight": Boxes(**(absent | weight))}
   after["momentum"] = None
   if now["momentum"] is not None:
     after["momentum"] = Boxes(**(absent | after_momentum))
   return after, trace, targets
+
+
+def _unless_frozen(
+  new: jax.Array,
+  old: jax.Array,
+  boxes: tuple[str, ...],
+  frozen: tuple[str, ...],
+) -> jax.Array:
+  """[B, H, G ..., :, :]: `new` where a box learns, `old` where it is frozen
+  (without an error it would still decay)."""
+  if not frozen:
+    return new
+  is_on = [box not in frozen for box in boxes]
+  is_on = np.repeat(is_on, new.shape[2] // len(boxes))
+  return jnp.where(is_on.reshape(-1, *(1,) * (new.ndim - 3)), new, old)
 
 
 def _dynamics(initial, final, gates, trace, later, targets, cfg):

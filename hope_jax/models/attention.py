@@ -115,4 +115,7 @@ class Attention(nn.Module):
     y_BTD = layers.dense(
       cfg.width, cfg, ("heads", "embed"), "output", is_output=True
     )(y.reshape(x_BTD.shape))
-    return MixerOutput(y_BTD, v.reshape(x_BTD.shape), state)
+    keys, values = (
+      projected[name].reshape(x_BTD.shape) for name in ("key", "value")
+    )
+    return MixerOutput(y_BTD, keys, values, state)

@@ -1,18 +1,26 @@
 """The continuum memory system as the FFN of a block (paper section 7).
 
-  x <- x + SwiGLU_l(RMS_l(x); W_l + D_l)   fastest level first, the last slow
+  sequential    x <- x + SwiGLU_l(RMS_l(x); W_l + D_l), fastest level first (73)
+  independent   x <- x + sum_l w_l SwiGLU_l(RMS_l(x); W_l + D_l)            (74)
+  nested        as sequential with one W for all levels; a level restarts from
+                its slower neighbour's state when that one's chunk ends     (72)
 
-The k levels split the FFN's hidden width, so that models with and without CMS
-have equal parameters.  The value that a fast level learns to answer with:
+The last level is slow.  The k levels split the FFN's hidden width (nested ones
+share one block of the whole width), so that models with and without CMS have
+equal parameters.  A fast level learns to answer its own input n_t with a value:
 
-  mixer_value   the sequence layer's values v_t, RMS-normalised
   mixer_linear  a learned linear map of the sequence layer's output
+  mixer_value   the sequence layer's values v_t
+  mixer_pair    the same, and the key is the sequence layer's k_t, not n_t
+
+keys and values RMS-normalised; or from the model's loss on what came next
+(`models/next_token.py`), which gives the levels their D (`GivenState`).
 
 Legend: B batch, T tokens, D model, F hidden.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -25,81 +33,171 @@ from hope_jax.models import layers
 from hope_jax.models.interface import MixerOutput
 
 
+def block_hidden(config: ModelConfig, level: int) -> int:
+  """Hidden width of a level's block."""
+  hidden = config.cms.hidden
+  return sum(hidden) if config.cms.connection == "nested" else hidden[level]
+
+
 def init_state(
   config: ModelConfig, batch_size: int, piece_length: int | None = None
 ) -> dict[str, chunks.ChunkState]:
   """D = 0 for every level that has a chunk length."""
-  width = config.width
-  return {
-    f"cms_{i}": chunks.fresh(
-      cms.zero_state(
-        cms.LevelWeights(
-          jnp.zeros((width, hidden)),
-          jnp.zeros((width, hidden)),
-          jnp.zeros((hidden, width)),
-        ),
-        batch_size,
-      ),
-      config.cms.chunk_lengths[i],
-      piece_length,
+  if config.cms.connection == "nested":  # its levels need their places
+    piece_length = None
+  state = {}
+  for i, chunk_length in enumerate(config.cms.fast_lengths):
+    width, hidden = config.width, block_hidden(config, i)
+    shapes = (width, hidden), (width, hidden), (hidden, width)
+    zero = cms.LevelWeights(*(jnp.zeros(shape) for shape in shapes))
+    now = cms.zero_state(zero, batch_size)
+    state[f"cms_{i}"] = chunks.fresh(now, chunk_length, piece_length)
+  return state
+
+
+def _weights(module: nn.Module, config: ModelConfig, hidden: int) -> Any:
+  """W_0 of a block as parameters of `module`."""
+  std, width = layers.INIT_STD, config.width
+  down_std = std / (2 * config.num_layers) ** 0.5
+
+  def weight(name: str, std: float, axes: tuple[str, str]) -> Any:
+    shape = (width, hidden) if axes[0] == "embed" else (hidden, width)
+    init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+    return module.param(name, init, shape)
+
+  return cms.LevelWeights(
+    weight("gate", std, ("embed", "mlp")),
+    weight("up", std, ("embed", "mlp")),
+    weight("down", down_std, ("mlp", "embed")),
+  )
+
+
+def _rule(
+  module: nn.Module, config: ModelConfig, chunk_length: int, end: str = ""
+) -> cms.Rule:
+  """A level's rates as parameters of `module`, softplus of `learn_rate` and
+  `forget`; alpha, if the level forgets, starts at the configured half-life."""
+
+  def scalar(name: str, start: float) -> jax.Array:
+    logit = math.log(math.expm1(start))
+    value: Any = module.param(  # not weakly typed, or a step compiles again
+      name + end, lambda key: jnp.full((), logit, jnp.float32)
     )
-    for i, hidden in enumerate(config.cms.hidden)
-    if config.cms.chunk_lengths[i]
-  }
+    return jax.nn.softplus(value)
+
+  cfg = config.cms
+  rate = scalar("learn_rate", cfg.initial_learn_rate)
+  log_retention = None
+  if cfg.half_life:
+    log_retention = -scalar("forget", math.log(2) / cfg.half_life)
+  return cms.Rule(rate, log_retention, chunk_length, cfg.error_clip)
+
+
+class GivenState(NamedTuple):
+  """D of a level that learns elsewhere; which places read it, None: all."""
+
+  weight: cms.LevelWeights
+  inherits: jax.Array | None
+
+
+def _given(
+  slow: cms.LevelWeights, n: jax.Array, state: GivenState | None
+) -> jax.Array:
+  """y [B, T, D] of a block at given weights."""
+  if state is None:
+    return cms.feed_forward(slow, n)
+  reads = cms.slow_products(slow, n)
+  return cms.forward(slow, state.weight, reads, state.inherits).y
+
+
+class Scale(nn.Module):
+  """The scale of an RMS norm that is applied elsewhere."""
+
+  width: int
+
+  @nn.compact
+  def __call__(self) -> Any:
+    init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+    return self.param("scale", init, (self.width,))
 
 
 class FastLevel(nn.Module):
-  """One fast level: slow weights W_0 and its learn rate as parameters."""
+  """One fast level by itself."""
 
   config: ModelConfig
-  hidden: int
-  chunk_length: int
-  level: str
+  number: int
 
   @nn.compact
-  def __call__(self, n_BTD, value_BTD, state, segments):
-    cfg = self.config
-    std = layers.INIT_STD
-    slow = cms.LevelWeights(
-      self._weight("gate", std, ("embed", "mlp")),
-      self._weight("up", std, ("embed", "mlp")),
-      self._weight("down", std / (2 * cfg.num_layers) ** 0.5, ("mlp", "embed")),
-    )
-    start = math.log(math.expm1(cfg.cms.initial_learn_rate))
-    rate: Any = self.param(
-      "learn_rate", lambda key: jnp.full((), start, jnp.float32)
-    )
+  def __call__(self, n_BTD, keys_BTD, values_BTD, state, segments):
+    cfg, level = self.config, f"cms_{self.number}"
+    slow = _weights(self, cfg, block_hidden(cfg, self.number))
+    rule = _rule(self, cfg, cfg.cms.chunk_lengths[self.number])
     n = n_BTD.astype(jnp.float32)
-    if not cfg.is_live(self.level):
-      return cms.feed_forward(slow, None, n).astype(n_BTD.dtype), state
+    if cfg.cms.signal == "next_token":
+      return _given(slow, n, state).astype(n_BTD.dtype), state
+    if not cfg.is_live(level):
+      return cms.feed_forward(slow, n).astype(n_BTD.dtype), state
     y, state, dynamics = cms.run_level(
       slow,
       n,
-      value_BTD,
-      jax.nn.softplus(rate),
-      chunk_length=self.chunk_length,
-      error_clip=cfg.cms.error_clip,
+      values_BTD,
+      rule,
+      keys=keys_BTD,
       policy=cfg.memory.remat,
       state=state,
       segments=segments,
       with_dynamics=self.is_mutable_collection("dynamics"),
     )
-    if dynamics is not None:
-      dynamics["learn_rate"] = jax.nn.softplus(rate)
-    layers.sow_dynamics(self, self.level, dynamics)
+    layers.sow_dynamics(self, level, dynamics)
     return y.astype(n_BTD.dtype), state
 
-  def _weight(self, name, std, axes) -> Any:
-    sizes = {"embed": self.config.width, "mlp": self.hidden}
-    return self.param(
-      name,
-      nn.with_logical_partitioning(nn.initializers.normal(std), axes),
-      tuple(sizes[axis] for axis in axes),
-    )
+
+class NestedLevels(nn.Module):
+  """All levels on one block, the slow one included: x -> x + ..."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD, scales, keys_BTD, values_BTD, state, segments):
+    cfg, fast = self.config, self.config.cms.fast_lengths
+    slow = _weights(self, cfg, block_hidden(cfg, 0))
+    levels = [
+      cms.NestedLevel(
+        scale, _rule(self, cfg, length, f"_{i}"), cfg.is_live(f"cms_{i}")
+      )
+      for i, (length, scale) in enumerate(zip(fast, scales, strict=False))
+    ]
+    x = x_BTD.astype(jnp.float32)
+    if cfg.cms.signal == "next_token":
+      for level, scale in zip(state or {}, scales, strict=False):
+        n = rms_normalize(x) * scale[None, None]
+        x = x + _given(slow, n, state[level])
+      scales = scales[len(state or ()) :]
+    elif any(level.live for level in levels):
+      x, new_state, dynamics = cms.run_nested(
+        slow,
+        x,
+        values_BTD,
+        levels,
+        keys=keys_BTD,
+        policy=cfg.memory.remat,
+        state=list(state.values()) if state else None,
+        segments=segments,
+        with_dynamics=self.is_mutable_collection("dynamics"),
+      )
+      for i, values in enumerate(dynamics):
+        layers.sow_dynamics(self, f"cms_{i}", values)
+      if state:
+        state = dict(zip(state, new_state, strict=True))
+      scales = scales[len(fast) :]
+    for scale in scales:
+      n = rms_normalize(x) * scale[None, None]
+      x = x + cms.feed_forward(slow, n)
+    return x.astype(x_BTD.dtype), state
 
 
 class ContinuumMemory(nn.Module):
-  """All levels in sequence, each with its own norm and residual."""
+  """All levels, each with its own norm."""
 
   config: ModelConfig
 
@@ -112,24 +210,43 @@ class ContinuumMemory(nn.Module):
     segments: jax.Array | None = None,
   ) -> tuple[jax.Array, dict[str, Any] | None]:
     cfg = self.config
+    keys, values = self._signal(mixed)
+    count = len(cfg.cms.hidden)
+    if cfg.cms.connection == "nested":
+      scales = [Scale(cfg.width, name=f"norm_{i}")() for i in range(count)]
+      return NestedLevels(cfg, name="levels")(
+        x_BTD, scales, keys, values, state, segments
+      )
     new_state = {}
-    value = None
-    if any(cfg.cms.chunk_lengths):
-      value = mixed.values
-      if cfg.cms.value == "mixer_linear":
-        value = layers.dense(cfg.width, cfg, ("embed", "heads"), "value")(
-          mixed.y
-        )
-      value = rms_normalize(value)
-    for i, hidden in enumerate(cfg.cms.hidden):
-      n = layers.rms_norm(cfg, f"norm_{i}")(x_BTD)
-      chunk_length = cfg.cms.chunk_lengths[i]
-      if not chunk_length:
-        y = layers.SwiGLU(cfg, hidden, name=f"level_{i}")(n)
+    input_BTD = x_BTD
+    for i in range(count):
+      is_chain = cfg.cms.connection == "sequential"
+      n = layers.rms_norm(cfg, f"norm_{i}")(x_BTD if is_chain else input_BTD)
+      if i >= len(cfg.cms.fast_lengths):
+        y = layers.SwiGLU(cfg, cfg.cms.hidden[i], name=f"level_{i}")(n)
       else:
         level = f"cms_{i}"
-        y, new_state[level] = FastLevel(
-          cfg, hidden, chunk_length, level, name=f"level_{i}"
-        )(n, value, state[level] if state else None, segments)
+        y, new_state[level] = FastLevel(cfg, i, name=f"level_{i}")(
+          n, keys, values, state[level] if state else None, segments
+        )
+      if not is_chain:
+        share: Any = self.param(
+          f"share_{i}", lambda key: jnp.ones((), jnp.float32)
+        )
+        y = y * share.astype(y.dtype)
       x_BTD = x_BTD + y
     return x_BTD, new_state if state is not None else None
+
+  def _signal(self, mixed: MixerOutput) -> tuple[Any, Any]:
+    """Keys (None: each level's own input) and values of all levels."""
+    cfg = self.config
+    if not cfg.cms.fast_lengths or cfg.cms.signal == "next_token":
+      return None, None
+    values = mixed.values
+    if cfg.cms.value == "mixer_linear":
+      values = layers.dense(cfg.width, cfg, ("embed", "heads"), "value")(
+        mixed.y
+      )
+    is_pair = cfg.cms.value == "mixer_pair"
+    keys = rms_normalize(mixed.keys) if is_pair else None
+    return keys, rms_normalize(values)

@@ -13,8 +13,10 @@ import jax
 
 
 class MixerOutput(NamedTuple):
-  """y [B, T, D]; its values v_t [B, T, D] for the CMS; the new state."""
+  """y [B, T, D]; its keys and values k_t, v_t [B, T, D] for the CMS (heads
+  side by side); the new state."""
 
   y: jax.Array
+  keys: jax.Array
   values: jax.Array
   state: Any

@@ -3,14 +3,14 @@
 Legend: B batch, T tokens, D model, V vocab.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from hope_jax.config import ModelConfig
-from hope_jax.models import block, layers
+from hope_jax.models import block, layers, next_token
 
 
 class ModelOutput(NamedTuple):
@@ -29,9 +29,43 @@ def init_state(
   chunks divide it then learn as fast as without a state.
   """
   one = block.init_state(config, batch_size, piece_length)
-  return jax.tree.map(
+  state = jax.tree.map(
     lambda x: jnp.broadcast_to(x[None], (config.num_layers, *x.shape)), one
   )
+  if next_token.is_on(config):
+    return next_token.init_state(config, state.mixer, batch_size)
+  return state
+
+
+def forward(
+  model: "LanguageModel",
+  params: Any,
+  tokens_BT: jax.Array,
+  *,
+  state: Any = None,
+  segments: jax.Array | None = None,
+) -> ModelOutput:
+  """The model as a function of its parameters, all its levels learning."""
+  config = model.config
+
+  def apply(tokens: jax.Array, state: Any, segments: Any) -> ModelOutput:
+    output = model.apply(
+      {"params": params}, tokens, state=state, segments=segments
+    )
+    return cast(ModelOutput, output)
+
+  if not next_token.is_on(config):
+    return apply(tokens_BT, state, segments)
+  is_fresh = state is None
+  if is_fresh:
+    batch_size, length = tokens_BT.shape
+    chunk_length = config.cms.fast_lengths[0]
+    in_chunks = chunk_length if length % chunk_length == 0 else None
+    state = init_state(config, batch_size, in_chunks)
+  logits, state = next_token.forward(
+    apply, params, tokens_BT, config=config, state=state, segments=segments
+  )
+  return ModelOutput(logits, None if is_fresh else state)
 
 
 class LanguageModel(nn.Module):

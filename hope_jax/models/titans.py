@@ -183,12 +183,6 @@ class ReadOut(nn.Module):
     )(o_BTD)
 
 
-def sow_dynamics(module: nn.Module, name: str, values: dict | None):
-  """Records the learning's scalars where `dynamics` is asked for."""
-  for key, value in (values or {}).items():
-    module.sow("dynamics", f"{name}/{key}", value)
-
-
 def init_state(
   config: ModelConfig, batch_size: int, piece_length: int | None = None
 ) -> dict[str, Any]:
@@ -260,7 +254,9 @@ class SelfModifyingTitans(nn.Module):
     )
     layers.sow_dynamics(self, "memory", out.dynamics)
     y_BTD = ReadOut(cfg, name="readout")(x_BTD, out.outputs)
-    values = made.v.swapaxes(1, 2).reshape(x_BTD.shape)
+    keys, values = (
+      x.swapaxes(1, 2).reshape(x_BTD.shape) for x in (made.k, made.v)
+    )
     if state is not None:
       state = {"memory": out.state, "boxes": boxes_state, "conv": conv}
-    return MixerOutput(y_BTD, values, state)
+    return MixerOutput(y_BTD, keys, values, state)

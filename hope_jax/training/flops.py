@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from hope_jax.config import Config
-from hope_jax.models.language_model import LanguageModel
-from hope_jax.training.step import forward
+from hope_jax.models.language_model import LanguageModel, forward
 
 # Part of jax's device_kind, lower case -> dense bfloat16 FLOP/s of one chip.
 # The first entry that matches counts.  From the makers' data sheets.

@@ -7,7 +7,7 @@ Legend: B batch, T tokens, A accumulated microbatches.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -18,11 +18,12 @@ from jax.sharding import Mesh
 
 from hope_jax.config import Config
 from hope_jax.models import language_model
-from hope_jax.models.language_model import LanguageModel, ModelOutput
+from hope_jax.models.language_model import LanguageModel
 from hope_jax.optim import adamw
 from hope_jax.training import sharding
 
 Batch = dict[str, jax.Array]
+forward = language_model.forward
 
 
 @flax.struct.dataclass
@@ -77,19 +78,11 @@ class Compiled(NamedTuple):
   abstract_state: TrainState
 
 
-def forward(
-  model: nn.Module, params: Any, tokens_BT: jax.Array, **kwargs: Any
-) -> ModelOutput:
-  """The model as a function of its parameters."""
-  output = model.apply({"params": params}, tokens_BT, **kwargs)
-  return cast(ModelOutput, output)
-
-
 def batch_sums(
   model: nn.Module, params: Any, batch: Batch, fast: Any = None
 ) -> tuple[Sums, Any]:
   """Loss and accuracy sums of one batch, and the fast state after it."""
-  output = forward(
+  output = language_model.forward(
     model, params, batch["tokens"], state=fast, segments=batch.get("segments")
   )
   logits = output.logits.astype(jnp.float32)

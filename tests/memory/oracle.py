@@ -185,30 +185,78 @@ def feed_forward(weights, n):
   return (jax.nn.silu(n @ gate) * (n @ up)) @ down
 
 
-def run_cms_level(slow, inputs, values, learn_rate, chunk, error_clip):
-  """Eq. 71 for one level (gate, up, down), token by token: read at the chunk's
-  first state, one `jax.grad` step per token, kept until the chunk's end."""
+def cms_step(start, now, n, k, value, rule):
+  """One token of eq. 71: (y, weights after it), gradients by `jax.grad`.
+
+  `start`: (gate, up, down) at the chunk's first token, `now`: what its tokens
+  made of it; both as differences from `rule["slow"]`.
+  """
+  gate, up, down = (w + d for w, d in zip(rule["slow"], start, strict=True))
+  error = clip(feed_forward((gate, up, down), k) - value, rule["error_clip"])
+
+  def through(z_gate, z_up):
+    return jnp.vdot(error, (jax.nn.silu(z_gate) * z_up) @ down)
+
+  errors = jax.grad(through, (0, 1))(k @ gate, k @ up)
+  hidden = jax.nn.silu(k @ gate) * (k @ up)
+  steps = [(k, clip(e, rule["error_clip"])) for e in errors] + [(hidden, error)]
+  rate = rule["learn_rate"]
+  now = tuple(
+    rule["alpha"] * weight
+    - rate / (1 + rate * x @ x) / rule["chunk"] * jnp.outer(x, u)
+    for weight, (x, u) in zip(now, steps, strict=True)
+  )
+  return feed_forward((gate, up, down), n), now
+
+
+def run_cms_level(slow, n, values, learn_rate, chunk, error_clip, **other):
+  """Eq. 71 for one level, token by token: read at the chunk's first state."""
+  rule = {
+    "slow": slow,
+    "learn_rate": learn_rate,
+    "chunk": chunk,
+    "error_clip": error_clip,
+    "alpha": other.get("alpha", 1.0),
+  }
+  nothing = tuple(jnp.zeros_like(w) for w in slow)
 
   def token(carry, xs):
     start, now = carry
-    t, n, value = xs
+    t, n, k, value = xs
     start = choose(t % chunk == 0, now, start)
-    gate, up, down = start
-    y = feed_forward(start, n)
-    error = clip(y - value, error_clip)
-
-    def through(z_gate, z_up):
-      return jnp.vdot(error, (jax.nn.silu(z_gate) * z_up) @ down)
-
-    errors = jax.grad(through, (0, 1))(n @ gate, n @ up)
-    hidden = jax.nn.silu(n @ gate) * (n @ up)
-    steps = [(n, clip(e, error_clip)) for e in errors] + [(hidden, error)]
-    now = tuple(
-      weight - learn_rate / (1 + learn_rate * x @ x) / chunk * jnp.outer(x, u)
-      for weight, (x, u) in zip(now, steps, strict=True)
-    )
+    y, now = cms_step(start, now, n, k, value, rule)
     return (start, now), y
 
-  xs = (jnp.arange(inputs.shape[0]), inputs, values)
-  (_, after), outputs = jax.lax.scan(token, (tuple(slow), tuple(slow)), xs)
+  xs = (jnp.arange(n.shape[0]), n, other.get("keys", n), values)
+  (_, after), outputs = jax.lax.scan(token, (nothing, nothing), xs)
   return outputs, after
+
+
+def run_cms_nested(slow, x, values, scales, rules, frozen=()):
+  """Eq. 72 token by token: levels in sequence on one block; where a level's
+  chunk ends, the one before it (faster) goes on from its state."""
+  nothing = tuple(jnp.zeros_like(w) for w in slow)
+
+  def token(levels, xs):
+    t, x, value = xs
+    levels = list(levels)
+    for i in reversed(range(len(rules))):
+      start, now = levels[i]
+      if i + 1 < len(rules):
+        ends = t % rules[i + 1]["chunk"] == 0
+        now = choose(ends, levels[i + 1][1], now)
+      levels[i] = choose(t % rules[i]["chunk"] == 0, now, start), now
+      if i in frozen:
+        levels[i] = nothing, nothing
+    for i, rule in enumerate(rules):
+      n = x * scales[i] / jnp.sqrt(jnp.mean(x**2) + 1e-6)
+      start, now = levels[i]
+      y, now = cms_step(start, now, n, n, value, {**rule, "slow": slow})
+      levels[i] = start, now
+      x = x + y
+    return tuple(levels), x
+
+  levels = tuple((nothing, nothing) for _ in rules)
+  xs = (jnp.arange(x.shape[0]), x, values)
+  levels, outputs = jax.lax.scan(token, levels, xs)
+  return outputs, levels

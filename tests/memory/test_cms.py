@@ -1,5 +1,7 @@
 """Continuum memory: a loop of `jax.grad` steps, periods, twins."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,12 @@ from tests.memory import oracle
 from tests.pallas_kernels.testing import fast_jit
 
 B, T, D, F, C = 2, 22, 5, 7, 4
+RULE = {
+  "learn_rate": 0.3,
+  "log_retention": None,
+  "chunk_length": C,
+  "error_clip": 1.0,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -26,16 +34,31 @@ def random_level(seed=0):
 
 
 def run(slow, n, value, state=None, **kwargs):
-  options = dict(chunk_length=C, error_clip=1.0, policy="sqrt") | kwargs
-  return cms.run_level(slow, n, value, 0.3, state=state, **options)
+  fields = {name: kwargs.pop(name) for name in RULE if name in kwargs}
+  rule = cms.Rule(**{**RULE, **fields})
+  return cms.run_level(
+    slow, n, value, rule, policy="sqrt", state=state, **kwargs
+  )
 
 
+@pytest.mark.parametrize("has_keys", [False, True])
+@pytest.mark.parametrize("alpha", [1.0, 0.9])
 @pytest.mark.parametrize("error_clip", [0.0, 1.0])
-def test_level_equals_loop_of_gradient_steps(error_clip):
+def test_level_equals_loop_of_gradient_steps(error_clip, alpha, has_keys):
   slow, n, value = random_level()
-  ours, _, _ = run(slow, n, value, error_clip=error_clip)
+  keys = random_level(1)[1] if has_keys else n
+  ours, _, _ = run(
+    slow,
+    n,
+    value,
+    error_clip=error_clip,
+    log_retention=None if alpha == 1 else jnp.log(alpha),
+    keys=keys if has_keys else None,
+  )
   for b in range(B):
-    expected, _ = oracle.run_cms_level(slow, n[b], value[b], 0.3, C, error_clip)
+    expected, _ = oracle.run_cms_level(
+      slow, n[b], value[b], 0.3, C, error_clip, alpha=alpha, keys=keys[b]
+    )
     np.testing.assert_allclose(ours[b], expected, atol=1e-12)
 
 
@@ -65,11 +88,12 @@ def test_level_changes_only_at_its_period():
     assert changed == ((t + 1) % C == 0)
 
 
+@pytest.mark.parametrize("log_retention", [None, -0.1])
 @pytest.mark.parametrize("pieces", [(1,) * T, (3, 1, 9, 1, 8)])
-def test_level_in_pieces_equals_one_pass(pieces):
+def test_level_in_pieces_equals_one_pass(pieces, log_retention):
   slow, n, value = random_level()
-  whole, _, _ = run(slow, n, value)
-  step = fast_jit(run)
+  whole, _, _ = run(slow, n, value, log_retention=log_retention)
+  step = fast_jit(functools.partial(run, log_retention=log_retention))
   state, outputs, first = chunks.fresh(cms.zero_state(slow, B)), [], 0
   for size in pieces:
     part = slice(first, first + size)
@@ -83,10 +107,8 @@ def test_level_in_pieces_equals_one_pass(pieces):
 
 def test_level_without_rate_is_the_slow_block():
   slow, n, value = random_level()
-  live, _, _ = cms.run_level(
-    slow, n, value, 0.0, chunk_length=C, error_clip=1.0, policy="sqrt"
-  )
-  np.testing.assert_array_equal(live, cms.feed_forward(slow, None, n))
+  live, _, _ = run(slow, n, value, learn_rate=0.0)
+  np.testing.assert_array_equal(live, cms.feed_forward(slow, n))
 
 
 def test_level_is_causal_and_reads_whole_chunks():
@@ -139,10 +161,94 @@ def test_documents_in_pieces_equal_one_pass(size):
 def test_outer_gradient_goes_through_the_writes():
   slow, n, value = random_level()
   loss = lambda value, rate: jnp.sum(
-    cms.run_level(
-      slow, n, value, rate, chunk_length=C, error_clip=1.0, policy="sqrt"
-    )[0]
-    ** 2
+    run(slow, n, value, learn_rate=rate)[0] ** 2
   )
   to_value, to_rate = jax.grad(loss, (0, 1))(value, 0.3)
   assert jnp.abs(to_value[:, : T - C]).max() > 0 and to_rate != 0
+
+
+LENGTHS, RATES, ALPHAS = (2, 4, 12), (0.3, 0.2, 0.4), (0.9, 1.0, 0.97)
+
+
+def nested_levels(frozen=()):
+  scales = random_level(3)[1][0, : len(LENGTHS)]
+  return [
+    cms.NestedLevel(
+      scale,
+      cms.Rule(rate, None if alpha == 1 else jnp.log(alpha), length, 1.0),
+      i not in frozen,
+    )
+    for i, (scale, rate, alpha, length) in enumerate(
+      zip(scales, RATES, ALPHAS, LENGTHS, strict=True)
+    )
+  ]
+
+
+def run_nested(slow, x, value, state=None, frozen=(), **kwargs):
+  levels = nested_levels(frozen)
+  return cms.run_nested(
+    slow, x, value, levels, policy="sqrt", state=state, **kwargs
+  )
+
+
+def fresh_nested(slow):
+  return [chunks.fresh(cms.zero_state(slow, B)) for _ in LENGTHS]
+
+
+@pytest.mark.parametrize("frozen", [(), (1,)])
+def test_nested_levels_equal_their_token_loop(frozen):
+  slow, x, value = random_level()
+  ours, states, _ = run_nested(slow, x, value, fresh_nested(slow), frozen)
+  fields = ("learn_rate", "alpha", "chunk")
+  rules = [
+    {**dict(zip(fields, values, strict=True)), "error_clip": 1.0}
+    for values in zip(RATES, ALPHAS, LENGTHS, strict=True)
+  ]
+  scales = [level.scale for level in nested_levels()]
+  expected, after = oracle.run_cms_nested(
+    slow, x[1], value[1], scales, rules, frozen
+  )
+  np.testing.assert_allclose(ours[1], expected, atol=1e-12)
+  for i, (state, (_, now)) in enumerate(zip(states, after, strict=True)):
+    assert state.position == T % LENGTHS[i]
+    now = jax.tree.map(jnp.zeros_like, now) if i in frozen else now
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a[1], b, atol=1e-12),
+      tuple(state.now["weight"]),
+      now,
+    )
+  alone, _, _ = run_nested(slow, x, value, frozen=frozen)
+  np.testing.assert_allclose(alone, ours, atol=1e-12)
+
+
+@pytest.mark.parametrize("pieces", [(1,) * T, (3, 1, 9, 1, 8), (12, 10)])
+def test_nested_levels_in_pieces_equal_one_pass(pieces):
+  slow, x, value = random_level()
+  whole, end, _ = run_nested(slow, x, value, fresh_nested(slow))
+  step = fast_jit(run_nested)
+  state, outputs, first = fresh_nested(slow), [], 0
+  for size in pieces:
+    part = slice(first, first + size)
+    y, state, _ = step(slow, x[:, part], value[:, part], state)
+    outputs.append(y)
+    first += size
+  np.testing.assert_allclose(jnp.concatenate(outputs, 1), whole, atol=1e-12)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), state, end
+  )
+
+
+@pytest.mark.parametrize("border", [12, 10])
+def test_nested_levels_start_anew_with_a_document(border):
+  """Inside a chunk, too: see `test_document_may_begin_inside_a_chunk`."""
+  slow, x, value = random_level()
+  segments = (jnp.arange(T) >= border).astype(jnp.int32)[None].repeat(B, 0)
+  packed, _, _ = run_nested(slow, x, value, segments=segments)
+  before, _, _ = run_nested(slow, x[:, :border], value[:, :border])
+  np.testing.assert_allclose(packed[:, :border], before, atol=1e-12)
+  other = x.at[:, : border - 1].add(1.0)
+  again, _, _ = run_nested(slow, other, value, segments=segments)
+  np.testing.assert_array_equal(packed[:, border:], again[:, border:])
+  if border == LENGTHS[-1]:
+    apart, _, _ = run_nested(slow, x[:, border:], value[:, border:])
+    np.testing.assert_allclose(packed[:, border:], apart, atol=1e-12)

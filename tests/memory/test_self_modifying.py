@@ -99,8 +99,9 @@ def test_projections_outer_gradient_reaches_every_box():
   assert (jnp.linalg.norm(gradient.gate, axis=(-2, -1)) > 0).all()
 
 
-def test_frozen_box_stays_and_the_others_learn():
-  cfg = MemoryConfig(projection_chunk_length=4)
+@pytest.mark.parametrize("retention", ["start", "zero"])
+def test_frozen_box_stays_and_the_others_learn(retention):
+  cfg = MemoryConfig(projection_chunk_length=4, retention=retention)
   initial, slow = random_boxes(cfg)
   state = chunks.fresh(deep.zero_state(initial, B, cfg))
   _, state, _ = self_modifying.run_projections(
@@ -108,13 +109,13 @@ def test_frozen_box_stays_and_the_others_learn():
   )
   weight = state.now["weight"]
   change = {
-    box: jnp.abs(layers["output"]).max()
+    box: max(jnp.abs(x).max() for x in layers.values())
     for box, layers in oracle.box_weights(
       jax.tree.map(lambda w: w[0], weight), cfg
     ).items()
   }
-  assert change["v"] == change["alpha"] == 0
-  assert change["k"] > 0 and change["eta"] > 0
+  assert max(change["v"], change["alpha"]) < 1e-14
+  assert min(change["k"], change["eta"]) > 1e-3
 
 
 @pytest.mark.parametrize("retention", ["start", "zero"])

@@ -15,6 +15,9 @@ from tests.models.test_models import CMS, T, init, make
 from tests.pallas_kernels.testing import fast_jit
 
 MIXER_VALUE = dataclasses.replace(CMS, value="mixer_value")
+MIXER_PAIR = dataclasses.replace(CMS, value="mixer_pair", half_life=20.0)
+NESTED = dataclasses.replace(CMS, connection="nested")
+INDEPENDENT = dataclasses.replace(CMS, connection="independent")
 
 
 def rms(x, scale=1.0):
@@ -45,7 +48,7 @@ def rotary(x, base):
 
 
 def attention(p, n, config):
-  """Causal softmax attention: y [T, D] and the values."""
+  """Causal softmax attention: y [T, D], keys and values."""
   projected = [slow_projection(p, x, n) for x in ("query", "key", "value")]
   outputs = []
   for q, k, v in zip(
@@ -54,11 +57,11 @@ def attention(p, n, config):
     q, k = rotary(q, config.rope_base), rotary(k, config.rope_base)
     weights = jnp.tril(jnp.exp(q @ k.T / q.shape[1] ** 0.5))
     outputs.append(weights @ v / weights.sum(axis=1, keepdims=True))
-  return jnp.hstack(outputs) @ p["output"]["kernel"], projected[2]
+  return jnp.hstack(outputs) @ p["output"]["kernel"], *projected[1:]
 
 
 def memory_head(weights, boxes, vectors, logits, cfg):
-  """Eq. 83-90 for one head: what the memory answers, and v."""
+  """Eq. 83-90 for one head: what the memory answers, k and v."""
   (q, k, v), at = vectors, dict(logits, beta=jax.nn.sigmoid(logits["beta"]))
   if boxes:
     slow = {"k": k, "v": v, "q": q, **at}
@@ -68,7 +71,7 @@ def memory_head(weights, boxes, vectors, logits, cfg):
     eta = jax.nn.softplus(at["eta"])
     alpha = jnp.exp(-jax.nn.softplus(at["alpha"]))
   o, _ = oracle.run_memory(weights, k, v, q, (eta, alpha, at["beta"]), cfg)
-  return o, v
+  return o, k, v
 
 
 def memory_layer(p, n, config):
@@ -93,11 +96,11 @@ def memory_layer(p, n, config):
     boxes = oracle.box_weights(boxes, cfg)
   weights = {name: initial[f"memory_{name}"] for name in ("hidden", "output")}
   run = jax.vmap(functools.partial(memory_head, cfg=cfg))
-  outputs, values = run(weights, boxes, vectors, logits)
+  outputs, *made = run(weights, boxes, vectors, logits)
   o = jnp.hstack(list(rms(outputs, p["readout"]["norm_scale"])))
   gate = jax.nn.silu(n @ p["readout"]["gate"]["kernel"])
   y = (o * gate) @ p["readout"]["output"]["kernel"]
-  return y, jnp.hstack(list(values))
+  return y, *(jnp.hstack(list(x)) for x in made)
 
 
 def feed_forward(p, n):
@@ -105,16 +108,20 @@ def feed_forward(p, n):
   return oracle.feed_forward([p[name]["kernel"] for name in names], n)
 
 
-def continuum(p, x, y, values, config):
-  """Eq. 71: levels in sequence, each with its own norm and residual."""
-  cfg = config.cms
-  value = values
+def continuum(p, x, mixed, config):
+  """Eq. 71-74: levels in sequence or side by side, each with its own norm."""
+  cfg, before = config.cms, x
+  y, keys, value = mixed
   if cfg.value == "mixer_linear":
     value = y @ p["value"]["kernel"]
+  if cfg.connection == "nested":
+    return nested(p, x, rms(value), config)
   for i, chunk_length in enumerate(cfg.chunk_lengths):
-    n, level = rms(x, p[f"norm_{i}"]["scale"]), p[f"level_{i}"]
+    is_chain = cfg.connection == "sequential"
+    n = rms(x if is_chain else before, p[f"norm_{i}"]["scale"])
+    level, share = p[f"level_{i}"], 1.0 if is_chain else p[f"share_{i}"]
     if not chunk_length:
-      x = x + feed_forward(level, n)
+      x = x + share * feed_forward(level, n)
       continue
     rate = jax.nn.softplus(level["learn_rate"])
     outputs, _ = oracle.run_cms_level(
@@ -124,9 +131,33 @@ def continuum(p, x, y, values, config):
       rate if config.inner_rates == "on" else 0.0,
       chunk_length,
       cfg.error_clip,
+      alpha=alpha_of(level["forget"]) if cfg.half_life else 1.0,
+      **({"keys": rms(keys)} if cfg.value == "mixer_pair" else {}),
     )
-    x = x + outputs
+    x = x + share * outputs
   return x
+
+
+def alpha_of(logit):
+  return jnp.exp(-jax.nn.softplus(logit))
+
+
+def nested(p, x, value, config):
+  """Eq. 72: all levels on one block."""
+  cfg, level = config.cms, p["levels"]
+  slow = [level[name] for name in ("gate", "up", "down")]
+  scales = [p[f"norm_{i}"]["scale"] for i in range(len(cfg.hidden))]
+  rules = [
+    {
+      "learn_rate": jax.nn.softplus(level[f"learn_rate_{i}"]),
+      "alpha": 1.0,
+      "chunk": chunk_length,
+      "error_clip": cfg.error_clip,
+    }
+    for i, chunk_length in enumerate(cfg.fast_lengths)
+  ]
+  x, _ = oracle.run_cms_nested(slow, x, value, scales, rules)
+  return x + oracle.feed_forward(slow, rms(x, scales[-1]))
 
 
 def plain_model(params, tokens, config):
@@ -135,15 +166,18 @@ def plain_model(params, tokens, config):
   mixer = attention if is_attention else memory_layer
 
   def block(x, p):
-    y, values = mixer(p["mixer"], rms(x, p["norm_mixer"]["scale"]), config)
-    x = x + y
+    mixed = mixer(p["mixer"], rms(x, p["norm_mixer"]["scale"]), config)
+    x = x + mixed[0]
     if config.cms.hidden:
-      return continuum(p["cms"], x, y, values, config), None
+      return continuum(p["cms"], x, mixed, config), None
     return x + feed_forward(p["ffn"], rms(x, p["norm_ffn"]["scale"])), None
 
   embedding = params["embed"]["embedding"]
   x, _ = jax.lax.scan(block, embedding[tokens], params["blocks"])
   return rms(x, params["norm_out"]["scale"]) @ embedding.T
+
+
+MOVED = ("scale", "gates", "share", "forget", "learn_rate")
 
 
 def perturbed(params, seed=0):
@@ -152,7 +186,7 @@ def perturbed(params, seed=0):
   return jax.tree_util.tree_map_with_path(
     lambda path, x: (
       x + 0.3 * rng.normal(size=x.shape)
-      if any(name in jax.tree_util.keystr(path) for name in ("scale", "gates"))
+      if any(name in jax.tree_util.keystr(path) for name in MOVED)
       else x
     ),
     params,
@@ -169,7 +203,11 @@ def perturbed(params, seed=0):
     ("hope", {}),
     ("hope", {"inner_rates": "off"}),
     ("hope", {"cms": MIXER_VALUE}),
+    ("hope", {"cms": MIXER_PAIR}),
+    ("hope", {"cms": NESTED}),
+    ("hope", {"cms": INDEPENDENT}),
     ("hope_attention", {}),
+    ("hope_attention", {"cms": MIXER_PAIR}),
   ],
   ids=str,
 )

@@ -140,7 +140,7 @@ def test_loss_is_the_weighted_mean(tiny):
   with sharding.activate(mesh):
     sums = compiled.eval_step(state.params, example)
   model = step.LanguageModel(recall(tiny).model)
-  logits = step.forward(model, state.params, example["tokens"]).logits
+  logits = language_model.forward(model, state.params, example["tokens"]).logits
   logp = np.asarray(jax.nn.log_softmax(logits), np.float64)
   rows, columns = np.nonzero(np.asarray(example["weights"]))
   targets = np.asarray(example["targets"])[rows, columns]
@@ -216,7 +216,9 @@ def test_carried_state_equals_the_uncut_pass(tiny, name, accumulate):
       for key in batches[0]
     }
     whole = language_model.LanguageModel(config.model)
-    forward = fast_jit(lambda *args: step.forward(whole, *args).logits)
+    forward = fast_jit(
+      lambda *args: language_model.forward(whole, *args).logits
+    )
     logits = forward(state.params, joined["tokens"])
   loss = optax.softmax_cross_entropy_with_integer_labels(
     logits, joined["targets"]

@@ -1,0 +1,500 @@
+"""The model as a nested system: its components by update frequency.
+
+python -m hope_jax.levels --config=configs/shakespeare.py:hope \\
+    --config.model.memory.chunk_length=32 --json=levels.json --figure=levels.png
+
+Paper section 3, definitions 2-4: every component is a problem of its own
+(objective, context, rule), and the frequency of its updates orders them into
+levels; level 1 is the fastest.  Within a sequence a component whose gradients
+are taken every C tokens has frequency 1/C; softmax attention, solved anew at
+every token, infinity; slow weights 0: they change once per step of the outer
+optimizer.  Of two that change equally often the one that the other's update
+needs is faster: the optimizer's moments come before the weights they move.  A
+level that the config freezes is not written: it is with the slow weights.
+
+Numbers are counted, nothing is executed: parameters and bytes from the shapes
+of the model's initial state, FLOPs from its forward pass, module by module;
+those of learning (writes, reads of them) are the difference when it is frozen.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from absl import flags
+from etils import epath
+
+from hope_jax import files
+from hope_jax.config import Config, ConfigError, MemoryConfig, ModelConfig
+from hope_jax.memory.self_modifying import GATES, PROJECTIONS, members
+from hope_jax.models import language_model
+from hope_jax.optim import adamw
+from hope_jax.training import command
+from hope_jax.training import flops as flops_lib
+from hope_jax.training import workdir as workdir_lib
+
+LEGEND = """
+x: a layer's input; n: a level's; y, k, v: the sequence layer's output, keys,
+values. Proximal step: eta' = eta/(1 + eta‖x‖²); DGD erases alpha eta'
+(proximal) or eta' (literal). Flops: matrix products, forward, per token; learn
+flops: of writes, and reads of them. Shared bytes: parameters, moments."""
+CORPUS, OUTER_LOSS = "the training corpus", "cross entropy of the next token"
+META = "start meta-learned by backpropagation"
+CMS_PAIRS = {  # what a level learns: key -> value
+  "next_token": ("token", "next token"),
+  "mixer_linear": ("n", "RMS(y W)"),
+  "mixer_value": ("n", "RMS(v)"),
+  "mixer_pair": ("RMS(k)", "RMS(v)"),
+}
+# Paths of parameters and states, scopes of FLOPs -> component, or a pool that
+# several components share (mixer, boxes, nested); the first match counts.
+OWNERS = (
+  (r"(?:cms|levels)/\w+_(\d+)", r"cms_\1"),
+  (r"^(?:start|tokens|pending|position|begins|\w*document)", "cms_0"),
+  (r"cms/levels", "nested"),
+  (r"cms\b", "cms_shared"),
+  (r"mixer/gates/(eta|alpha)", r"\1"),
+  (r"mixer/(?:gates|memory|initial/memory)", "memory"),
+  (r"mixer/(?:boxes|initial/boxes)", "boxes"),
+  (r"mixer/(?:keys|values|position)\b", "attention"),
+  (r"norm_mixer|mixer/(?:proj|read|conv|query|key|value|out)", "projections"),
+  (r"mixer\b", "mixer"),
+  (r"ffn", "ffn"),
+  (r"embed|norm_out", "embedding"),
+)
+Leaves = Iterable[tuple[str, Any]]  # with their paths
+Share = tuple[float, Mapping[str, int]]  # an amount, weights of its owners
+COUNTED = "parameters", "state_bytes", "shared_bytes", "flops", "learn_flops"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Component:
+  """One problem of the nested system (definitions 3 and 4).
+
+  Attributes:
+    frequency: updates per token of a sequence; `math.inf`: non-parametric.
+    context: the stream that it learns from.
+    transfer: of knowledge between it and the others (section 3.3).
+    parameters: slow ones that are its own: its start, its gates.
+    state_bytes: per sequence; shared_bytes: parameters and moments, once.
+    flops: of the forward pass per token, all layers; learn_flops: part of it.
+  """
+
+  name: str
+  level: int = 0
+  frequency: Fraction | float = Fraction(0)
+  context: str = ""
+  objective: str = ""
+  rule: str = ""
+  transfer: str = ""
+  parameters: int = 0
+  state_bytes: int = 0
+  shared_bytes: int = 0
+  flops: float = 0.0
+  learn_flops: float = 0.0
+
+
+def components(config: Config) -> list[Component]:
+  """All components of the model and its optimizer, fastest level first; a
+  `rest` where something that was counted belongs to none of them."""
+  inner = inside_sequence(config.model)
+  frequency = lambda c: c.frequency
+  live = sorted(filter(frequency, inner), key=frequency, reverse=True)
+  levels = [list(group) for _, group in itertools.groupby(live, frequency)]
+  frozen = [component for component in inner if not component.frequency]
+  levels += [moments(config), frozen + slow_weights(config)]
+  costs = count(config)
+  numbers = lambda name: {f: costs[f].get(name, 0) for f in COUNTED}
+  return [
+    replace(c, level=level, **numbers(c.name))
+    for level, group in enumerate(levels, 1)
+    for c in group
+    if any(numbers(c.name).values())
+  ]
+
+
+def inside_sequence(model: ModelConfig) -> list[Component]:
+  """Attention, and everything that learns inside the sequence or could."""
+  found = [attention(model)] if model.has_attention else memories(model)
+  found += [cms_level(model, i) for i in range(len(model.cms.fast_lengths))]
+  freeze = functools.partial(
+    replace,
+    frequency=Fraction(0),
+    context=CORPUS,
+    objective=OUTER_LOSS,
+    rule="not written: stays at its start",
+    transfer=META,
+  )
+  is_live = lambda c: c.name == "attention" or model.is_live(c.name)
+  return [c if is_live(c) else freeze(c) for c in found]
+
+
+def attention(model: ModelConfig) -> Component:
+  """Softmax attention, non-parametric solution of an L2 regression (eq. 62)."""
+  return Component(
+    name="attention",
+    frequency=math.inf,
+    context=f"(k, v) of the tokens so far, at most {model.context_length:,}",
+    objective="sum_i exp(q·k_i / sqrt(d)) ‖v_i - o‖²",
+    rule="non-parametric: solved exactly at every token",
+    transfer="direct conditioning: q, k, v by slow projections",
+  )
+
+
+def memories(model: ModelConfig) -> list[Component]:
+  """The long-term memory (eq. 86-90) and the adaptive projections and gates,
+  which are memories themselves (eq. 83-88)."""
+  cfg = model.memory
+  inputs = "q, k, v and gates by slow projections"
+  if cfg.adaptive:
+    inputs += f", but {', '.join(cfg.adaptive)} by memories"
+  found = []
+  for name in ("memory", *cfg.adaptive):
+    is_box = name != "memory"
+    m = f"M_{name}" if is_box else "M"
+    is_self = is_box or cfg.target == "self"
+    target = f"{m}(v)" if is_self else "v"
+    loss = f"{Fraction(str(cfg.loss_factor))} ‖{m}(k) - {target}‖²"
+    own = ["generates its own targets (self-modifying)"] if is_self else []
+    last = f"generates {name} of all memories" if is_box else inputs
+    of = ""
+    if cfg.setting == "token_exact" and not is_box:
+      of = " of the hidden layer"
+      hidden = f"; hidden layer {loss}" if cfg.architecture == "mlp" else ""
+      loss = f"output layer -⟨D(k), {target} - M_0(k)⟩{hidden}"
+    length = cfg.projection_chunk_length if is_box else cfg.chunk_length
+    found.append(
+      Component(
+        name=name,
+        frequency=Fraction(1, length),
+        context=f"(k, {target}) of the last {length} tokens",
+        objective=loss,
+        rule=memory_rule(cfg, length, "chunk" if is_box else cfg.read, of),
+        transfer="; ".join([META, *own, last]),
+      )
+    )
+  return found
+
+
+def memory_rule(cfg: MemoryConfig, length: int, read: str, of: str) -> str:
+  """The inner rule in the config's words (`memory/rules.py`, App. C)."""
+  rate = "proximal step" if cfg.proximal else "step"
+  if cfg.step_scale == "mean":
+    rate += f" / {length}{of}"
+  return (
+    f"{'GD' if cfg.delta_rule == 'none' else f'DGD {cfg.delta_rule}'}; {rate};"
+    f" momentum: {cfg.momentum}; retention: {cfg.retention}; error clip:"
+    f" {cfg.error_clip:g}; read: {read}"
+  )
+
+
+def cms_level(model: ModelConfig, level: int) -> Component:
+  """A fast level of the continuum memory system (eq. 70-74)."""
+  cfg = model.cms
+  length = cfg.fast_lengths[level]
+  key, value = CMS_PAIRS.get(cfg.signal) or CMS_PAIRS[cfg.value]
+  objective = f"associative: 1/2 ‖MLP({key}) - {value}‖²"
+  rate = f"proximal step / {length}"
+  if cfg.signal == "next_token":
+    objective, rate = OUTER_LOSS, f"step, mean of {length} tokens"
+  nested = f"restarts from cms_{level + 1} when that one's chunk ends"
+  is_last = level + 1 == len(cfg.fast_lengths)
+  transfer = {
+    "sequential": "backpropagation through the chain of levels (eq. 73)",
+    "nested": f"{'never restarts' if is_last else nested} (eq. 72)",
+    "independent": "learned weighted sum of the levels (eq. 74)",
+  }
+  retention = f"start, half-life {h:g}" if (h := cfg.half_life) else "none"
+  return Component(
+    name=f"cms_{level}",
+    frequency=Fraction(1, length),
+    context=f"({key}, {value}) of the last {length} tokens",
+    objective=objective,
+    rule=f"GD; {rate}; momentum: none; retention:"
+    f" {retention}; error clip: {cfg.error_clip:g}; read: chunk",
+    transfer=f"{META}; {transfer[cfg.connection]}",
+  )
+
+
+def moments(config: Config) -> list[Component]:
+  """AdamW's moments, associative memories of gradients (section 4, App. C):
+  steps of gradient descent on their objectives with rates 1 - b1, 1 - b2."""
+  b1, b2 = config.opt.b1, config.opt.b2
+  rules = {
+    "mu": ("-⟨m, g⟩", f"GD with decay: m <- {b1:g} m + {1 - b1:g} g"),
+    "nu": ("1/2 ‖v - g²‖²", f"GD: v <- {b2:g} v + {1 - b2:g} g²"),
+  }
+  return [
+    Component(
+      name=f"adamw_{name}",
+      context="gradients g of the outer loss, one per step",
+      objective=objective,
+      rule=rule,
+      transfer="the model generates its context (backpropagation), it the step",
+    )
+    for name, (objective, rule) in rules.items()
+  ]
+
+
+def slow_weights(config: Config) -> list[Component]:
+  """What only the outer optimizer updates: the lowest level."""
+  cms, data = config.model.cms, config.data
+  use = {"projections": "q, k, v and output of the sequence layer"}
+  for i in range(len(cms.fast_lengths), len(cms.hidden)):
+    use[f"cms_{i}"] = "what the fast levels pass on"
+  what = "start" if cms.connection == "nested" else "values"
+  use["cms_shared"] = f"{what} of the CMS levels"
+  if not cms.hidden:
+    use["ffn"] = "what the sequence layer passes on"
+  use |= {"embedding": "tokens and logits", "rest": "what is none of these"}
+  tokens = data.batch_size * data.sequence_length
+  return [
+    Component(
+      name=name,
+      context=CORPUS,
+      objective=OUTER_LOSS,
+      rule=f"AdamW, once per step of {tokens:,} tokens",
+      transfer=f"direct conditioning: {what}",
+    )
+    for name, what in use.items()
+  ]
+
+
+def count(config: Config) -> dict[str, Mapping[str, Any]]:
+  """Every field of COUNTED -> {component: number}; `rest`: nobody's."""
+  model = config.model
+  tokens = jax.ShapeDtypeStruct((1, config.data.sequence_length), jnp.int32)
+  init = language_model.LanguageModel(model).init
+  key = jax.eval_shape(jax.random.key, 0)
+  variables: Any = jax.eval_shape(init, key, tokens)
+  params = nn.unbox(variables["params"])
+  state = jax.eval_shape(lambda: language_model.init_state(model, 1))
+  optimizer = adamw.make(config.opt, config.train.steps)
+  shared = Counter()
+  for path, leaf in named(jax.eval_shape(optimizer.init, params)):
+    if moment := re.search(r"/(mu|nu)/", path):
+      shared[f"adamw_{moment[1]}"] += leaf.size * leaf.dtype.itemsize
+  sizes, sizes_in_bytes = apportion(named(params), model)
+  flops, learn_flops = count_flops(model, params, tokens)
+  return {
+    "parameters": sizes,
+    "state_bytes": apportion(named(state), model)[1],
+    "shared_bytes": shared + sizes_in_bytes,
+    "flops": flops,
+    "learn_flops": learn_flops,
+  }
+
+
+def owner(path: str, model: ModelConfig) -> str:
+  """The component or pool of a path or scope; `rest` if none is known."""
+  for pattern, name in OWNERS:
+    if match := re.search(pattern, path):
+      name = match.expand(name)
+      is_slow_gate = name in GATES and name not in model.memory.adaptive
+      return "memory" if is_slow_gate else name
+  return "rest"
+
+
+def owners(path: str, model: ModelConfig) -> tuple[str, ...]:
+  """The components that share a parameter or a state equally, by its path."""
+  name = owner(path, model)
+  if name != "boxes":
+    return ("cms_shared" if name == "nested" else name,)
+  kinds = {"projection": PROJECTIONS, "gate": GATES}
+  kind = kinds.get(re.split("[/_]", path)[-1], PROJECTIONS + GATES)
+  return members(model.memory, kind) or ("memory",)
+
+
+def named(tree: Any) -> Leaves:
+  """(path, leaf) of all leaves."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
+
+
+def apportion(leaves: Leaves, model: ModelConfig) -> tuple[Counter, Counter]:
+  """Numbers of elements and of bytes by component."""
+  sizes, sizes_in_bytes = Counter(), Counter()
+  for path, leaf in leaves:
+    names = owners(path, model)
+    part, left = divmod(leaf.size, len(names))
+    for i, name in enumerate(names):
+      size = part + (i < left)
+      sizes[name] += size
+      sizes_in_bytes[name] += size * leaf.dtype.itemsize
+  return sizes, sizes_in_bytes
+
+
+def count_flops(
+  model: ModelConfig, params: Any, tokens: Any
+) -> tuple[dict[str, float], dict[str, float]]:
+  """FLOPs per token of the forward pass by component: all, and learning's.
+
+  The twin (nothing is written) reads every M_0 once per token, so that what it
+  spends inside the sequence layer is shared in proportion to their sizes.  So
+  is, not exactly, the learning of the boxes, which are one linear map.
+  """
+  starts = [leaf for leaf in named(params) if "/initial/" in leaf[0]]
+  starts = apportion(starts, model)[0]
+  boxes = [name for name in starts if name != "memory" and model.is_live(name)]
+  cms = [f"cms_{i}" for i in range(len(model.cms.hidden))]
+  fast = [c for c in cms[: len(model.cms.fast_lengths)] if model.is_live(c)]
+  scopes = functools.partial(flops_by_owner, params=params, tokens=tokens)
+  live, twin = scopes(model), scopes(replace(model, inner_rates="off"))
+  frozen, given = model.frozen_levels, live
+  if model.cms.signal == "next_token":  # it computes everything once more
+    frozen += tuple(fast)
+    given = scopes(replace(model, frozen_levels=frozen))
+  frozen += () if model.has_attention else ("memory",)
+  no_memory = scopes(replace(model, frozen_levels=frozen))
+  learning: list[Share] = [
+    (sum(live.values()) - sum(given.values()), dict.fromkeys(fast, 1)),
+    (given["mixer"] - no_memory["mixer"], {"memory": 1}),
+    (no_memory["mixer"] - twin["mixer"], {box: starts[box] for box in boxes}),
+    (given["nested"] - twin["nested"], dict.fromkeys(fast, 1)),
+    *((given[name] - twin[name], {name: 1}) for name in fast),
+  ]
+  pools = {"mixer": starts or {"attention": 1}, "nested": dict.fromkeys(cms, 1)}
+  read: list[Share] = [
+    (n, pools.get(name, {name: 1})) for name, n in twin.items()
+  ]
+  counted = flops_lib.count(functools.partial(_logits, model), params, tokens)
+  rest = counted - sum(amount for amount, _ in read + learning)
+  if abs(rest) > 1e-9 * counted:
+    read.append((rest, {"rest": 1}))
+  return _share(read + learning, tokens.size), _share(learning, tokens.size)
+
+
+def _share(amounts: Sequence[Share], tokens: int) -> dict[str, float]:
+  """Every amount, per token, in proportion to its weights; sums by name."""
+  shares = defaultdict(float)
+  for amount, weights in amounts:
+    for name, weight in weights.items():
+      shares[name] += amount / tokens * weight / sum(weights.values())
+  return shares
+
+
+def flops_by_owner(
+  model: ModelConfig, params: Any, tokens: Any
+) -> dict[str, float]:
+  """FLOPs of the forward pass by what `owner` says of their scopes."""
+  counts = defaultdict(float)
+  traced = jax.make_jaxpr(functools.partial(_logits, model))(params, tokens)
+  for scope, n in _by_scope(traced.jaxpr, ""):
+    counts[owner(scope, model)] += n
+  return counts
+
+
+def _logits(model: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
+  """The forward pass; recomputation is not the model's own work."""
+  memory = replace(model.memory, remat="none")
+  model = replace(model, remat="none", memory=memory)
+  module = language_model.LanguageModel(model)
+  return language_model.forward(module, params, tokens).logits
+
+
+def _by_scope(jaxpr: Any, scope: str) -> Iterator[tuple[str, float]]:
+  """(scope, FLOPs) of every matrix product; scopes are Linen's modules."""
+  for equation in jaxpr.eqns:
+    here = f"{scope}/{equation.source_info.name_stack}"
+    kind, params = equation.primitive.name, equation.params
+    times = params["length"] if kind == "scan" else 1
+    for part in jax.tree.leaves(list(params.values())):
+      part = getattr(part, "jaxpr", part)
+      if hasattr(part, "eqns"):
+        yield from ((s, times * n) for s, n in _by_scope(part, here))
+    if kind in ("dot_general", "conv_general_dilated"):
+      product = functools.partial(equation.primitive.bind, **params)
+      yield here, flops_lib.count(product, *(x.aval for x in equation.invars))
+
+
+def report(config: Config, found: Sequence[Component]) -> dict[str, Any]:
+  """JSON-ready; frequencies are exact, `1/16`, `0` or `inf`."""
+  return {
+    "model": config.model.sequence_layer,
+    "sequence_length": config.data.sequence_length,
+    "tokens_per_step": config.data.batch_size * config.data.sequence_length,
+    "components": [
+      dataclasses.asdict(c) | {"frequency": str(c.frequency)} for c in found
+    ],
+    "total": {f: sum(getattr(c, f) for c in found) for f in COUNTED},
+  }
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+  """The table of a `report`, one line per component and one of totals."""
+  fields = [field.name for field in dataclasses.fields(Component)]
+  rows = [[field.replace("_", " ") for field in fields]]
+  for line in (*content["components"], {"name": "total", **content["total"]}):
+    cells = [line.get(field, "") for field in fields]
+    rows.append([c if isinstance(c, str) else f"{c:,.0f}" for c in cells])
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  rows.insert(1, ["-" * width for width in widths])
+  padded = [map(str.ljust, row, widths) for row in rows]
+  return "".join(f"| {' | '.join(row)} |\n" for row in padded)
+
+
+def draw(config: Config, found: Sequence[Component], path: epath.Path) -> None:
+  """The spectrum: components over their update period in tokens."""
+  from matplotlib.figure import Figure
+
+  inner = {c.frequency for c in found} - {0, math.inf}
+  periods = sorted(float(1 / frequency) for frequency in inner) or [1.0]
+  low, high = periods[0] / 8, periods[-1] * 16
+  tokens = config.data.batch_size * config.data.sequence_length
+  ticks = {period: f"{period:g}" for period in periods}
+  ticks |= {low: "0 (non-\nparametric)", high: f"one step\n({tokens:,})"}
+  figure = Figure(figsize=(8.5, 1.6 + 0.3 * len(found)), layout="constrained")
+  axes = figure.subplots()
+  for y, c in enumerate(found):
+    x = float(1 / c.frequency) or low if c.frequency else high
+    axes.plot([low / 4, x], [y, y], f"C{c.level - 1}o-", markevery=[1])
+    note = ", not written" if c.rule.startswith("not written") else ""
+    axes.text(x, y, f"   level {c.level}{note}", va="center", fontsize=8)
+  axes.set_xscale("log", base=2)
+  axes.set_xticks(list(ticks), list(ticks.values()))
+  axes.set_xticks([], minor=True)
+  axes.set(xlim=(low / 4, high * 16), xlabel="update period (tokens)")
+  axes.set_yticks(range(len(found)), [c.name for c in found])
+  axes.invert_yaxis()
+  axes.set_title(f"{config.model.sequence_layer}: levels by update frequency")
+  with files.writing(path) as beside:
+    figure.savefig(beside, format="png", dpi=150)
+
+
+def define_flags() -> None:
+  command.define_config()
+  flags.DEFINE_string("json", None, "also write the table there, as JSON")
+  flags.DEFINE_string("figure", None, "also draw the spectrum there, a .png")
+
+
+def main() -> None:
+  args = flags.FLAGS
+  if args.figure and not args.figure.endswith(".png"):
+    raise ConfigError(f"--figure={args.figure} must end with .png")
+  config = command.read_config()
+  found = components(config)
+  content = report(config, found)
+  print(markdown(content) + LEGEND)
+  try:
+    if args.json:
+      workdir_lib.write_json(files.reach(args.json), content)
+    if args.figure:
+      draw(config, found, files.reach(args.figure))
+  except OSError as error:
+    message = f"cannot write {error.filename}: {files.reason(error)}"
+    raise ConfigError(message) from error
+
+
+if __name__ == "__main__":
+  define_flags()
+  command.run(main)

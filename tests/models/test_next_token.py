@@ -1,0 +1,301 @@
+"""CMS levels that learn by the next-token loss: a loop of `jax.grad` steps."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from hope_jax.config import CMSConfig, ConfigError, MemoryConfig, ModelConfig
+from hope_jax.models import cms, language_model
+from hope_jax.models.block import BlockState
+from tests.pallas_kernels.testing import fast_jit
+
+B, T, V, LAYERS = 2, 22, 11, 3
+CHUNKS = (4, 8)
+CMS = CMSConfig(
+  hidden=(6, 6, 7),
+  chunk_lengths=(*CHUNKS, 0),
+  signal="next_token",
+  learning_share=0.67,
+  initial_learn_rate=1.0,
+  error_clip=0.4,
+)
+CONFIG = ModelConfig(
+  sequence_layer="transformer",
+  vocab_size=V,
+  width=8,
+  num_layers=LAYERS,
+  num_heads=2,
+  ffn_hidden=18,
+  context_length=T,
+  cms=CMS,
+  memory=MemoryConfig(chunk_length=2, projection_chunk_length=8, adaptive=()),
+)
+
+
+def make(**fields):
+  names = {field.name for field in dataclasses.fields(CMSConfig)}
+  changed = {k: fields.pop(k) for k in list(fields) if k in names}
+  return dataclasses.replace(
+    CONFIG, cms=dataclasses.replace(CMS, **changed), **fields
+  )
+
+
+@functools.cache
+def init(config):
+  model = language_model.LanguageModel(config)
+  tokens = jax.random.randint(jax.random.key(1), (B, T), 0, V)
+  params = nn.unbox(fast_jit(model.init)(jax.random.key(0), tokens))["params"]
+  # Large enough that a step of the levels shows.
+  return (
+    model,
+    jax.tree.map(lambda x: 4 * x if x.ndim > 2 else x, params),
+    tokens,
+  )
+
+
+def jitted(model):
+  return fast_jit(functools.partial(language_model.forward, model))
+
+
+def loop(config, model, params, tokens):
+  """Chunk by chunk: read, then one step of `jax.grad` for every level that is
+  due, at the weights that the chunk was read with."""
+  cfg, learning = config.cms, 2
+  slowest = list(range(len(CHUNKS)))[::-1]
+  mixer = language_model.init_state(config, B).mixer
+  group = params["blocks"]["cms"]
+  if cfg.connection == "nested":
+    group = group["levels"]
+    blocks = {i: {n: group[n] for n in ("gate", "up", "down")} for i in slowest}
+    hidden = [sum(cfg.hidden)] * 2
+  else:
+    blocks, hidden = {i: group[f"level_{i}"] for i in slowest}, cfg.hidden
+  fast = {}
+  for i in slowest:
+    shapes = (8, hidden[i]), (8, hidden[i]), (hidden[i], 8)
+    fast[i] = [jnp.zeros((learning, B, *shape)) for shape in shapes]
+  sums = jax.tree.map(jnp.zeros_like, fast)
+
+  def logits_of(fast, mixer, part):
+    given = {}
+    for i, weights in fast.items():
+      padded = [
+        jnp.concatenate([jnp.zeros((LAYERS - learning, *w.shape[1:])), w])
+        for w in weights
+      ]
+      level = cms.cms.LevelWeights(*padded)
+      given[f"cms_{i}"] = cms.GivenState(level, None)
+    given = dict(sorted(given.items()))
+    output = model.apply(
+      {"params": params}, part, state=BlockState(mixer, given)
+    )
+    return output.logits, output.state.mixer
+
+  @fast_jit
+  def gradient(fast, mixer, part, targets):
+    def loss(fast):
+      logits, _ = logits_of(fast, mixer, part)
+      loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+      return jnp.sum(jnp.mean(loss, axis=1))
+
+    return jax.grad(loss)(fast)
+
+  read, outputs, size = fast_jit(logits_of), [], CHUNKS[0]
+  before = mixer
+  for first in range(0, T, size):
+    if first:
+      part, targets = (
+        tokens[:, first - size : first],
+        tokens[:, first - size + 1 :],
+      )
+      found = gradient(fast, before, part, targets[:, :size])
+      sums = jax.tree.map(jnp.add, sums, found)
+      for i in slowest:
+        if first % CHUNKS[i]:
+          continue
+        rate, forget = "learn_rate", "forget"
+        if cfg.connection == "nested":
+          rate, forget = f"learn_rate_{i}", f"forget_{i}"
+          place = group
+        else:
+          place = blocks[i]
+        eta = jax.nn.softplus(place[rate][-learning:])
+        alpha = jnp.ones(learning)
+        if cfg.half_life:
+          alpha = jnp.exp(
+            -CHUNKS[i] * jax.nn.softplus(place[forget][-learning:])
+          )
+        mean = [g * size / CHUNKS[i] for g in sums[i]]
+        for b in range(B):
+          norm = float(sum(jnp.sum(g[:, b] ** 2) for g in mean)) ** 0.5
+          factor = min(1.0, cfg.error_clip / norm) if cfg.error_clip else 1.0
+          for which, g in enumerate(mean):
+            for layer in range(learning):
+              w = fast[i][which]
+              new = (
+                alpha[layer] * w[layer, b] - eta[layer] * factor * g[layer, b]
+              )
+              fast[i][which] = w.at[layer, b].set(new)
+        sums[i] = jax.tree.map(jnp.zeros_like, sums[i])
+      if cfg.connection == "nested" and first % CHUNKS[1] == 0:
+        fast[0] = list(fast[1])
+    before = mixer
+    logits, mixer = read(fast, mixer, tokens[:, first : first + size])
+    outputs.append(logits)
+  return jnp.concatenate(outputs, axis=1)
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {},
+    {"error_clip": 0.0, "half_life": 20.0},
+    {"connection": "nested"},
+    {"connection": "independent"},
+    {"sequence_layer": "titans"},
+  ],
+  ids=str,
+)
+def test_equals_loop_of_gradient_steps(fields):
+  config = make(**fields)
+  model, params, tokens = init(config)
+  ours = jitted(model)(params, tokens).logits
+  expected = loop(config, model, params, tokens)
+  still = fast_jit(model.apply)({"params": params}, tokens).logits
+  assert jnp.abs(ours - still)[:, 8:].max() > 1e-2  # it does learn
+  np.testing.assert_allclose(ours, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  ("layer", "pieces"),
+  [("transformer", (1,) * T), ("titans", (4, 8, 2, 2, 4, 1, 1))],
+)
+def test_in_pieces_equals_one_pass(layer, pieces):
+  config = make(sequence_layer=layer)
+  model, params, tokens = init(config)
+  whole = jitted(model)(params, tokens).logits
+  state, outputs, first, step = (
+    language_model.init_state(config, B),
+    [],
+    0,
+    fast_jit(
+      lambda params, state, part: language_model.forward(
+        model, params, part, state=state
+      )
+    ),
+  )
+  for size in pieces:
+    output = step(params, state, tokens[:, first : first + size])
+    state, first = output.state, first + size
+    outputs.append(output.logits)
+  np.testing.assert_allclose(jnp.concatenate(outputs, 1), whole, atol=2e-5)
+
+
+def test_changes_at_its_period_and_where_it_learns():
+  config = make(frozen_levels=())
+  model, params, tokens = init(config)
+  step = fast_jit(
+    lambda state, part: language_model.forward(model, params, part, state=state)
+  )
+  state = language_model.init_state(config, B)
+  for t in range(T):
+    before = {name: x.weight.up for name, x in state.levels.items()}
+    state = step(state, tokens[:, t : t + 1]).state
+    for name, length in zip(before, CHUNKS, strict=True):
+      changed = bool(jnp.any(before[name] != state.levels[name].weight.up))
+      assert changed == (t > 0 and t % length == 0), (name, t)
+  assert state.levels["cms_0"].weight.up.shape[:2] == (2, B)
+
+
+def test_frozen_level_is_not_written():
+  config = make(frozen_levels=("cms_0",))
+  model, params, tokens = init(config)
+  state = language_model.init_state(config, B)
+  forward = fast_jit(
+    lambda state: language_model.forward(
+      model, params, tokens[:, :20], state=state
+    )
+  )
+  state = forward(state).state
+  assert not any(jnp.any(x) for x in state.levels["cms_0"].weight)
+  assert all(jnp.any(x) for x in state.levels["cms_1"].weight)
+
+
+@pytest.mark.parametrize("fields", [{}, {"frozen_levels": ("cms_0", "cms_1")}])
+def test_twin_is_the_plain_model(fields):
+  config = make(**(fields or {"inner_rates": "off"}))
+  model, params, tokens = init(config)
+  ours = jitted(model)(params, tokens).logits
+  plain = fast_jit(model.apply)({"params": params}, tokens).logits
+  np.testing.assert_array_equal(ours, plain)
+
+
+@pytest.mark.parametrize("order", [2, 1])
+def test_outer_gradient_goes_through_the_inner_one(order):
+  """Second order: the derivative is that of finite differences, first: not."""
+  config = make(outer_order=order, error_clip=0.0)
+  model, params, tokens = init(config)
+  with jax.enable_x64(True):
+    params = jax.tree.map(lambda x: jnp.asarray(x, float), params)
+    rng = np.random.default_rng(0)
+    along = jax.tree.map(lambda x: rng.normal(size=x.shape), params)
+
+    def loss(distance):
+      moved = jax.tree.map(lambda x, d: x + distance * d, params, along)
+      logits = language_model.forward(model, moved, tokens).logits
+      return jnp.mean(
+        optax.softmax_cross_entropy_with_integer_labels(
+          logits[:, :-1], tokens[:, 1:]
+        )
+      )
+
+    value, slope = fast_jit(loss), fast_jit(jax.grad(loss))(0.0)
+    wide, narrow = (  # logits are float32, the loss bends: extrapolated
+      (value(step) - value(-step)) / (2 * step) for step in (2e-3, 1e-3)
+    )
+    expected = (4 * narrow - wide) / 3
+  if order == 2:
+    np.testing.assert_allclose(slope, expected, rtol=5e-2)
+  else:
+    assert abs(slope - expected) > 0.3 * abs(expected)
+
+
+def test_documents_do_not_leak():
+  """A document from a chunk's border on reads as if it stood alone; from
+  inside a chunk, it does not depend on what was before."""
+  config = make(sequence_layer="titans")
+  model, params, tokens = init(config)
+  run = fast_jit(
+    lambda tokens, segments: (
+      language_model.forward(model, params, tokens, segments=segments).logits
+    )
+  )
+  for border in (8, 12, 10):
+    number = (jnp.arange(T) >= border).astype(jnp.int32)
+    segments = jnp.broadcast_to(number, (B, T))
+    packed = run(tokens, segments)
+    other = run((tokens + (segments == 0)) % V, segments)
+    np.testing.assert_allclose(packed[:, border:], other[:, border:], atol=1e-6)
+    if border % CHUNKS[1] == 0:
+      alone = jitted(model)(params, tokens[:, border:]).logits
+      np.testing.assert_allclose(packed[:, border:], alone, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"chunk_lengths": (3, 6, 0)}, "power of two"),
+    ({"chunk_lengths": (4, 6, 0)}, "4 does not divide 6"),
+    ({"outer_order": 3}, "must be 1 or 2"),
+    ({"learning_share": 1.5}, "must not be above 1"),
+  ],
+)
+def test_bad_configs(fields, message):
+  with pytest.raises(ConfigError, match=message):
+    make(**fields)
