@@ -8,8 +8,8 @@ uniform (not power-law) positions, between them is a filler token (not random
 ones), and the answer is never part of the input.
 
 As in that paper, training may mix sizes (`data.train_pairs`): a row then holds
-as many problems of one size as fit, side by side, as documents of their own, and
-asks as many queries as a row with one large problem.  valid and test have
+as many problems of one size as fit, side by side, as documents of their own,
+and asks as many queries as a row with one large problem.  valid and test have
 `data.num_pairs` in one problem.
 
 Vocabulary: 0 filler, 1..num_keys keys, then num_values values.
@@ -91,8 +91,8 @@ def load(config: DataConfig, vocab_size: int) -> dict[str, Recall]:
   for size in config.train_pairs:
     if pairs % size or config.sequence_length % (pairs // size):
       raise ConfigError(
-        f"data.train_pairs={config.train_pairs}: rows for {pairs} pairs in"
-        f" {config.sequence_length} tokens do not divide into problems of {size}"
+        f"data.train_pairs={config.train_pairs}: {config.sequence_length}"
+        f" tokens with {pairs} pairs do not divide into problems of {size}"
       )
   if 1 + keys + values > vocab_size:
     raise ConfigError(

@@ -294,7 +294,7 @@ def run_nested(
   continued = state is not None
   if state is None:
     state = [chunks.fresh(origin) for _ in levels]
-  positions = [s.position for s in state]
+  positions: list[Any] = [s.position for s in state]
   layout = chunks.plan(x.shape[1], lengths[0], state[0] if continued else None)
   docs = chunks.documents(segments, layout, origin)
   # Tokens of the slowest chunk that are past at the start of each chunk.
@@ -309,7 +309,7 @@ def run_nested(
     (x, values, keys), live, borders, flags = inputs
     masks = None
     if flags is not None:
-      begins, *masks = flags
+      begins, masks = flags[0], flags[1:]
       carry = chunks.choose(begins, nothing, carry)
     carry = _restart(carry, borders, levels)
     written = None if keys is None else slow_products(slow, keys)

@@ -158,7 +158,15 @@ class NestedLevels(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BTD, scales, keys_BTD, values_BTD, state, segments):
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    scales: list[jax.Array],
+    keys_BTD: jax.Array | None,
+    values_BTD: Any,
+    state: dict[str, Any] | None,
+    segments: jax.Array | None,
+  ) -> tuple[jax.Array, dict[str, Any] | None]:
     cfg, fast = self.config, self.config.cms.fast_lengths
     slow = _weights(self, cfg, block_hidden(cfg, 0))
     levels = [
@@ -169,10 +177,11 @@ class NestedLevels(nn.Module):
     ]
     x = x_BTD.astype(jnp.float32)
     if cfg.cms.signal == "next_token":
-      for level, scale in zip(state or {}, scales, strict=False):
+      given = list((state or {}).values())
+      for at, scale in zip(given, scales, strict=False):
         n = rms_normalize(x) * scale[None, None]
-        x = x + _given(slow, n, state[level])
-      scales = scales[len(state or ()) :]
+        x = x + _given(slow, n, at)
+      scales = scales[len(given) :]
     elif any(level.live for level in levels):
       x, new_state, dynamics = cms.run_nested(
         slow,
@@ -187,8 +196,8 @@ class NestedLevels(nn.Module):
       )
       for i, values in enumerate(dynamics):
         layers.sow_dynamics(self, f"cms_{i}", values)
-      if state:
-        state = dict(zip(state, new_state, strict=True))
+      if state and new_state:
+        state = {f"cms_{i}": level for i, level in enumerate(new_state)}
       scales = scales[len(fast) :]
     for scale in scales:
       n = rms_normalize(x) * scale[None, None]

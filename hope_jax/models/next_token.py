@@ -22,6 +22,7 @@ not say how it trains this signal.
 Legend: B batch, T tokens, C shortest chunk length, L layers, K learning layers.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -187,7 +188,8 @@ def read(
   pending = jax.lax.dynamic_update_slice_in_dim(
     state.tokens, tokens, state.pending, axis=1
   )
-  state = state.replace(
+  state = dataclasses.replace(
+    state,
     mixer=output.state.mixer,
     start=chunks.where(is_first, state.mixer, state.start),
     tokens=pending,
@@ -257,7 +259,8 @@ def learn(
       is_other.reshape(1, -1, *(1,) * (x.ndim - 2)), 0, x
     )
     levels = jax.tree.map(forget, levels)
-  return state.replace(
+  return dataclasses.replace(
+    state,
     levels={name: levels[name] for name in state.levels},
     pending=jnp.zeros_like(state.pending),
     position=position % config.cms.fast_lengths[-1],

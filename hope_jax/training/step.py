@@ -79,7 +79,7 @@ class Compiled(NamedTuple):
 
 
 def batch_sums(
-  model: nn.Module, params: Any, batch: Batch, fast: Any = None
+  model: LanguageModel, params: Any, batch: Batch, fast: Any = None
 ) -> tuple[Sums, Any]:
   """Loss and accuracy sums of one batch, and the fast state after it."""
   output = language_model.forward(
@@ -96,7 +96,7 @@ def batch_sums(
 
 
 def _gradient(
-  model: nn.Module, params: Any, batch: Batch, fast: Any, accumulate: int
+  model: LanguageModel, params: Any, batch: Batch, fast: Any, accumulate: int
 ) -> tuple[Any, Sums, Any]:
   """Gradient of the mean loss, the sums, and the fast state after; over
   `accumulate` parts of the batch."""
@@ -146,7 +146,7 @@ def _train_step(
   state: TrainState,
   batch: Batch,
   *,
-  model: nn.Module,
+  model: LanguageModel,
   optimizer: optax.GradientTransformation,
   rate: optax.Schedule,
   accumulate: int,

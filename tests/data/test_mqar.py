@@ -35,6 +35,28 @@ def test_recall_example_is_solvable_and_nothing_else_is_asked(index, seed):
   np.testing.assert_array_equal(rest, mqar.FILLER)
 
 
+def test_recall_rows_of_mixed_sizes():
+  config = dataclasses.replace(CONFIG, train_pairs=(2, 4, 8))
+  seen = set()
+  for index in range(40):
+    row = mqar.Recall(config, "train")[index]
+    count = row["segments"].max() + 1
+    seen.add(8 // count)
+    assert row["weights"].sum() == 8
+    for part in range(count):
+      here = row["segments"] == part
+      tokens, asked = row["tokens"][here], row["weights"][here] > 0
+      pairs = 8 // count
+      assert here.sum() == 40 // count and asked.sum() == pairs
+      answers = dict(
+        zip(tokens[: 2 * pairs : 2], tokens[1 : 2 * pairs : 2], strict=True)
+      )
+      expected = [answers[key] for key in tokens[asked]]
+      np.testing.assert_array_equal(row["targets"][here][asked], expected)
+  assert seen == {2, 4, 8}
+  assert "segments" not in mqar.Recall(config, "test")[0]
+
+
 def test_recall_query_order_is_random():
   recall = mqar.Recall(CONFIG, "train")
   in_order = 0
@@ -65,6 +87,7 @@ def test_recall_splits_and_seeds_differ_and_repeat():
     ({"num_pairs": 14}, 64, "data.sequence_length"),
     ({"num_pairs": 17, "sequence_length": 99}, 64, "data.num_keys"),
     ({"num_pairs": 0}, 64, "positive"),
+    ({"train_pairs": (4, 3)}, 64, "data.train_pairs"),
     ({}, 28, "model.vocab_size"),
   ],
 )
