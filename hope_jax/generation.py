@@ -1,9 +1,8 @@
 """Continuing token sequences: prefill in pieces, then one token at a time.
 
 Everything that a model remembers is in an explicit state of constant size (an
-attention cache excepted).  Prompts are read each by itself, in pieces whose
-lengths are powers of two, so that few shapes are compiled and a prompt may be
-as long as one likes; then all sequences are decoded together, each at its own
+attention cache excepted).  Prompts are read each by itself (`streaming.py`), as
+long as one likes; then all sequences are decoded together, each at its own
 place.
 
 Legend: N sequences, T prompt tokens, V vocab, L state leaves with batch 1.
@@ -17,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hope_jax import streaming
 from hope_jax.config import ConfigError, ModelConfig
-from hope_jax.models import language_model
-from hope_jax.training import step as step_lib
+from hope_jax.models import language_model, next_token
 
-PIECE = 512  # tokens of prefill at a time
+PIECE = streaming.PIECE  # tokens of prefill at a time
 BLOCK = 32  # tokens decoded between two looks at the stop condition
 
 
@@ -65,29 +64,16 @@ def draw(key: jax.Array, logits_V: jax.Array, sampling: Sampling) -> jax.Array:
   )
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def advance(
-  params: Any, state: Any, tokens_T: jax.Array, *, config: ModelConfig
-) -> tuple[jax.Array, Any]:
-  """One sequence read on: (logits [V] after its last token, state)."""
-  model = language_model.LanguageModel(config)
-  output = step_lib.forward(model, params, tokens_T[None], state=state)
-  return output.logits[0, -1], output.state
-
-
 def prefill(
   params: Any, prompt: np.ndarray, *, config: ModelConfig
 ) -> tuple[jax.Array, Any]:
-  """Reads a prompt [T], T > 0, from the beginning: as `advance`."""
-  state = language_model.init_state(config, 1)
-  logits_V, start = None, 0
-  while start < len(prompt):
-    size = min(PIECE, 1 << ((len(prompt) - start).bit_length() - 1))
-    piece = jnp.asarray(prompt[start : start + size], jnp.int32)
-    logits_V, state = advance(params, state, piece, config=config)
-    start += size
-  assert logits_V is not None, "an empty prompt"
-  return logits_V, state
+  """Reads a prompt [T], T > 0, from the beginning: (logits [V] after it, fast
+  state with batch 1)."""
+  assert len(prompt), "an empty prompt"
+  read = streaming.extend(
+    params, streaming.start(config), prompt[None], config=config, piece=PIECE
+  )
+  return read.logits[0], read.state.fast
 
 
 @functools.partial(
@@ -110,17 +96,20 @@ def decode(
 
   Returns tokens [N, count], and logits and states to go on from.
   """
-  model = language_model.LanguageModel(config)
 
   def one(state: Any, logits_V: jax.Array, key: jax.Array) -> Any:
     token = draw(key, logits_V[:vocab_size], sampling).astype(jnp.int32)
-    output = step_lib.forward(model, params, token[None, None], state=state)
+    output = streaming.forward(params, state, token[None, None], config=config)
     return output.state, output.logits[0, -1], token
 
   def step(carry: Any, number: jax.Array) -> tuple[Any, jax.Array]:
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys_N, number)
     states, logits = carry
-    states, logits, tokens_N = jax.vmap(one)(states, logits, keys)
+    if next_token.is_on(config):  # its rare updates would run every time
+      arguments = (states, logits, keys)
+      states, logits, tokens_N = jax.lax.map(lambda xs: one(*xs), arguments)
+    else:
+      states, logits, tokens_N = jax.vmap(one)(states, logits, keys)
     return (states, logits), tokens_N
 
   (states, logits_NV), tokens = jax.lax.scan(
@@ -135,16 +124,10 @@ def generate(
   *,
   config: ModelConfig,
   count: int,
-  sampling: Sampling,
-  vocab_size: int,
-  seed: int = 0,
-  is_over: Callable[[np.ndarray], bool] = lambda tokens: False,
+  **options: Any,
 ) -> list[np.ndarray]:
-  """Up to `count` new tokens for every prompt (of any lengths).
-
-  `is_over` is asked now and then whether a continuation may end; what a
-  sequence draws depends on the seed and its number alone.
-  """
+  """Up to `count` new tokens for every prompt (of any lengths); options as of
+  `go_on`."""
   longest = max(len(prompt) for prompt in prompts) + count
   if config.has_attention and longest > config.context_length:
     raise ConfigError(
@@ -154,11 +137,33 @@ def generate(
     )
   read = [prefill(params, prompt, config=config) for prompt in prompts]
   logits, states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *read)
+  return go_on(params, states, logits, config=config, count=count, **options)
+
+
+def go_on(
+  params: Any,
+  states: Any,
+  logits: jax.Array,
+  *,
+  config: ModelConfig,
+  count: int,
+  sampling: Sampling,
+  vocab_size: int,
+  seed: int = 0,
+  is_over: Callable[[np.ndarray], bool] = lambda tokens: False,
+) -> list[np.ndarray]:
+  """Up to `count` new tokens for each of N sequences that were read.
+
+  `states` (stacked fast states of batch 1, used up) and `logits` [N, V] are
+  what `prefill` returns.  `is_over` is asked now and then whether a
+  continuation may end; what a sequence draws depends on the seed and its number
+  alone.
+  """
   root = jax.random.key(seed)
-  found = [np.zeros(0, np.int32) for _ in prompts]
+  found = [np.zeros(0, np.int32) for _ in logits]
   for first in range(0, count, BLOCK):
     keys = jax.vmap(jax.random.fold_in, (None, 0))(
-      jax.random.fold_in(root, first), jnp.arange(len(prompts))
+      jax.random.fold_in(root, first), jnp.arange(len(found))
     )
     tokens, logits, states = decode(
       params,

@@ -269,7 +269,7 @@ def run_nested(
   *,
   policy: CheckpointPolicy,
   keys: jax.Array | None = None,
-  state: Sequence[chunks.ChunkState] | None = None,
+  state: Sequence[Any] | None = None,
   segments: jax.Array | None = None,
   with_dynamics: bool = False,
 ) -> tuple[
@@ -279,12 +279,8 @@ def run_nested(
 
   When a level's chunk ends, its faster neighbour takes over its D (eq. 72), and
   so on down to the fastest.  All levels advance together by the shortest chunk.
-
-  Args:
-    slow: W_0 of all levels.
-    x: [B, T, D], the residual stream.
-    levels: fastest first; each chunk length divides the next.
-    keys, values, policy, segments, with_dynamics: as in `run_level`.
+  `x` [B, T, D] is the residual stream; `levels` stand fastest first, each chunk
+  length divides the next; the others are as in `run_level`.
 
   Returns:
     x after all levels, their states, scalars about each one's learning.
@@ -294,15 +290,9 @@ def run_nested(
   continued = state is not None
   if state is None:
     state = [chunks.fresh(origin) for _ in levels]
-  positions: list[Any] = [s.position for s in state]
   layout = chunks.plan(x.shape[1], lengths[0], state[0] if continued else None)
   docs = chunks.documents(segments, layout, origin)
-  # Tokens of the slowest chunk that are past at the start of each chunk.
-  first = jnp.arange(layout.count) * layout.length
-  past = positions[-1] - (0 if layout.offset is None else layout.offset) + first
-  inside = (first > 0) & (first < positions[0] + layout.tokens)
-  borders = [inside & (past % length == 0) for length in lengths]
-
+  borders = _borders(layout, state, lengths)
   nothing = ((origin["weight"],) * 2,) * len(levels)
 
   def body(carry, inputs):
@@ -337,14 +327,37 @@ def run_nested(
   y = layout.merge(y, axis=1)
   if not continued:
     return y, None, dynamics
-  ends = [position + layout.tokens for position in positions]
+  return y, _after(carry, state, layout, levels), dynamics
+
+
+def _after(
+  carry: tuple[Any, ...],
+  state: Sequence[Any],
+  layout: chunks.Layout,
+  levels: Sequence[NestedLevel],
+) -> list[chunks.ChunkState]:
+  """The levels' states when all tokens are read."""
+  lengths = [level.rule.chunk_length for level in levels]
+  ends: list[Any] = [s.position + layout.tokens for s in state]
   at_end = [end % c == 0 for end, c in zip(ends, lengths, strict=True)]
-  carry = _restart(carry, at_end, levels)
-  state = [
+  return [
     chunks.ChunkState({"weight": now}, start, (end % c).astype(jnp.int32))
-    for (start, now), end, c in zip(carry, ends, lengths, strict=True)
+    for (start, now), end, c in zip(
+      _restart(carry, at_end, levels), ends, lengths, strict=True
+    )
   ]
-  return y, state, dynamics
+
+
+def _borders(
+  layout: chunks.Layout, state: Sequence[Any], lengths: Sequence[int]
+) -> list[jax.Array]:
+  """Per level [N]: whether one of its chunks ends before each of the shortest
+  chunks (at the first of them it has been seen to already)."""
+  first = jnp.arange(layout.count) * layout.length
+  offset = 0 if layout.offset is None else layout.offset
+  past = state[-1].position - offset + first  # of the slowest level's chunk
+  inside = (first > 0) & (first < state[0].position + layout.tokens)
+  return [inside & (past % length == 0) for length in lengths]
 
 
 def _restart(

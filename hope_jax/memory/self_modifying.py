@@ -318,10 +318,7 @@ def learn_chunk(
       cfg,
       divide=divide,
     )
-    weight[kind] = _unless_frozen(
-      out.weight, getattr(now["weight"], kind), boxes, frozen
-    )
-    after_momentum[kind] = out.momentum
+    weight[kind], after_momentum[kind] = out.weight, out.momentum
     first += len(boxes)
 
   if start.hidden is not None:
@@ -338,13 +335,12 @@ def learn_chunk(
       cfg,
       divide=divide,
     )
-    boxes = members(cfg, PROJECTIONS) + members(cfg, GATES)
-    weight["hidden"] = _unless_frozen(
-      out.weight, now["weight"].hidden, boxes, frozen
-    )
-    after_momentum["hidden"] = out.momentum
+    weight["hidden"], after_momentum["hidden"] = out.weight, out.momentum
   absent = dict.fromkeys(Boxes._fields)
-  after: dict[str, Any] = {"weight": Boxes(**(absent | weight))}
+  written = Boxes(**(absent | weight))
+  after: dict[str, Any] = {
+    "weight": _unless_frozen(written, now["weight"], frozen, cfg)
+  }
   after["momentum"] = None
   if now["momentum"] is not None:
     after["momentum"] = Boxes(**(absent | after_momentum))
@@ -352,18 +348,23 @@ def learn_chunk(
 
 
 def _unless_frozen(
-  new: jax.Array,
-  old: jax.Array,
-  boxes: tuple[str, ...],
-  frozen: tuple[str, ...],
-) -> jax.Array:
-  """[B, H, G ..., :, :]: `new` where a box learns, `old` where it is frozen
-  (without an error it would still decay)."""
+  new: Boxes, old: Boxes, frozen: tuple[str, ...], cfg: MemoryConfig
+) -> Boxes:
+  """`new` where a box learns, `old` where it is frozen (without an error it
+  would still decay)."""
   if not frozen:
     return new
-  is_on = [box not in frozen for box in boxes]
-  is_on = np.repeat(is_on, new.shape[2] // len(boxes))
-  return jnp.where(is_on.reshape(-1, *(1,) * (new.ndim - 3)), new, old)
+  projections, gates = members(cfg, PROJECTIONS), members(cfg, GATES)
+
+  def choose(boxes: tuple[str, ...], new: Any, old: Any) -> Any:
+    if new is None:
+      return None
+    is_on = [box not in frozen for box in boxes]
+    is_on = np.repeat(is_on, new.shape[2] // len(boxes))
+    return jnp.where(is_on.reshape(-1, *(1,) * (new.ndim - 3)), new, old)
+
+  kinds = (projections + gates, projections, gates)
+  return Boxes(*map(choose, kinds, new, old))
 
 
 def _dynamics(initial, final, gates, trace, later, targets, cfg):

@@ -28,6 +28,8 @@ def init_state(
   With a `piece_length` every call must bring so many tokens; memories whose
   chunks divide it then learn as fast as without a state.
   """
+  if piece_length and next_token.is_on(config):  # read chunk by chunk
+    piece_length = min(piece_length, config.cms.fast_lengths[0])
   one = block.init_state(config, batch_size, piece_length)
   state = jax.tree.map(
     lambda x: jnp.broadcast_to(x[None], (config.num_layers, *x.shape)), one

@@ -158,4 +158,11 @@ def restore_params(workdir: epath.Path, abstract: Any) -> tuple[int, Any]:
         f"checkpoint {step} of {workdir} cannot be read ({reason}): run the"
         " training command again, which takes the one before"
       ) from error
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    if isinstance(leaf, jax.ShapeDtypeStruct):  # a partial restore's gap
+      raise ConfigError(
+        f"checkpoint {step} of {workdir} has no parameter"
+        f" {jax.tree_util.keystr(path)}: another version of the code wrote it;"
+        " use that version, or train anew in another --workdir"
+      )
   return step, params

@@ -23,7 +23,6 @@ from hope_jax.optim import adamw
 from hope_jax.training import sharding
 
 Batch = dict[str, jax.Array]
-forward = language_model.forward
 
 
 @flax.struct.dataclass

@@ -2,12 +2,14 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from hope_jax import export
 from hope_jax.config import ConfigError
-from hope_jax.training import exchange, loop, workdir
+from hope_jax.training import checkpoints, exchange, loop, workdir
 from tests.training.test_loop import final_state
 
 
@@ -47,6 +49,15 @@ def test_run_exported_and_imported_goes_on_from_its_parameters(tiny, tmp_path):
     final_state(config, tmp_path / "next").params,
     trained,
   )
+
+
+def test_checkpoint_without_a_parameter_is_explained(tiny, tmp_path):
+  loop.run(tiny, tmp_path)
+  params = final_state(tiny, tmp_path).params
+  grown = {**params, "later": {"kernel": jnp.zeros(3)}}
+  abstract = jax.eval_shape(lambda: grown)
+  with pytest.raises(ConfigError, match=r"no parameter \['later'\]"):
+    checkpoints.restore_params(epath.Path(tmp_path), abstract)
 
 
 def test_export_of_another_tokenizer_is_refused(tiny, params, tmp_path):

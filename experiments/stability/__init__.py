@@ -1,0 +1,1 @@
+"""Stability: critical rates, long streams, and what literal settings do."""
