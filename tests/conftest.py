@@ -46,9 +46,26 @@ def server():
   from gcp_storage_emulator import server, storage
   from gcp_storage_emulator.handlers import buckets
 
+  one_at_a_time = threading.Lock()  # an object's parts are not written at once
+
+  class Handler(server.RequestHandler):
+    """The emulator's, made safe for several connections."""
+
+  def serially(method):
+    def serve(handler):
+      with one_at_a_time:
+        method(handler)
+
+    return serve
+
+  for name in ("GET", "POST", "DELETE", "PUT", "PATCH"):
+    method = getattr(server.RequestHandler, f"do_{name}", None)
+    if method:
+      setattr(Handler, f"do_{name}", serially(method))
+
   data = storage.Storage(use_memory_fs=True)
   buckets.create_bucket("bucket", data)
-  handler = functools.partial(server.RequestHandler, data)
+  handler = functools.partial(Handler, data)
   with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as found:
     threading.Thread(target=found.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{found.server_port}"

@@ -173,7 +173,8 @@ def test_generate_continues_the_prompt_and_repeats_by_seed(home):
 
 def test_switch_off_all_or_some_levels():
   cms = CMSConfig(hidden=(8, 8), chunk_lengths=(16, 0))
-  model = ModelConfig(sequence_layer="titans", cms=cms)
+  memory = MemoryConfig(adaptive=())
+  model = ModelConfig(sequence_layer="titans", cms=cms, memory=memory)
   assert not evaluate.switch_off(model, ()).is_live("memory")
   some = evaluate.switch_off(model, ("cms_0",))
   assert some.is_live("memory") and not some.is_live("cms_0")

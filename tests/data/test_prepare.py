@@ -8,13 +8,20 @@ import pathlib
 import numpy as np
 import pytest
 
-from hope_jax.config import Config, ConfigError, DataConfig, ModelConfig
+from hope_jax.config import (
+  Config,
+  ConfigError,
+  DataConfig,
+  MemoryConfig,
+  ModelConfig,
+)
 from hope_jax.data import documents, pipeline, prepare, records, text
 from hope_jax.data.prepare import Options
 from hope_jax.data.records import Manifest
 
 SHAKESPEARE = text.REPOSITORY / DataConfig().path
 SPEECHES = list(dict.fromkeys(SHAKESPEARE.read_text().split("\n\n")))[:400]
+TITANS = MemoryConfig(adaptive=())
 SMALL = Options(length=64, align=16, part_bytes=8_000)
 
 
@@ -184,7 +191,7 @@ def test_prompts_are_read_but_not_learned(source, tmp_path):
 def config(folder, **fields):
   data = {"kind": "records", "path": str(folder), "sequence_length": 64}
   return Config(
-    model=ModelConfig(sequence_layer="titans"),
+    model=ModelConfig(sequence_layer="titans", memory=TITANS),
     data=DataConfig(**{**data, "batch_size": 4, **fields}),
   )
 

@@ -147,13 +147,16 @@ def test_documents_in_pieces_equal_one_pass(size):
   number = jnp.repeat(jnp.arange(4), jnp.array([3, 7, 2, 10]))
   whole, _, _ = run(slow, n, value, segments=number[None].repeat(B, 0))
   state, outputs = chunks.fresh(cms.zero_state(slow, B)), []
+  step = fast_jit(
+    lambda n, value, state, segments: run(
+      slow, n, value, state, segments=segments
+    )
+  )
   for first in range(0, T, size):
     piece = slice(first, first + size)
     last = number[max(first - 1, 0)]
     segments = (number[piece] - last)[None].repeat(B, 0)
-    y, state, _ = run(
-      slow, n[:, piece], value[:, piece], state, segments=segments
-    )
+    y, state, _ = step(n[:, piece], value[:, piece], state, segments)
     outputs.append(y)
   np.testing.assert_allclose(jnp.concatenate(outputs, 1), whole, atol=1e-12)
 

@@ -126,7 +126,7 @@ def report(folder, compilation_cache):
     data=DataConfig(kind="mqar", sequence_length=32, batch_size=8),
     eval=EvalConfig(batches=2, batch_size=8),
   )
-  memory = MemoryConfig(chunk_length=8)
+  memory = MemoryConfig(chunk_length=8, adaptive=())
   carrying = dataclasses.replace(
     config,
     model=dataclasses.replace(
