@@ -129,10 +129,10 @@ def loop(config, model, params, tokens):
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return jnp.sum(jnp.mean(loss, axis=1))
 
-  read_chunk, gradient = fast_jit(read), fast_jit(jax.grad(inner_loss))
+  read_chunk, gradient = jax.jit(read), jax.jit(jax.grad(inner_loss))
   mixer = before = language_model.init_state(config, B).mixer
   outputs = []
-  for first in range(0, T, size):
+  for first in range(0, tokens.shape[1], size):
     if first:
       last = slice(first - size, first)
       targets = tokens[:, first - size + 1 : first + 1]
@@ -176,7 +176,7 @@ def test_equals_loop_of_gradient_steps(fields):
 
 @pytest.mark.parametrize(
   ("layer", "pieces"),
-  [("transformer", (1,) * T), ("titans", (4, 8, 2, 2, 4, 1, 1))],
+  [("transformer", (1,) * T), ("titans", (4, 8, 2, 2, 4, 2))],
 )
 def test_in_pieces_equals_one_pass(layer, pieces):
   config = make(sequence_layer=layer)
@@ -244,16 +244,16 @@ def test_outer_gradient_goes_through_the_inner_one(order):
   constants."""
   config = make(outer_order=order)
   model, params, tokens = init(config)
-  weights = jax.random.normal(jax.random.key(2), (B, T, V))
+  tokens = tokens[:, :12]
+  weights = jax.random.normal(jax.random.key(2), (*tokens.shape, V))
 
   def gradient(run):
-    return jax.grad(lambda params: jnp.sum(weights * run(params)))(params)
+    return jax.grad(lambda params: jnp.sum(weights * run(params)))
 
-  ours = fast_jit(
-    lambda params: language_model.forward(model, params, tokens).logits
-  )
-  found = gradient(ours)
-  expected = gradient(lambda params: loop(config, model, params, tokens))
+  ours = lambda params: language_model.forward(model, params, tokens).logits
+  found = fast_jit(gradient(ours))(params)
+  plain = lambda params: loop(config, model, params, tokens)
+  expected = fast_jit(gradient(plain))(params)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3 * jnp.abs(b).max()),
     found,
