@@ -38,7 +38,6 @@ class Model(NamedTuple):
 
 NAMES = {
   "hope": ("hope", CMS),
-  "titans": ("titans", CMSConfig()),
   "transformer": ("transformer", CMSConfig()),
   "next_token": ("titans", dataclasses.replace(CMS, signal="next_token")),
 }
