@@ -1,9 +1,7 @@
 #!/usr/bin/env bash
 # All tests, on two processes; arguments go to pytest
-# (scripts/test.sh -k mqar; --slow adds the tests that take minutes).  Each
-# process takes half of the suite in order, so that a module's models are
-# compiled once.
+# (scripts/test.sh -k mqar; --slow adds the tests that take minutes).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-exec "$python" -m pytest -n "${TEST_JOBS:-2}" --dist=worksteal "$@"
+exec "$python" -m pytest -n "${TEST_JOBS:-2}" "$@"

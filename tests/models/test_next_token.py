@@ -160,7 +160,6 @@ def loop(config, model, params, tokens):
     {"error_clip": 0.0, "half_life": 20.0},
     {"connection": "nested"},
     {"connection": "independent"},
-    {"sequence_layer": "titans"},
   ],
   ids=str,
 )
