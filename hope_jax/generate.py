@@ -32,6 +32,11 @@ def define_flags() -> None:
   flags.DEFINE_string("workdir", None, "folder of the run", required=True)
   flags.DEFINE_multi_string("prompt", [], "text to continue")
   flags.DEFINE_string("prompt_file", None, "file with a prompt on each line")
+  define_sampling_flags()
+
+
+def define_sampling_flags() -> None:
+  """How a text is continued: the same here and in sessions."""
   flags.DEFINE_integer("tokens", 200, "how many tokens to add at the most")
   flags.DEFINE_float("temperature", 1.0, "0: always the likeliest token")
   flags.DEFINE_integer("top_k", 0, "draw from the k likeliest; 0: from all")

@@ -304,8 +304,8 @@ def _without_box(boxes: Boxes, box: str, cfg: MemoryConfig) -> Boxes:
   return boxes._replace(**{kind: output})
 
 
-def _only_box(boxes: Boxes, box: str, cfg: MemoryConfig) -> list[jax.Array]:
-  """The weights of one box."""
+def only_box(boxes: Boxes, box: str, cfg: MemoryConfig) -> list[jax.Array]:
+  """The weights of one box: output layer, its rows of the hidden one."""
   number, kind, index = _place(box, cfg)
   weights = [getattr(boxes, kind)[..., index, :, :]]
   if boxes.hidden is not None:
@@ -351,4 +351,4 @@ def _mixer_level(
   )
   if group == "memory":
     return initial, fast
-  return _only_box(initial, level, cfg), _only_box(fast, level, cfg)
+  return only_box(initial, level, cfg), only_box(fast, level, cfg)

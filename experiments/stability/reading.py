@@ -1,7 +1,7 @@
 """Long token streams through a model's carried state, measured as they go.
 
 A stream is read in pieces of fixed length with the state carried from one to
-the next, as `generation.advance` does for a session; here several streams are
+the next, as `streaming.extend` does for a session; here several streams are
 the rows of one batch, and every logit is looked at.
 
 Legend: B streams, T tokens of a piece, N tokens of a stream, V vocab, L layers,
@@ -20,6 +20,7 @@ import numpy as np
 from etils import epath
 
 from experiments.trials import Trial, resolve
+from hope_jax import streaming
 from hope_jax.config import Config, ConfigError, MeshConfig, ModelConfig
 from hope_jax.data import text as text_lib
 from hope_jax.data import tokenizer
@@ -155,22 +156,10 @@ def levels(params: Any, state: Any, config: ModelConfig) -> dict[str, Level]:
 
 
 def _box(boxes: Any, name: str, config: ModelConfig) -> list[jax.Array]:
-  """One box of `Boxes`: its output layer, and its rows of the hidden one."""
+  """The weights of one box; none without momenta."""
   if boxes is None:
     return []
-  kinds = {
-    "projection": self_modifying.members(
-      config.memory, self_modifying.PROJECTIONS
-    ),
-    "gate": self_modifying.members(config.memory, self_modifying.GATES),
-  }
-  order = kinds["projection"] + kinds["gate"]
-  kind = "projection" if name in kinds["projection"] else "gate"
-  parts = [getattr(boxes, kind)[..., kinds[kind].index(name), :, :]]
-  if boxes.hidden is not None:
-    hidden = jnp.split(boxes.hidden, len(order), axis=-2)
-    parts.append(hidden[order.index(name)])
-  return parts
+  return streaming.only_box(boxes, name, config.memory)
 
 
 class Measured(NamedTuple):

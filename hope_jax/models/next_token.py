@@ -91,19 +91,19 @@ def init_state(
     hidden = cms_layer.block_hidden(config, i)
     shapes = (width, hidden), (width, hidden), (hidden, width)
     zero = LevelWeights(*(jnp.zeros((count, batch_size, *s)) for s in shapes))
-    levels[name] = Level(zero, jax.tree.map(jnp.copy, zero) if i else None)
+    levels[name] = Level(zero, zero if i else None)
   number, none = jnp.zeros((), jnp.int32), jnp.zeros(batch_size, jnp.int32)
   tokens = jnp.zeros((batch_size, length), jnp.int32)
   return NextTokenState(
     mixer=mixer,
-    start=jax.tree.map(jnp.copy, mixer),  # a state may be donated
+    start=mixer,
     levels=levels,
     tokens=tokens,
     pending=number,
-    position=jnp.copy(number),
+    position=number,
     document=none,
-    first_document=jnp.copy(none),
-    begins=jnp.copy(none),
+    first_document=none,
+    begins=none,
   )
 
 
