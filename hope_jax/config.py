@@ -1,4 +1,4 @@
-"""Frozen configuration dataclasses, and their conversion from ConfigDict.
+"""Frozen configuration dataclasses, made from a ConfigDict (`fields.py`).
 
 `configs/*.py` return an `ml_collections.ConfigDict` with the groups
 `model / opt / data / mesh / train / eval`.  It is converted once, at the
@@ -10,44 +10,10 @@ one-line `ConfigError`.  The paper's symbols become words here:
 """
 
 import dataclasses
-import difflib
 import itertools
-import math
-import types
-import typing
 from typing import Any, Literal
 
-
-class ConfigError(ValueError):
-  """A configuration that cannot be used; the message says what to change."""
-
-
-def _choice(value: str, name: str, choices: tuple[str, ...]):
-  if value not in choices:
-    raise ConfigError(f"{name}={value!r} is not one of {', '.join(choices)}")
-
-
-def _check_numbers(
-  group: Any,
-  prefix: str,
-  positive: tuple[str, ...] = (),
-  below_one: tuple[str, ...] = (),
-):
-  """All numbers of a group are finite and not negative; some of them more."""
-  for field in dataclasses.fields(group):
-    name, value = field.name, getattr(group, field.name)
-    for number in value if isinstance(value, tuple) else (value,):
-      if isinstance(number, str | bool) or dataclasses.is_dataclass(number):
-        continue
-      if not (math.isfinite(number) and number >= 0):
-        wanted = "a number that is not negative"
-      elif name in positive and not number:
-        wanted = "positive"
-      elif name in below_one and number >= 1:
-        wanted = "below 1"
-      else:
-        continue
-      raise ConfigError(f"{prefix}.{name}={value!r} must be {wanted}")
+from hope_jax.fields import ConfigError, check_choice, check_numbers, convert
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +27,9 @@ class MemoryConfig:
     target: `self`: vhat = M(v) (eq. 87); `shared`: v.
     setting: `chunk_l2` takes an L2 gradient at the chunk's first state (B);
       `token_exact` a dot-product objective on the residual target, exact
-      inside the chunk (A; the output layer and the memory box only).
+      inside the chunk (A; the output layer and the memory box only);
+      `negative_eigenvalues` is A with steps up to 2, so that one token can
+      turn around what is stored (parity).
     delta_rule: `proximal` erases with alpha eta', `literal` with eta',
       `none` does not erase (Titans).
     momentum: `averaged` scales the step by 1 - beta, `sum` is literal.
@@ -99,30 +67,48 @@ class MemoryConfig:
   remat: Literal["none", "chunk", "sqrt"] = "sqrt"
 
   def __post_init__(self):
-    _choice(self.architecture, "memory.architecture", ("mlp", "matrix"))
-    _choice(self.activation, "memory.activation", ("silu", "gelu"))
+    check_choice(self.architecture, "memory.architecture", ("mlp", "matrix"))
+    check_choice(self.activation, "memory.activation", ("silu", "gelu"))
     for box in self.adaptive:
-      _choice(box, "memory.adaptive", ("k", "v", "q", "eta", "alpha"))
-    _choice(self.target, "memory.target", ("self", "shared"))
-    _choice(self.setting, "memory.setting", ("chunk_l2", "token_exact"))
-    _choice(
+      check_choice(box, "memory.adaptive", ("k", "v", "q", "eta", "alpha"))
+    check_choice(self.target, "memory.target", ("self", "shared"))
+    settings = "chunk_l2", "token_exact", "negative_eigenvalues"
+    check_choice(self.setting, "memory.setting", settings)
+    check_choice(
       self.delta_rule, "memory.delta_rule", ("proximal", "literal", "none")
     )
-    _choice(self.momentum, "memory.momentum", ("none", "averaged", "sum"))
-    _choice(self.retention, "memory.retention", ("start", "zero", "none"))
-    _choice(self.step_scale, "memory.step_scale", ("mean", "sum"))
-    _choice(self.read, "memory.read", ("chunk", "token_pre", "token_post"))
-    _choice(self.remat, "memory.remat", ("none", "chunk", "sqrt"))
+    check_choice(self.momentum, "memory.momentum", ("none", "averaged", "sum"))
+    check_choice(self.retention, "memory.retention", ("start", "zero", "none"))
+    check_choice(self.step_scale, "memory.step_scale", ("mean", "sum"))
+    check_choice(self.read, "memory.read", ("chunk", "token_pre", "token_post"))
+    check_choice(self.remat, "memory.remat", ("none", "chunk", "sqrt"))
     lengths = "chunk_length", "projection_chunk_length"
     half_lives = "half_life_min", "half_life_max"
     rates = "initial_learn_rate", "initial_momentum"
     positive = (*lengths, *half_lives, *rates, "loss_factor")
-    _check_numbers(self, "memory", positive, ("initial_momentum",))
+    check_numbers(self, "memory", positive, ("initial_momentum",))
     if self.half_life_min > self.half_life_max:
       raise ConfigError(
         f"memory.half_life_min={self.half_life_min} must not be above"
         f" memory.half_life_max={self.half_life_max}"
       )
+    if self.setting == "negative_eigenvalues":
+      if self.read == "chunk" or self.delta_rule == "none":
+        raise ConfigError(
+          "memory.setting=negative_eigenvalues needs a token's erase before"
+          " the next one's read: memory.read=token_pre or token_post, and a"
+          f" memory.delta_rule; got {self.read} and {self.delta_rule}"
+        )
+      if self.initial_learn_rate >= 2:
+        raise ConfigError(
+          f"memory.initial_learn_rate={self.initial_learn_rate} must be below 2"
+          " with memory.setting=negative_eigenvalues"
+        )
+
+  @property
+  def is_exact(self) -> bool:
+    """Whether the output layer learns by setting A, exact in the chunk."""
+    return self.setting != "chunk_l2"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,9 +116,10 @@ class CMSConfig:
   """Continuum memory system (paper section 7): k blocks split the FFN.
 
   Attributes:
-    hidden: hidden width per level, fastest first; empty: a plain FFN.
+    hidden: hidden width per level, fastest first; empty: as connection=none.
     chunk_lengths: tokens between updates of a level; 0 never (the last).
-    connection: `sequential`, `nested` or `independent`, see `models/cms.py`.
+    connection: `sequential`, `nested` or `independent`, see `models/cms.py`;
+      `none`: a plain FFN of model.ffn_hidden instead.
     signal: `associative` (a level answers a value) or `next_token` (it follows
       the gradient of the model's loss, `models/next_token.py`).
     value: wiring of the associative signal, see `models/cms.py`.
@@ -161,19 +148,19 @@ class CMSConfig:
         f"cms.hidden has {len(self.hidden)} levels and cms.chunk_lengths"
         f" {len(self.chunk_lengths)}: give one chunk length per level"
       )
-    fast = list(self.fast_lengths)
+    fast = [c for c in self.chunk_lengths if c]
     if fast != sorted(fast) or any(self.chunk_lengths[len(fast) :]):
       raise ConfigError(
         "cms.chunk_lengths must grow from level to level, 0 (never) last;"
         f" got {self.chunk_lengths}"
       )
     positive = "hidden", "initial_learn_rate", "learning_share"
-    _check_numbers(self, "cms", positive)
-    connections = "sequential", "nested", "independent"
-    _choice(self.connection, "cms.connection", connections)
+    check_numbers(self, "cms", positive)
+    connections = "sequential", "nested", "independent", "none"
+    check_choice(self.connection, "cms.connection", connections)
     wirings = "mixer_linear", "mixer_value", "mixer_pair"
-    _choice(self.value, "cms.value", wirings)
-    _choice(self.signal, "cms.signal", ("associative", "next_token"))
+    check_choice(self.value, "cms.value", wirings)
+    check_choice(self.signal, "cms.signal", ("associative", "next_token"))
     if self.outer_order not in (1, 2):
       raise ConfigError(f"cms.outer_order={self.outer_order} must be 1 or 2")
     if self.learning_share > 1:
@@ -197,9 +184,15 @@ class CMSConfig:
       )
 
   @property
+  def levels(self) -> int:
+    """Number of levels, fast and slow; 0: a plain FFN."""
+    return 0 if self.connection == "none" else len(self.hidden)
+
+  @property
   def fast_lengths(self) -> tuple[int, ...]:
     """Chunk lengths of the levels that learn inside the sequence."""
-    return tuple(c for c in self.chunk_lengths if c)
+    lengths = self.chunk_lengths if self.levels else ()
+    return tuple(c for c in lengths if c)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,17 +225,17 @@ class ModelConfig:
   remat: str = "none"
 
   def __post_init__(self):
-    _choice(
+    check_choice(
       self.sequence_layer,
       "model.sequence_layer",
       ("transformer", "titans", "hope", "hope_attention"),
     )
-    _choice(self.inner_rates, "model.inner_rates", ("on", "off"))
-    _choice(self.dtype, "model.dtype", ("float32", "bfloat16"))
-    _choice(self.remat, "model.remat", ("none", "full", "dots"))
+    check_choice(self.inner_rates, "model.inner_rates", ("on", "off"))
+    check_choice(self.dtype, "model.dtype", ("float32", "bfloat16"))
+    check_choice(self.remat, "model.remat", ("none", "full", "dots"))
     sizes = "vocab_size", "width", "num_layers", "num_heads"
     positive = (*sizes, "ffn_hidden", "context_length", "rope_base")
-    _check_numbers(self, "model", positive)
+    check_numbers(self, "model", positive)
     if self.conv_window == 1:
       raise ConfigError("model.conv_window=1 mixes nothing: 0 (none) or >= 2")
     if self.width % self.num_heads:
@@ -318,7 +311,7 @@ class OptConfig:
   memory_lr_ratio: float = 1.0
 
   def __post_init__(self):
-    _check_numbers(self, "opt", ("peak_lr", "eps"), ("b1", "b2"))
+    check_numbers(self, "opt", ("peak_lr", "eps"), ("b1", "b2"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,10 +354,10 @@ class DataConfig:
   seed: int = 0
 
   def __post_init__(self):
-    _choice(self.kind, "data.kind", ("text", "records", "mqar"))
+    check_choice(self.kind, "data.kind", ("text", "records", "mqar"))
     sizes = "sequence_length", "batch_size", "num_pairs"
     positive = (*sizes, "timeout", "weights", "train_pairs")
-    _check_numbers(self, "data", positive, ("long_share",))
+    check_numbers(self, "data", positive, ("long_share",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -416,13 +409,13 @@ class TrainConfig:
 
   def __post_init__(self):
     counts = "steps", "accumulate", "keep_checkpoints", "max_bad_steps"
-    _check_numbers(self, "train", counts)
+    check_numbers(self, "train", counts)
     if self.rollback_factor and self.rollback_factor <= 1:
       raise ConfigError(
         f"train.rollback_factor={self.rollback_factor} must be above 1, or 0"
         " (never)"
       )
-    _choice(self.wandb, "train.wandb", ("off", "offline", "online"))
+    check_choice(self.wandb, "train.wandb", ("off", "offline", "online"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -433,7 +426,7 @@ class EvalConfig:
   batch_size: int = 8
 
   def __post_init__(self):
-    _check_numbers(self, "eval", ("batch_size",))
+    check_numbers(self, "eval", ("batch_size",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -471,69 +464,13 @@ class Config:
           f" attention's cache: raise model.context_length"
           f" ({self.model.context_length})"
         )
-    slowest = max((0, *self.model.cms.chunk_lengths))
+    slowest = max((0, *self.model.cms.fast_lengths))
     if slowest * 2 > self.data.sequence_length and not carries:
       raise ConfigError(
         f"model.cms.chunk_lengths has {slowest}, more than half of"
         f" data.sequence_length={self.data.sequence_length}: such a level"
         " hardly uses what it learns; shorten it, or train.carry_state"
       )
-
-
-def convert(cls: type, values: Any, where: str = "") -> Any:
-  """Builds dataclass `cls` from a mapping; errors name the field."""
-  if not hasattr(values, "items"):
-    raise ConfigError(f"{where} must be a group of fields, got {values!r}")
-  fields = {f.name: f for f in dataclasses.fields(cls)}
-  hints = typing.get_type_hints(cls)
-  arguments = {}
-  for key, value in values.items():
-    name = f"{where}.{key}" if where else key
-    if key not in fields:
-      near = difflib.get_close_matches(key, fields, n=1)
-      hint = f"; did you mean {near[0]!r}?" if near else ""
-      raise ConfigError(f"unknown field {name!r}{hint}")
-    arguments[key] = _convert_value(hints[key], value, name)
-  for key, field in fields.items():
-    no_default = field.default is field.default_factory is dataclasses.MISSING
-    if no_default and key not in arguments:
-      raise ConfigError(f"{f'{where}.' if where else ''}{key} is missing")
-  return cls(**arguments)
-
-
-def _convert_value(hint: Any, value: Any, name: str) -> Any:
-  if dataclasses.is_dataclass(hint):
-    return convert(typing.cast(type, hint), value, name)
-  origin, parts = typing.get_origin(hint), typing.get_args(hint)
-  if hint is Any or (value is None and types.NoneType in parts):
-    return value
-  if origin is types.UnionType:  # of one type and None
-    return _convert_value(parts[0], value, name)
-  if origin is list and isinstance(value, list):
-    return [_convert_value(parts[0], item, name) for item in value]
-  if origin is dict and isinstance(value, dict):
-    return {
-      key: _convert_value(parts[1], item, f"{name}.{key}")
-      for key, item in value.items()
-    }
-  if origin is tuple:
-    if isinstance(value, str):  # from a command line: "a,b"
-      value = [part for part in value.split(",") if part]
-    if not isinstance(value, (tuple, list)):
-      value = (value,)
-    return tuple(_convert_value(parts[0], v, name) for v in value)
-  if origin is Literal:
-    _choice(typing.cast(str, value), name, parts)
-    return value
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  hint = origin or hint
-  if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-    raise ConfigError(
-      f"{name}={value!r} must be of type {hint.__name__},"
-      f" not {type(value).__name__}"
-    )
-  return value
 
 
 def from_config_dict(config_dict: Any) -> Config:

@@ -167,9 +167,7 @@ def memories(model: ModelConfig) -> list[Component]:
     loss = f"{Fraction(str(cfg.loss_factor))} ‖{m}(k) - {target}‖²"
     own = ["generates its own targets (self-modifying)"] if is_self else []
     last = f"generates {name} of all memories" if is_box else inputs
-    of = ""
-    if cfg.setting == "token_exact" and not is_box:
-      of = " of the hidden layer"
+    if cfg.is_exact and not is_box:
       hidden = f"; hidden layer {loss}" if cfg.architecture == "mlp" else ""
       loss = f"output layer -⟨D(k), {target} - M_0(k)⟩{hidden}"
     length = cfg.projection_chunk_length if is_box else cfg.chunk_length
@@ -179,18 +177,25 @@ def memories(model: ModelConfig) -> list[Component]:
         frequency=Fraction(1, length),
         context=f"(k, {target}) of the last {length} tokens",
         objective=loss,
-        rule=memory_rule(cfg, length, "chunk" if is_box else cfg.read, of),
+        rule=memory_rule(cfg, is_box),
         transfer="; ".join([META, *own, last]),
       )
     )
   return found
 
 
-def memory_rule(cfg: MemoryConfig, length: int, read: str, of: str) -> str:
+def memory_rule(cfg: MemoryConfig, is_box: bool) -> str:
   """The inner rule in the config's words (`memory/rules.py`, App. C)."""
-  rate = "proximal step" if cfg.proximal else "step"
+  rate = exact = "proximal step" if cfg.proximal else "step"
   if cfg.step_scale == "mean":
-    rate += f" / {length}{of}"
+    length = cfg.projection_chunk_length if is_box else cfg.chunk_length
+    rate += f" / {length}"
+  if cfg.setting == "negative_eigenvalues":
+    exact = "step eta/max(1, ‖x‖²), eta < 2"
+  if cfg.is_exact and not is_box:
+    is_mlp = cfg.architecture == "mlp"
+    rate = exact + (f" (hidden layer: {rate})" if is_mlp else "")
+  read = "chunk" if is_box else cfg.read
   return (
     f"{'GD' if cfg.delta_rule == 'none' else f'DGD {cfg.delta_rule}'}; {rate};"
     f" momentum: {cfg.momentum}; retention: {cfg.retention}; error clip:"
@@ -250,11 +255,11 @@ def slow_weights(config: Config) -> list[Component]:
   """What only the outer optimizer updates: the lowest level."""
   cms, data = config.model.cms, config.data
   use = {"projections": "q, k, v and output of the sequence layer"}
-  for i in range(len(cms.fast_lengths), len(cms.hidden)):
+  for i in range(len(cms.fast_lengths), cms.levels):
     use[f"cms_{i}"] = "what the fast levels pass on"
   what = "start" if cms.connection == "nested" else "values"
   use["cms_shared"] = f"{what} of the CMS levels"
-  if not cms.hidden:
+  if not cms.levels:
     use["ffn"] = "what the sequence layer passes on"
   use |= {"embedding": "tokens and logits", "rest": "what is none of these"}
   tokens = data.batch_size * data.sequence_length
@@ -346,7 +351,7 @@ def count_flops(
   starts = [leaf for leaf in named(params) if "/initial/" in leaf[0]]
   starts = apportion(starts, model)[0]
   boxes = [name for name in starts if name != "memory" and model.is_live(name)]
-  cms = [f"cms_{i}" for i in range(len(model.cms.hidden))]
+  cms = [f"cms_{i}" for i in range(model.cms.levels)]
   fast = [c for c in cms[: len(model.cms.fast_lengths)] if model.is_live(c)]
   scopes = functools.partial(flops_by_owner, params=params, tokens=tokens)
   live, twin = scopes(model), scopes(replace(model, inner_rates="off"))

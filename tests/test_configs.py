@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 import pytest
 
-from configs import _base, _models
+from configs import _base, _models, shakespeare
 from hope_jax import config as config_lib
 from hope_jax.models import language_model
 
@@ -68,6 +68,31 @@ def test_config_builds_and_eval_shapes(name, mode):
 def test_config_parameters_within_3_percent_of_name(name, model):
   count = _parameters(_load(name, model).model)
   assert abs(count / PROMISED[name] - 1) <= 0.03, f"{count:,}"
+
+
+@pytest.mark.parametrize(
+  "field",
+  [
+    {"memory": {"delta_rule": "none"}},
+    {"memory": {"momentum": "none"}},
+    {"memory": {"retention": "none"}},
+    {"cms": {"connection": "none"}},
+    {"memory": {"adaptive": ("v", "eta", "alpha")}},
+    {"memory": {"adaptive": ("k", "eta", "alpha")}},
+    {"memory": {"adaptive": ("k", "v", "q", "eta", "alpha")}},
+  ],
+  ids=str,
+)
+def test_rows_of_table_6_are_one_field_of_hope(field):
+  config = shakespeare.get_config("hope")
+  config.model.update(field)
+  changed = config_lib.from_config_dict(config).model
+  hope = _load("shakespeare", "hope").model
+  assert changed != hope
+  ratio = _parameters(changed) / _parameters(hope)
+  assert abs(ratio - 1) < 0.08  # a box is 6 %
+  if "cms" in field:
+    assert "cms_0" not in changed.fast_levels
 
 
 @pytest.mark.parametrize("model", _models.NAMES)
@@ -147,6 +172,9 @@ def test_numbers_out_of_range_are_named(group, name, kind):
       config_lib.from_config_dict(fields)
 
 
+NEGATIVE = {"setting": "negative_eigenvalues"}
+
+
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
@@ -156,6 +184,12 @@ def test_numbers_out_of_range_are_named(group, name, kind):
     ({"memory": {}}, "unknown field 'memory'"),
     ({"model": {"cms": {"hidden": (8, 0), "chunk_lengths": (4, 0)}}}, "hidden"),
     ({"model": {"memory": {"half_life_min": 1e6}}}, "must not be above"),
+    ({"model": {"memory": {**NEGATIVE, "read": "chunk"}}}, "got chunk and"),
+    ({"model": {"memory": {**NEGATIVE, "delta_rule": "none"}}}, "and none"),
+    (
+      {"model": {"memory": {**NEGATIVE, "initial_learn_rate": 2.0}}},
+      "must be below 2",
+    ),
   ],
 )
 def test_fields_that_cannot_be_used_are_named(fields, message):

@@ -168,6 +168,11 @@ def test_words_follow_the_config(found):
   assert memory.objective == "1 ‖M(k) - v‖²"
   words = "GD; proximal step; momentum: sum; retention: zero"
   assert memory.rule.startswith(words)
+  turning = dataclasses.replace(
+    literal, setting="negative_eigenvalues", delta_rule="literal"
+  )
+  rate = "step eta/max(1, ‖x‖²), eta < 2 (hidden layer: proximal step)"
+  assert f"DGD literal; {rate};" in levels.memory_rule(turning, False)
   assert "restarts from cms_1" in found["nested"]["cms_0"].transfer
   level = found["next_token"]["cms_0"]
   assert level.objective == "cross entropy of the next token"

@@ -22,9 +22,10 @@ import numpy as np
 from etils import epath
 
 from hope_jax import files
-from hope_jax.config import Config, ConfigError, DataConfig, convert
+from hope_jax.config import Config, ConfigError, DataConfig
 from hope_jax.data import tokenizer
 from hope_jax.data.packing import FIELDS, Example
+from hope_jax.fields import convert
 
 MANIFEST = "manifest.json"
 VERSION = 1

@@ -173,7 +173,7 @@ def inner_loss(
 ) -> InnerLoss:
   """Forward and backward of loss_factor |M(k) - vhat|^2, analytically.
 
-  Setting A (`token_exact`) replaces the output layer's error by M_0's
+  Setting A (`cfg.is_exact`) replaces the output layer's error by M_0's
   prediction - vhat, which is constant in D: the erase term completes the
   error token by token.
   """
@@ -190,7 +190,7 @@ def inner_loss(
       architectures.hidden_error(whole.output, error, trace.slope),
       cfg.error_clip,
     )
-  if cfg.setting == "token_exact":
+  if cfg.is_exact:
     fast = architectures.apply(features, start.output)
     error = predictions - targets - fast
   return InnerLoss(features, Weights(hidden, error), predictions, targets)
@@ -219,9 +219,8 @@ def learn_chunk(
     output layer's fast part, for `read_out`.
   """
   weight, momentum = now["weight"], now["momentum"] or Weights(None, None)
-  divide = rules.divisor(cfg, cfg.chunk_length)
 
-  def layer(index, inputs, queries, divide) -> tuple[Any, Any]:
+  def layer(index, inputs, queries, *, exact=False) -> tuple[Any, Any]:
     """Writes one layer and reads its fast part at the queries."""
     token_read = cfg.read != "chunk"
     out = rules.write_layer(
@@ -232,7 +231,8 @@ def learn_chunk(
       gates,
       decays,
       cfg,
-      divide=divide,
+      chunk_length=cfg.chunk_length,
+      exact=exact,
       queries=queries if token_read else None,
     )
     if token_read:
@@ -242,12 +242,10 @@ def learn_chunk(
   hidden: Any = None
   features, slow_hidden = query
   if weight.hidden is not None:
-    hidden, z = layer(0, keys, features, divide)
+    hidden, z = layer(0, keys, features)
     z = z if slow_hidden is None else slow_hidden + z
     features = architectures.activate(z, cfg.activation)[0]
-  output, fast = layer(
-    1, loss.features, features, 1 if cfg.setting == "token_exact" else divide
-  )
+  output, fast = layer(1, loss.features, features, exact=cfg.is_exact)
   after: dict[str, Any] = {
     "weight": Weights(hidden and hidden.weight, output.weight),
     "momentum": None,

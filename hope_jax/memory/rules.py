@@ -10,6 +10,12 @@ argmin_W 1/2 |W x - u*|^2 + 1/(2 eta) |W - alpha W_t|^2, gives
 eta' = eta / (1 + eta |x|^2), step = eta', erase = alpha eta' (App. C without
 |x| = 1; the literal rule erases eta').
 
+Setting A (`token_exact`) takes the errors of the output layer so that the erase
+term completes them token by token; its steps are not divided by the chunk
+length.  With `negative_eigenvalues` it steps by eta' = eta / max(1, |x|^2), eta
+in (0, 2): beyond 1 the erase turns what is stored under x around, which
+tracking a state such as parity needs (the proximal step never does).
+
 Legend: eta learn_rate, alpha retention, beta momentum_decay.
 """
 
@@ -40,14 +46,39 @@ def clip_norm(error: jax.Array, bound: float) -> jax.Array:
   )
 
 
+def learn_rate(logit: jax.Array, cfg: MemoryConfig) -> jax.Array:
+  """eta from its gate: softplus, or in (0, 2) for negative eigenvalues."""
+  if cfg.setting == "negative_eigenvalues":
+    return 2.0 * jax.nn.sigmoid(logit)
+  return jax.nn.softplus(logit)
+
+
+def learn_rate_logit(rate: float, cfg: MemoryConfig) -> jax.Array:
+  """Inverse of `learn_rate`."""
+  if cfg.setting == "negative_eigenvalues":
+    return jnp.log(rate / (2.0 - rate))
+  return jnp.log(jnp.expm1(rate))
+
+
 def layer_rates(
-  x: jax.Array, gates: Gates, cfg: MemoryConfig, divide: int
+  x: jax.Array,
+  gates: Gates,
+  cfg: MemoryConfig,
+  *,
+  chunk_length: int,
+  exact: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-  """(step, erase) [..., C] of a layer with input x [..., C, K]."""
-  rate = gates.learn_rate
-  if cfg.proximal:
-    rate = rate / (1.0 + rate * jnp.sum(jnp.square(x), axis=-1))
-  rate = rate / divide
+  """(step, erase) [..., C] of a layer with input x [..., C, K].
+
+  `exact`: the layer learns by setting A.
+  """
+  rate, square = gates.learn_rate, jnp.sum(jnp.square(x), axis=-1)
+  if exact and cfg.setting == "negative_eigenvalues":
+    rate = rate / jnp.maximum(1.0, square)
+  elif cfg.proximal:
+    rate = rate / (1.0 + rate * square)
+  if cfg.step_scale == "mean" and not exact:
+    rate = rate / chunk_length
   erase = None
   if cfg.delta_rule == "proximal":
     erase = gates.retention * rate
@@ -70,11 +101,6 @@ def output_error(
   return clip_norm(error, cfg.error_clip)
 
 
-def divisor(cfg: MemoryConfig, chunk_length: int) -> int:
-  """What step and erase are divided by: the configured chunk length, or 1."""
-  return chunk_length if cfg.step_scale == "mean" else 1
-
-
 def write_layer(
   x: jax.Array,
   error: jax.Array,
@@ -84,14 +110,18 @@ def write_layer(
   decays: chunked.ChunkDecays,
   cfg: MemoryConfig,
   *,
-  divide: int,
+  chunk_length: int,
+  exact: bool = False,
   queries: jax.Array | None = None,
 ) -> chunked.LinearRuleOutput:
   """One chunk of (P) on one layer; token-exact read where queries are given.
 
-  x [..., C, K], error [..., C, E], weight and momentum [..., E, K].
+  x [..., C, K], error [..., C, E], weight and momentum [..., E, K]; the others
+  as in `layer_rates`.
   """
-  step, erase = layer_rates(x, gates, cfg, divide)
+  step, erase = layer_rates(
+    x, gates, cfg, chunk_length=chunk_length, exact=exact
+  )
   return chunked.chunk_rule(
     x,
     error,

@@ -155,7 +155,9 @@ def project(
     v=made["v"],
     q=l2_normalize(made["q"]),
     gates=Gates(
-      jax.nn.softplus(made["eta"]), jax.nn.sigmoid(-made["alpha"]), p.beta
+      rules.learn_rate(made["eta"], cfg),
+      jax.nn.sigmoid(-made["alpha"]),
+      p.beta,
     ),
   )
 
@@ -295,7 +297,7 @@ def learn_chunk(
   boxed_decays, boxed_gates = jax.tree.map(
     lambda x: jnp.expand_dims(x, 2), (decays, gates)
   )
-  divide = rules.divisor(cfg, cfg.projection_chunk_length)
+  chunk_length = cfg.projection_chunk_length
   momentum = now["momentum"] or Boxes(None, None, None)
   weight, after_momentum, back = {}, {}, []
   first = 0
@@ -316,7 +318,7 @@ def learn_chunk(
       boxed_gates,
       boxed_decays,
       cfg,
-      divide=divide,
+      chunk_length=chunk_length,
     )
     weight[kind], after_momentum[kind] = out.weight, out.momentum
     first += len(boxes)
@@ -333,7 +335,7 @@ def learn_chunk(
       gates,
       decays,
       cfg,
-      divide=divide,
+      chunk_length=chunk_length,
     )
     weight["hidden"], after_momentum["hidden"] = out.weight, out.momentum
   absent = dict.fromkeys(Boxes._fields)

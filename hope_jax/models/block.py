@@ -63,7 +63,7 @@ class Block(nn.Module):
     )
     x_BTD = x_BTD + mixed.y
     cms_state = {}
-    if cfg.cms.hidden:
+    if cfg.cms.levels:
       x_BTD, cms_state = cms.ContinuumMemory(cfg, name="cms")(
         x_BTD, mixed, state.cms if state else None, segments
       )

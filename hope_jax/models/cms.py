@@ -220,7 +220,7 @@ class ContinuumMemory(nn.Module):
   ) -> tuple[jax.Array, dict[str, Any] | None]:
     cfg = self.config
     keys, values = self._signal(mixed)
-    count = len(cfg.cms.hidden)
+    count = cfg.cms.levels
     if cfg.cms.connection == "nested":
       scales = [Scale(cfg.width, name=f"norm_{i}")() for i in range(count)]
       return NestedLevels(cfg, name="levels")(

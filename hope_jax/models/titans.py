@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from hope_jax.config import ModelConfig
-from hope_jax.memory import chunks, deep, self_modifying
+from hope_jax.memory import chunks, deep, rules, self_modifying
 from hope_jax.memory.architectures import Weights, rms_normalize
 from hope_jax.memory.self_modifying import Boxes
 from hope_jax.models import attention, layers
@@ -76,8 +76,10 @@ class Gates(nn.Module):
       )
     )
     starts = {
-      "eta": jnp.full(heads, _inverse_softplus(cfg.initial_learn_rate)),
-      "alpha": _inverse_softplus(math.log(2) / half_lives),
+      "eta": jnp.full(
+        heads, rules.learn_rate_logit(cfg.initial_learn_rate, cfg)
+      ),
+      "alpha": jnp.log(jnp.expm1(math.log(2) / half_lives)),
       "beta": jnp.full(
         heads, math.log(cfg.initial_momentum / (1 - cfg.initial_momentum))
       ),
@@ -102,10 +104,6 @@ class Gates(nn.Module):
         logit = logit + slope(x_BTD).swapaxes(1, 2).astype(jnp.float32)
       logits[name] = logit
     return logits
-
-
-def _inverse_softplus(x):
-  return jnp.log(jnp.expm1(x))
 
 
 def initial_shapes(config: ModelConfig) -> tuple[Weights, Boxes]:

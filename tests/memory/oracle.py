@@ -58,13 +58,16 @@ def write(
   eta, alpha, beta = gates
   if cfg.retention == "none":
     alpha = jnp.ones_like(alpha)
-  exact = cfg.setting == "token_exact" if exact is None else exact
+  exact = cfg.setting != "chunk_l2" if exact is None else exact
   inputs = layer_inputs(start, k)
   error = errors(start, initial, k, target, cfg, residual, exact)
   after = {"weight": {}, "momentum": {}}
   for name, x in inputs.items():
     rate = eta / (1 + eta * jnp.sum(x * x)) if cfg.proximal else eta
-    if cfg.step_scale == "mean" and not (exact and name == "output"):
+    is_exact = exact and name == "output"
+    if is_exact and cfg.setting == "negative_eigenvalues":
+      rate = eta / jnp.maximum(1, jnp.sum(x * x))
+    if cfg.step_scale == "mean" and not is_exact:
       rate = rate / chunk
     erase = {"proximal": alpha * rate, "literal": rate, "none": 0.0}
     step = rate * (1 - beta) if cfg.momentum == "averaged" else rate
@@ -156,6 +159,8 @@ def run_boxes(initial, slow, cfg):
       for box in ("eta", "alpha")
     }
     eta = jax.nn.softplus(logits["eta"])
+    if cfg.setting == "negative_eigenvalues":
+      eta = 2 / (1 + jnp.exp(-logits["eta"]))
     alpha = jnp.exp(-jax.nn.softplus(logits["alpha"]))
     after = {}
     for box in states:

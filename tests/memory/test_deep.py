@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from hope_jax.config import MemoryConfig
 from hope_jax.memory import chunks, deep
@@ -101,6 +103,8 @@ OPTIONS = [
   {"delta_rule": "literal", "momentum": "sum", "retention": "none"},
   {"retention": "zero", "step_scale": "sum", "loss_factor": 1.0},
   {"retention": "zero", "setting": "token_exact", "read": "token_post"},
+  {"setting": "negative_eigenvalues"},
+  {"setting": "negative_eigenvalues", "architecture": "matrix"},
   {"architecture": "matrix", "error_clip": 0.0, "proximal": False},
 ]
 
@@ -120,6 +124,83 @@ def test_memory_equals_token_loop(options, chunk_length):
     atol=1e-10,
     rtol=1e-10,
   )
+
+
+# Every field of the rule, with all of its values.
+RULE = {
+  "architecture": ["mlp", "matrix"],
+  "target": ["self", "shared"],
+  "setting": ["chunk_l2", "token_exact", "negative_eigenvalues"],
+  "delta_rule": ["proximal", "literal", "none"],
+  "momentum": ["averaged", "sum", "none"],
+  "retention": ["start", "zero", "none"],
+  "step_scale": ["mean", "sum"],
+  "proximal": [True, False],
+  "loss_factor": [0.5, 1.0],
+  "error_clip": [1.0, 0.0],
+  "read": ["token_pre", "token_post", "chunk"],
+  "chunk_length": [1, 2, 5, 8, 16, 64],
+}
+
+
+def check_any_rule(options):
+  """Any combination equals its token loop; large steps may blow both up."""
+  if options["setting"] == "negative_eigenvalues":
+    assume(options["read"] != "chunk" and options["delta_rule"] != "none")
+  cfg = MemoryConfig(**options)
+  initial, sequence, gates = random_memory(architecture=cfg.architecture)
+  gates = gates._replace(learn_rate=gates.learn_rate / 4)
+  expected = compiled(loop, initial, sequence, gates, cfg=cfg)
+  ours = compiled(chunked, initial, sequence, gates, cfg=cfg)
+  scale = max(1.0, jnp.abs(expected).max())
+  np.testing.assert_allclose(ours / scale, expected / scale, atol=1e-10)
+
+
+@settings(max_examples=8)
+@given(st.fixed_dictionaries({k: st.sampled_from(v) for k, v in RULE.items()}))
+def test_any_rule_equals_its_token_loop(options):
+  check_any_rule(options)
+
+
+@pytest.mark.slow
+@settings(max_examples=400)
+@given(st.fixed_dictionaries({k: st.sampled_from(v) for k, v in RULE.items()}))
+def test_many_rules_equal_their_token_loops(options):
+  check_any_rule(options)
+  jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+  ("setting", "is_exact"),
+  [("negative_eigenvalues", True), ("token_exact", False)],
+)
+def test_memory_tracks_parity(setting, is_exact):
+  """One head, keys all k, values 0: a step of 2 turns M k around, 0 keeps it,
+  so that its sign is the parity of the bits.  No proximal step can."""
+  bits = np.random.default_rng(0).integers(2, size=4096)
+  cfg = MemoryConfig(
+    architecture="matrix",
+    setting=setting,
+    target="shared",
+    momentum="none",
+    retention="none",
+    read="token_post",
+  )
+  with jax.enable_x64(False):
+    key = jnp.array([0.6, 0.8])
+    keys = jnp.broadcast_to(key, (1, 1, 4096, 2))
+    learn_rate = 2.0 * jnp.asarray(bits, jnp.float32)[None, None]
+    out = deep.run_memory(
+      Weights(None, jnp.outer(jnp.array([1.0, 0.0]), key)[None]),
+      keys,
+      jnp.zeros_like(keys),
+      keys,
+      Gates(learn_rate, jnp.ones_like(learn_rate), None),
+      cfg,
+    )
+  parity = 1 - 2 * (np.cumsum(bits) % 2)
+  error = np.abs(np.asarray(out.outputs[0, 0, :, 0]) - parity).max()
+  assert error < 1e-3 if is_exact else error > 0.5
 
 
 def test_memory_literal_equals_written_out_equations():

@@ -28,7 +28,9 @@ def test_proximal_step_is_the_argmin(eta):
   with jax.enable_x64(True):
     gates = Gates(jnp.array([eta]), jnp.array([alpha]), None)
     cfg = MemoryConfig(momentum="none")
-    step, erase = rules.layer_rates(jnp.array(x)[None], gates, cfg, 1)
+    step, erase = rules.layer_rates(
+      jnp.array(x)[None], gates, cfg, chunk_length=1
+    )
   assert erase is not None
   # (P) with u = -u*: W (alpha - erase x x^T) + step u* x^T.
   ours = (
@@ -51,7 +53,18 @@ def test_clip_norm_bounds_the_norm_and_keeps_the_direction():
 def test_momentum_average_scales_the_step_and_not_the_erase():
   gates = Gates(jnp.array([0.5]), jnp.array([0.9]), jnp.array([0.8]))
   x = jnp.array([[1.0, 0.0]])
-  averaged = rules.layer_rates(x, gates, MemoryConfig(momentum="averaged"), 1)
-  plain = rules.layer_rates(x, gates, MemoryConfig(momentum="sum"), 1)
+  averaged, plain = (
+    rules.layer_rates(x, gates, MemoryConfig(momentum=momentum), chunk_length=1)
+    for momentum in ("averaged", "sum")
+  )
   np.testing.assert_allclose(averaged[0], 0.2 * plain[0], rtol=1e-5)
   np.testing.assert_allclose(averaged[1], plain[1])
+
+
+@pytest.mark.parametrize("setting", ["chunk_l2", "negative_eigenvalues"])
+def test_learn_rate_starts_where_it_is_set(setting):
+  cfg = MemoryConfig(setting=setting)
+  logit = rules.learn_rate_logit(0.7, cfg)
+  np.testing.assert_allclose(rules.learn_rate(logit, cfg), 0.7, rtol=1e-5)
+  top = rules.learn_rate(jnp.array(30.0), cfg)
+  assert (top == 2) == (setting == "negative_eigenvalues")

@@ -1,0 +1,100 @@
+"""Checked fields: from nested mappings to dataclasses, errors with their names.
+
+A `ConfigError` is one line that says what to change; commands print it and
+exit with code 2.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot be used; the message says what to change."""
+
+
+def check_choice(value: str, name: str, choices: tuple[str, ...]):
+  if value not in choices:
+    raise ConfigError(f"{name}={value!r} is not one of {', '.join(choices)}")
+
+
+def check_numbers(
+  group: Any,
+  prefix: str,
+  positive: tuple[str, ...] = (),
+  below_one: tuple[str, ...] = (),
+):
+  """All numbers of a group are finite and not negative; some of them more."""
+  for field in dataclasses.fields(group):
+    name, value = field.name, getattr(group, field.name)
+    for number in value if isinstance(value, tuple) else (value,):
+      if isinstance(number, str | bool) or dataclasses.is_dataclass(number):
+        continue
+      if not (math.isfinite(number) and number >= 0):
+        wanted = "a number that is not negative"
+      elif name in positive and not number:
+        wanted = "positive"
+      elif name in below_one and number >= 1:
+        wanted = "below 1"
+      else:
+        continue
+      raise ConfigError(f"{prefix}.{name}={value!r} must be {wanted}")
+
+
+def convert(cls: type, values: Any, where: str = "") -> Any:
+  """Builds dataclass `cls` from a mapping; errors name the field."""
+  if not hasattr(values, "items"):
+    raise ConfigError(f"{where} must be a group of fields, got {values!r}")
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  hints = typing.get_type_hints(cls)
+  arguments = {}
+  for key, value in values.items():
+    name = f"{where}.{key}" if where else key
+    if key not in fields:
+      near = difflib.get_close_matches(key, fields, n=1)
+      hint = f"; did you mean {near[0]!r}?" if near else ""
+      raise ConfigError(f"unknown field {name!r}{hint}")
+    arguments[key] = _convert_value(hints[key], value, name)
+  for key, field in fields.items():
+    no_default = field.default is field.default_factory is dataclasses.MISSING
+    if no_default and key not in arguments:
+      raise ConfigError(f"{f'{where}.' if where else ''}{key} is missing")
+  return cls(**arguments)
+
+
+def _convert_value(hint: Any, value: Any, name: str) -> Any:
+  if dataclasses.is_dataclass(hint):
+    return convert(typing.cast(type, hint), value, name)
+  origin, parts = typing.get_origin(hint), typing.get_args(hint)
+  if hint is Any or (value is None and types.NoneType in parts):
+    return value
+  if origin is types.UnionType:  # of one type and None
+    return _convert_value(parts[0], value, name)
+  if origin is list and isinstance(value, list):
+    return [_convert_value(parts[0], item, name) for item in value]
+  if origin is dict and isinstance(value, dict):
+    return {
+      key: _convert_value(parts[1], item, f"{name}.{key}")
+      for key, item in value.items()
+    }
+  if origin is tuple:
+    if isinstance(value, str):  # from a command line: "a,b"
+      value = [part for part in value.split(",") if part]
+    if not isinstance(value, (tuple, list)):
+      value = (value,)
+    return tuple(_convert_value(parts[0], v, name) for v in value)
+  if origin is Literal:
+    check_choice(typing.cast(str, value), name, parts)
+    return value
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  hint = origin or hint
+  if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+    raise ConfigError(
+      f"{name}={value!r} must be of type {hint.__name__},"
+      f" not {type(value).__name__}"
+    )
+  return value
