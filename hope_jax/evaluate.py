@@ -5,8 +5,10 @@ python -m hope_jax.evaluate --workdir=runs/x --writes=off --level=memory,cms_0
 
 `--writes=off` switches the memories' writes off: of all of them, or of the
 levels named by `--level`.  `--length=4096` reads longer sequences than training
-did (text).  `--dynamics` adds what the memories did in the split's first batch,
-per layer and level: learn rates, half-lives, |D| / |M_0| at the end ...
+did (text).  `--positions` adds the scores of the first 64 positions, the next
+64, the next 128 ...: does more context help?  `--dynamics` adds what the
+memories did in the split's first batch, per layer and level: learn rates,
+half-lives, |D| / |M_0| at the end ...
 """
 
 import dataclasses
@@ -35,6 +37,7 @@ def define_flags() -> None:
   flags.DEFINE_enum("writes", "on", ["on", "off"], "inner learning")
   flags.DEFINE_list("level", [], "with --writes=off: these levels only")
   flags.DEFINE_integer("length", None, "tokens per sequence, if not training's")
+  flags.DEFINE_bool("positions", False, "also scores by position")
   flags.DEFINE_bool("dynamics", False, "also what the memories do inside")
   flags.DEFINE_string("output", None, "also write the JSON there")
 
@@ -73,6 +76,7 @@ def evaluate(
   split: str,
   *,
   with_dynamics: bool = False,
+  with_positions: bool = False,
 ) -> dict:
   """Scores the newest checkpoint of `workdir` as the model of `config`."""
   if with_dynamics and not config.model.fast_levels:
@@ -91,7 +95,12 @@ def evaluate(
       workdir, compiled.abstract_state.params
     )
     scores: dict[str, Any] = evaluation.evaluate(
-      compiled.eval_step, params, source, config=config, mesh=mesh
+      compiled.eval_step,
+      params,
+      source,
+      config=config,
+      mesh=mesh,
+      with_positions=with_positions,
     )
     if with_dynamics:
       scores |= evaluation.inner_dynamics(
@@ -119,7 +128,13 @@ def main() -> None:
     "writes": args.writes,
     "levels": list(levels),
     "length": config.data.sequence_length,
-    **evaluate(config, workdir, args.split, with_dynamics=args.dynamics),
+    **evaluate(
+      config,
+      workdir,
+      args.split,
+      with_dynamics=args.dynamics,
+      with_positions=args.positions,
+    ),
   }
   print(json.dumps(scores))
   if args.output:

@@ -81,10 +81,10 @@ def _convert_value(hint: Any, value: Any, name: str) -> Any:
       for key, item in value.items()
     }
   if origin is tuple:
-    if isinstance(value, str):  # from a command line: "a,b"
-      value = [part for part in value.split(",") if part]
     if not isinstance(value, (tuple, list)):
       value = (value,)
+    if all(isinstance(item, str) for item in value):  # "a,b" of a command line
+      value = [part for item in value for part in item.split(",") if part]
     return tuple(_convert_value(parts[0], v, name) for v in value)
   if origin is Literal:
     check_choice(typing.cast(str, value), name, parts)

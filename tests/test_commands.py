@@ -226,7 +226,13 @@ def test_evaluate_without_writes_scores_another_model(titans):
 def test_evaluate_at_another_length_reads_as_many_tokens(titans):
   folder, config = titans  # batches of 2 x 32 tokens
   longer = evaluate.lengthen(config, 64)
-  scores = evaluate.evaluate(longer, folder, "test", with_dynamics=True)
+  scores = evaluate.evaluate(
+    longer, folder, "test", with_dynamics=True, with_positions=True
+  )
+  (found,) = scores["by_position"]
+  assert found == {"end": 64} | {
+    key: scores[key] for key in found if key != "end"
+  }
   assert scores["targets"] == 64
   flat, change = scores["dynamics"], scores["relative_change"]
   assert change == {"memory": flat["dynamics/layer_0/memory/relative_change"]}

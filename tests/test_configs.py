@@ -172,6 +172,13 @@ def test_numbers_out_of_range_are_named(group, name, kind):
       config_lib.from_config_dict(fields)
 
 
+@pytest.mark.parametrize("value", ["k,v", ("k,v",), ["k", "v"], ("k", "v")])
+def test_names_may_be_separated_by_commas(value):
+  fields = {"model": {"memory": {"adaptive": value}}}
+  config = config_lib.from_config_dict(fields)
+  assert config.model.memory.adaptive == ("k", "v")
+
+
 NEGATIVE = {"setting": "negative_eigenvalues"}
 
 

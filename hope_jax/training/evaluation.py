@@ -11,14 +11,22 @@ from hope_jax.config import Config
 from hope_jax.data import pipeline, tokenizer
 from hope_jax.training import dynamics, sharding, step
 
+FIRST_POSITIONS = 64  # the first of `by_position`'s bins
+
 
 def evaluate(
-  eval_step: Any, params: Any, source: Any, *, config: Config, mesh: Mesh
-) -> dict[str, float]:
+  eval_step: Any,
+  params: Any,
+  source: Any,
+  *,
+  config: Config,
+  mesh: Mesh,
+  with_positions: bool = False,
+) -> dict[str, Any]:
   """Mean over all weighted targets of a split (`config.eval.batches`).
 
-  Returns loss (nats per target), accuracy and the number of targets; the
-  sums of the batches are added in float64.
+  Returns loss (nats per target), accuracy and the number of targets, and
+  `by_position` if asked for; sums over positions and batches are in float64.
   """
   size = config.eval.batch_size
   rows = sharding.process_rows(mesh, size)
@@ -26,12 +34,36 @@ def evaluate(
     eval_step(params, sharding.put_batch(batch, mesh, size, rows))
     for batch in pipeline.eval_batches(source, size, rows, config.eval.batches)
   ]
-  total = step.Sums(*np.asarray(sums, np.float64).sum(axis=0))
+  total = np.asarray(sums, np.float64).sum(axis=0)  # [3, T]
+  scores: dict[str, Any] = _means(total)
+  if with_positions:
+    scores["by_position"] = by_position(total)
+  return scores
+
+
+def _means(sums: np.ndarray) -> dict[str, Any]:
+  """`Sums` [3, T] -> loss, accuracy and number of all targets."""
+  total = step.Sums(*sums.sum(axis=1))
   return {
     "loss": float(total.loss / total.weight),
     "accuracy": float(total.correct / total.weight),
     "targets": int(total.weight),
   }
+
+
+def by_position(sums: np.ndarray) -> list[dict[str, Any]]:
+  """The means of positions 0 to 63, 64 to 127, 128 to 255 ...; `end` is the
+  first position after them.  Positions without a target are left out."""
+  count, ends = sums.shape[1], [FIRST_POSITIONS]
+  while ends[-1] < count:
+    ends.append(2 * ends[-1])
+  ends[-1] = min(ends[-1], count)
+  bins = zip([0, *ends], ends, strict=False)
+  return [
+    {"end": end, **_means(sums[:, begin:end])}
+    for begin, end in bins
+    if sums[2, begin:end].any()
+  ]
 
 
 def inner_dynamics(

@@ -73,14 +73,21 @@ class Compiled(NamedTuple):
 
   init: Callable[[jax.Array], TrainState]
   train_step: Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics]]
-  eval_step: Callable[[Any, Batch], Sums]
+  eval_step: Callable[[Any, Batch], Sums]  # by position [T]
   abstract_state: TrainState
 
 
 def batch_sums(
-  model: LanguageModel, params: Any, batch: Batch, fast: Any = None
+  model: LanguageModel,
+  params: Any,
+  batch: Batch,
+  fast: Any = None,
+  axis: int | None = None,
 ) -> tuple[Sums, Any]:
-  """Loss and accuracy sums of one batch, and the fast state after it."""
+  """Loss and accuracy sums of one batch, and the fast state after it.
+
+  `axis` 0 sums over rows only, so that every position has its own [T].
+  """
   output = language_model.forward(
     model, params, batch["tokens"], state=fast, segments=batch.get("segments")
   )
@@ -88,10 +95,8 @@ def batch_sums(
   targets, weights = batch["targets"], batch["weights"]
   loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
   correct = jnp.argmax(logits, axis=-1) == targets
-  sums = Sums(
-    jnp.sum(weights * loss), jnp.sum(weights * correct), jnp.sum(weights)
-  )
-  return sums, output.state
+  sums = Sums(weights * loss, weights * correct, weights)
+  return jax.tree.map(lambda x: jnp.sum(x, axis=axis), sums), output.state
 
 
 def _gradient(
@@ -244,7 +249,7 @@ def build(config: Config, mesh: Mesh) -> Compiled:
       donate_argnums=0,
     ),
     eval_step=jax.jit(
-      lambda params, batch: batch_sums(model, params, batch)[0],
+      lambda params, batch: batch_sums(model, params, batch, axis=0)[0],
       in_shardings=(of_params, rows),
       out_shardings=everywhere,
     ),

@@ -138,7 +138,9 @@ def test_loss_is_the_weighted_mean(tiny):
   compiled, mesh, state, batch = start(recall(tiny))
   example = batch(0)
   with sharding.activate(mesh):
-    sums = compiled.eval_step(state.params, example)
+    positions = compiled.eval_step(state.params, example)
+  assert positions.loss.shape == example["tokens"].shape[1:]
+  sums = jax.tree.map(jnp.sum, positions)
   model = step.LanguageModel(recall(tiny).model)
   logits = language_model.forward(model, state.params, example["tokens"]).logits
   logp = np.asarray(jax.nn.log_softmax(logits), np.float64)
