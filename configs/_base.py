@@ -80,6 +80,7 @@ DEFAULTS = {
     "num_keys": 32,
     "num_values": 32,
     "train_pairs": (),
+    "stage_examples": 0,
     "weights": (),
     "long_share": 0.0,
     "workers": 0,

@@ -336,6 +336,8 @@ class DataConfig:
     num_pairs, num_keys, num_values: MQAR's pairs per example and alphabet.
     train_pairs: sizes of the problems in MQAR's training, see `data/mqar.py`;
       empty: num_pairs.
+    stage_examples: examples of each of train_pairs before the next one; 0: all
+      sizes mixed from the start.
   """
 
   kind: str = "text"
@@ -347,6 +349,7 @@ class DataConfig:
   num_keys: int = 32
   num_values: int = 32
   train_pairs: tuple[int, ...] = ()
+  stage_examples: int = 0
   weights: tuple[float, ...] = ()
   long_share: float = 0.0
   workers: int = 0

@@ -7,10 +7,11 @@ other targets have weight 0.  Deviations from the paper: queries stand at
 uniform (not power-law) positions, between them is a filler token (not random
 ones), and the answer is never part of the input.
 
-As in that paper, training may mix sizes (`data.train_pairs`): a row then holds
-as many problems of one size as fit, side by side, as documents of their own,
-and asks as many queries as a row with one large problem.  valid and test have
-`data.num_pairs` in one problem.
+As in that paper, training may have several sizes (`data.train_pairs`), mixed or
+`data.stage_examples` of each one after the other, the last for the rest.  A row
+then holds as many problems of one size as fit, side by side, as documents of
+their own, and asks as many queries as a row with one large problem.  valid and
+test have `data.num_pairs` in one problem.
 
 Vocabulary: 0 filler, 1..num_keys keys, then num_values values.
 """
@@ -43,7 +44,11 @@ class Recall:
     rng = np.random.default_rng([cfg.seed, _STREAMS[self.split], index])
     if self.split != "train" or not cfg.train_pairs:
       return _problem(rng, cfg, cfg.num_pairs, cfg.sequence_length)
-    pairs = int(rng.choice(cfg.train_pairs))
+    if cfg.stage_examples:
+      stage = min(index // cfg.stage_examples, len(cfg.train_pairs) - 1)
+      pairs = cfg.train_pairs[stage]
+    else:
+      pairs = int(rng.choice(cfg.train_pairs))
     count = cfg.num_pairs // pairs
     length = cfg.sequence_length // count
     parts = [_problem(rng, cfg, pairs, length) for _ in range(count)]
@@ -87,6 +92,11 @@ def load(config: DataConfig, vocab_size: int) -> dict[str, Recall]:
     raise ConfigError(
       f"data.num_pairs={pairs} takes {3 * pairs} positions (pairs and"
       f" queries), but data.sequence_length={config.sequence_length}"
+    )
+  if config.stage_examples and not config.train_pairs:
+    raise ConfigError(
+      f"data.stage_examples={config.stage_examples} needs the sizes of the"
+      " stages: set data.train_pairs, say 8,32"
     )
   for size in config.train_pairs:
     if pairs % size or config.sequence_length % (pairs // size):

@@ -4,11 +4,11 @@ For every box in {k, v, q, eta, alpha} (paper eq. 83-88), each a memory M_box
 on per-head slices p of slow projections, taken at its chunk's first state:
 
   k_t = l2norm(M_k(p_k)), v_t = M_v(p_v), q_t = l2norm(M_q(p_q))
-  eta_t = softplus(M_eta(p_k) + b), alpha_t = sigmoid(-(M_alpha(p_k) + b))
+  eta_t = softplus(M_eta(p_k) + p_eta)
+  alpha_t = sigmoid(-(M_alpha(p_k) + p_alpha))
   vhat_box = M_box(v_t), M_box learns k_t -> vhat_box with eta_t, alpha_t
 
-A box that is not adaptive passes p on (k, v, q) or is a slow gate (eta,
-alpha).  M_eta and M_alpha have one output and no residual.  None of the boxes
+A box that is not adaptive passes p on.  M_eta and M_alpha have one output and no residual.  None of the boxes
 reads the main memory, so that their scan, with its own chunk length, runs
 before that of `deep.run_memory`.  The boxes always learn by setting B.
 
@@ -49,8 +49,7 @@ class Boxes(NamedTuple):
 class Slow(NamedTuple):
   """What slow weights say: projections [B, H, T, K], gate terms [B, H, T].
 
-  `eta` and `alpha` are logits: learned biases, plus a slow projection where
-  the gate is not adaptive.  `beta` is the momentum decay, None without.
+  `eta` and `alpha` are logits.  `beta` is the momentum decay, None without.
   """
 
   k: jax.Array

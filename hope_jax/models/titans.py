@@ -59,9 +59,11 @@ class SlowProjections(nn.Module):
 class Gates(nn.Module):
   """Logits of learn rate, retention and momentum decay, [B, H, T] each.
 
-  Biases per head start at the configured learn rate, at half-lives spread
-  log-uniformly over the heads, and at the configured momentum.  A gate that
-  is a memory itself (`adaptive`) has no slow projection.
+  Slow projections plus biases per head, which start at the configured learn
+  rate, at half-lives spread log-uniformly over the heads, and at the configured
+  momentum.  To a gate that is a memory itself (`adaptive`) that memory's output
+  is added, as M_k(x) = x + ... adds to the slow key: without the slow part Hope
+  learned to recall about twice as slowly (experiments/mqar).
   """
 
   config: ModelConfig
@@ -99,9 +101,8 @@ class Gates(nn.Module):
       logit = jnp.broadcast_to(
         bias[None, :, None], (x_BTD.shape[0], heads, x_BTD.shape[1])
       )
-      if name not in cfg.adaptive:
-        slope = layers.dense(heads, self.config, ("embed", "heads"), name)
-        logit = logit + slope(x_BTD).swapaxes(1, 2).astype(jnp.float32)
+      slope = layers.dense(heads, self.config, ("embed", "heads"), name)
+      logit = logit + slope(x_BTD).swapaxes(1, 2).astype(jnp.float32)
       logits[name] = logit
     return logits
 

@@ -57,6 +57,15 @@ def test_recall_rows_of_mixed_sizes():
   assert "segments" not in mqar.Recall(config, "test")[0]
 
 
+def test_recall_trains_on_one_size_after_the_other():
+  config = dataclasses.replace(
+    CONFIG, num_pairs=8, train_pairs=(2, 8), stage_examples=3
+  )
+  train = mqar.Recall(config, "train")
+  sizes = [8 // len(set(train[index]["segments"])) for index in range(9)]
+  assert sizes == [2] * 3 + [8] * 6
+
+
 def test_recall_query_order_is_random():
   recall = mqar.Recall(CONFIG, "train")
   in_order = 0
@@ -88,6 +97,7 @@ def test_recall_splits_and_seeds_differ_and_repeat():
     ({"num_pairs": 17, "sequence_length": 99}, 64, "data.num_keys"),
     ({"num_pairs": 0}, 64, "positive"),
     ({"train_pairs": (4, 3)}, 64, "data.train_pairs"),
+    ({"stage_examples": 9}, 64, "set data.train_pairs"),
     ({}, 28, "model.vocab_size"),
   ],
 )

@@ -1,0 +1,1 @@
+"""Which parts of Hope matter (Table 6)."""

@@ -1,0 +1,203 @@
+"""Hope without its parts (Table 6): held-out books and recall.
+
+python -m experiments.ablations.run --scale=cpu --data=FOLDER --jobs=2
+
+Writes results.json, table.md and PNG plots; see README.md for the protocol.
+"""
+
+import functools
+import math
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from experiments import books, plots, runner, switch_off, tables
+from experiments.trials import Evaluation, Plan, Trial, slug
+
+BOOKS, RECALL = "books, T 4096", "recall, 8 pairs"
+SEEDS = (0, 1, 2)
+# Both within two hours on two cores for ROWS and SEEDS.
+BOOKS_BUDGET = {"train.steps": 120}  # of 4096 tokens
+RECALL_BUDGET = {"train.steps": 800}  # of 1024 tokens
+NOTE = """\
+Recall is multi-query associative recall (configs/mqar.py), accuracy; chance is
+1.6 %.  "paper" is Table 6: perplexity per subword and reasoning accuracy of a
+much larger Hope, for reference; it does not compare with ours per byte.
+"""
+
+
+class Ablation(NamedTuple):
+  """A row: what it changes in Hope, and Table 6's perplexity and accuracy."""
+
+  overrides: Mapping[str, Any]
+  paper: tuple[float, float] | None = None
+
+
+def _adaptive(*boxes: str) -> dict[str, Any]:
+  return {"model.memory.adaptive": boxes}
+
+
+# The rows with three seeds, then the others of Table 6.  Our Hope has no
+# adaptive q, so that the paper's row "w/o q" is ours and its full one adds it.
+ROWS = {
+  "Hope": Ablation({}, (12.24, 58.1)),
+  "Hope twin": Ablation(switch_off.TWIN),
+  "w/o CMS": Ablation({"model.cms.connection": "none"}, (13.04, 57.3)),
+  "w/o DGD": Ablation({"model.memory.delta_rule": "none"}, (13.41, 56.5)),
+}
+OTHER_ROWS = {
+  "w/o momentum": Ablation({"model.memory.momentum": "none"}, (13.58, 56.9)),
+  "w/o weight decay": Ablation(
+    {"model.memory.retention": "none"}, (13.71, 57.2)
+  ),
+  "w/o inner projection k": Ablation(
+    _adaptive("v", "eta", "alpha"), (13.77, 56.9)
+  ),
+  "w/o inner projection v": Ablation(
+    _adaptive("k", "eta", "alpha"), (13.90, 55.1)
+  ),
+  "with inner projection q": Ablation(
+    _adaptive("k", "v", "q", "eta", "alpha"), (12.19, 57.4)
+  ),
+}
+ALL_ROWS = {**ROWS, **OTHER_ROWS}
+
+
+def evaluations(row: str) -> tuple[Evaluation, ...]:
+  """Hope with each level's writes off, the ablated ones with all off."""
+  found = switch_off.switch_offs("Hope")
+  if row == "Hope twin":
+    return ()
+  return found if row == "Hope" else found[:1]
+
+
+def trial(
+  row: str, group: str, seed: int, mode: str, overrides: Mapping[str, Any]
+) -> Trial:
+  """One row of a group at one seed."""
+  config = "configs/books.py" if group == BOOKS else "configs/mqar.py"
+  return Trial(
+    group=group,
+    row=row,
+    name=f"{slug(group.split(',')[0])}/{slug(row).replace('/', '')}-{seed}",
+    config=config,
+    mode=mode,
+    overrides={
+      "train.keep_checkpoints": 1,
+      **overrides,
+      **ALL_ROWS[row].overrides,
+    },
+    seed=seed,
+    evaluations=evaluations(row),
+  )
+
+
+def plan(
+  folder: pathlib.Path,
+  *,
+  switch: str = "",
+  seeds: Sequence[int] = SEEDS,
+  others: bool = False,
+) -> Plan:
+  """Every row at the config's learning rate, recall first (it is short);
+  `others`: the rest of Table 6, on the first seed."""
+  overrides = {
+    BOOKS: {"data.path": str(folder)} | ({} if switch else BOOKS_BUDGET),
+    RECALL: {} if switch else RECALL_BUDGET,
+  }
+  rows = [(row, seed) for seed in seeds for row in ROWS]
+  if others:
+    rows += [(row, seeds[0]) for row in OTHER_ROWS]
+  trials = [
+    trial(row, group, seed, "hope" + switch, overrides[group])
+    for group in (RECALL, BOOKS)
+    for row, seed in rows
+  ]
+  return lambda _: trials
+
+
+PLANS = {
+  "cpu": plan,
+  "all": functools.partial(plan, others=True),
+  "smoke": functools.partial(plan, switch=",smoke", seeds=(0, 1)),
+}
+
+
+def lines(records: Sequence[runner.Record]) -> list[tables.Line]:
+  """A line per row and switch-off: perplexity and recall side by side."""
+  found: list[tables.Line] = []
+  groups = {group: tables.by_row(records, group) for group in (BOOKS, RECALL)}
+  for row, ablation in ALL_ROWS.items():
+    done = {g: tables.final(rows.get(row, [])) for g, rows in groups.items()}
+    if not any(done.values()):
+      continue
+    for label in (None, *(e.label for e in evaluations(row))):
+      scores = {
+        group: [tables.scores(record, label) for record in trials]
+        for group, trials in done.items()
+      }
+      name = row if label is None else f"{row}, {switch_off.describe(label)}"
+      line = {"model": name, **_cells(scores)}
+      if label is None:
+        first = next(iter(done[BOOKS] or done[RECALL])).result or {}
+        line["parameters"] = f"{first['parameters']:,}"
+        line["seeds"] = str(max(map(len, done.values())))
+        if ablation.paper:
+          line["paper: ppl"], line["acc"] = map(str, ablation.paper)
+      found.append(line)
+  return found
+
+
+def _cells(scores: Mapping[str, Sequence[tables.Scores]]) -> dict[str, str]:
+  """The measured columns of a line."""
+  text, recall = scores[BOOKS], scores[RECALL]
+  return {
+    "test loss": tables.mean_std(s["loss"] for s in text),
+    "perplexity": tables.mean_std(math.exp(s["loss"]) for s in text),
+    "recall %": tables.mean_std((100 * s["accuracy"] for s in recall), 1),
+  }
+
+
+def report(
+  records: Sequence[runner.Record], folder: pathlib.Path, scale: str
+) -> None:
+  """Writes and prints the table; a bar chart of recall, curves of the loss."""
+  folder.mkdir(parents=True, exist_ok=True)
+  text = f"{tables.markdown(lines(records))}\n{NOTE}{tables.caption(records)}"
+  (folder / "table.md").write_text(text)
+  recall = {
+    row: {RECALL: [100 * tables.scores(r)["accuracy"] for r in done]}
+    for row, trials in tables.by_row(records, RECALL).items()
+    if (done := tables.final(trials))
+  }
+  plots.bars(
+    folder / "recall.png", recall, title="Recall", ylabel="test accuracy (%)"
+  )
+  curves = {
+    row: tables.final(trials)
+    for row, trials in tables.by_row(records, BOOKS).items()
+  }
+  plots.loss_curves(folder / "loss.png", curves, BOOKS)
+  tables.write_results(
+    folder / "results.json", "ablations", records, scale=scale, table=text
+  )
+  print(f"\n{text}\nwritten to {folder}: results.json, table.md, *.png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  flags = runner.arguments("ablations", tuple(PLANS), argv)
+  folder = books.prepare(pathlib.Path(flags.data), flags.out / "books")
+  experiment = runner.Runner(
+    PLANS[flags.scale](runner.from_root(folder)),
+    flags.out,
+    jobs=flags.jobs,
+    budget=flags.budget,
+  )
+  code = experiment.run()
+  report(experiment.records(), flags.report, flags.scale)
+  return code
+
+
+if __name__ == "__main__":
+  sys.exit(main())

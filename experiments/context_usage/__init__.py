@@ -1,0 +1,1 @@
+"""Whether more context helps (Figure 10)."""

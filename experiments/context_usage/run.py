@@ -1,0 +1,133 @@
+"""Perplexity by position in held-out books, to 32K tokens (Figure 10).
+
+python -m experiments.context_usage.run --data=FOLDER --jobs=2 \
+  --out=runs/ablations-cpu
+
+Reads the models of experiments/ablations (trained there, or here if they are
+missing: the same --out continues) and of Titans on passages of 32,768 tokens,
+one of every test book, with writes on and off.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+
+from experiments import books, plots, runner, switch_off, tables
+from experiments.ablations import run as ablations
+from experiments.trials import Evaluation, Plan, Trial
+
+LENGTH = books.PASSAGE
+CONTEXT = ("--split=test", f"--length={LENGTH}", "--positions")
+ON = Evaluation("context", CONTEXT)
+OFF = Evaluation("context_off", (*CONTEXT, "--writes=off"))
+TITANS = {"Titans": {}, "Titans twin": switch_off.TWIN}
+
+# Position -> loss, nats.
+Curve = Mapping[int, float]
+
+
+def _titans(trial: Trial, row: str) -> Trial:
+  """`trial`, which is Hope's, with Titans instead."""
+  return dataclasses.replace(
+    trial,
+    row=row,
+    name=trial.name.replace("/hope-", f"/{row.lower().replace(' ', '_')}-"),
+    mode=trial.mode.replace("hope", "titans"),
+    overrides={**trial.overrides, **TITANS[row]},
+  )
+
+
+def plan(folder: pathlib.Path, **options) -> Plan:
+  """The trials of the ablations on books, and Titans, read at length."""
+  trials = [
+    trial
+    for trial in ablations.plan(folder, **options)({})
+    if trial.group == ablations.BOOKS and trial.row in ablations.ROWS
+  ]
+  hopes = [trial for trial in trials if trial.row == "Hope"]
+  trials += [_titans(trial, row) for row in TITANS for trial in hopes]
+  read = [
+    dataclasses.replace(
+      trial,
+      evaluations=(ON,) if trial.row.endswith("twin") else (ON, OFF),
+    )
+    for trial in trials
+  ]
+  return lambda _: read
+
+
+PLANS = {
+  "cpu": plan,
+  "smoke": functools.partial(plan, switch=",smoke", seeds=(0, 1)),
+}
+
+
+def curves(records: Sequence[runner.Record]) -> dict[str, Curve]:
+  """Mean loss over seeds by the end of each bin of positions."""
+  found = {}
+  for row, trials in tables.by_row(records, ablations.BOOKS).items():
+    done = tables.final(trials)
+    for evaluation in done[0].trial.evaluations if done else ():
+      name = row + (", writes off" if evaluation == OFF else "")
+      seeds = [
+        {bin["end"]: bin["loss"] for bin in scores["by_position"]}
+        for scores in (r.evaluations[evaluation.label] for r in done)
+      ]
+      found[name] = {
+        end: statistics.fmean(seed[end] for seed in seeds) for end in seeds[0]
+      }
+  return found
+
+
+def report(
+  records: Sequence[runner.Record], folder: pathlib.Path, scale: str
+) -> None:
+  """Writes and prints the table, and the figure."""
+  folder.mkdir(parents=True, exist_ok=True)
+  found = curves(records)
+  lines = [
+    {
+      "model": name,
+      **{f"to {end:,}": f"{math.exp(loss):.3f}" for end, loss in curve.items()},
+    }
+    for name, curve in found.items()
+  ]
+  text = f"Perplexity by position\n\n{tables.markdown(lines)}\n"
+  text += tables.caption(records)
+  (folder / "context.md").write_text(text)
+  plots.lines(
+    folder / "context.png",
+    {
+      name: (list(curve), [math.exp(loss) for loss in curve.values()])
+      for name, curve in found.items()
+    },
+    title="Held-out books",
+    xlabel="position (end of bin)",
+    ylabel="perplexity per byte",
+  )
+  tables.write_results(
+    folder / "context.json", "context_usage", records, scale=scale, table=text
+  )
+  print(f"\n{text}\nwritten to {folder}: context.json, context.md, context.png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  flags = runner.arguments("context_usage", tuple(PLANS), argv)
+  folder = books.prepare(pathlib.Path(flags.data), flags.out / "books")
+  experiment = runner.Runner(
+    PLANS[flags.scale](runner.from_root(folder)),
+    flags.out,
+    jobs=flags.jobs,
+    budget=flags.budget,
+  )
+  code = experiment.run()
+  report(experiment.records(), flags.report, flags.scale)
+  return code
+
+
+if __name__ == "__main__":
+  sys.exit(main())
