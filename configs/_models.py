@@ -60,13 +60,18 @@ SIZES = {
 }
 
 # The inner rule: Titans' memory (2501.00663) has no erase term and learns
-# the plain values; Hope's memories (eq. 83-90) generate their own.
+# the plain values by gradients at the chunk's first state.  Hope's memories
+# (eq. 83-90) generate their own values and erase; the main one is thereby exact
+# inside a chunk of any length (setting A): a fact is written at full strength,
+# not at 1 / chunk length, and so is recalled (experiments/mqar).
 MEMORIES = {
   "titans": {"adaptive": (), "target": "shared", "delta_rule": "none"},
   "hope": {
     "adaptive": ("k", "v", "eta", "alpha"),
     "target": "self",
+    "setting": "token_exact",
     "delta_rule": "proximal",
+    "initial_learn_rate": 4.0,
   },
 }
 

@@ -8,9 +8,10 @@ on per-head slices p of slow projections, taken at its chunk's first state:
   alpha_t = sigmoid(-(M_alpha(p_k) + p_alpha))
   vhat_box = M_box(v_t), M_box learns k_t -> vhat_box with eta_t, alpha_t
 
-A box that is not adaptive passes p on.  M_eta and M_alpha have one output and no residual.  None of the boxes
-reads the main memory, so that their scan, with its own chunk length, runs
-before that of `deep.run_memory`.  The boxes always learn by setting B.
+A box that is not adaptive passes p on.  M_eta and M_alpha have one output and
+no residual.  None of the boxes reads the main memory, so that their scan, with
+its own chunk length, runs before that of `deep.run_memory`.  The boxes always
+learn by setting B.
 
 All boxes learn from the same k_t with the same gates: their hidden layers
 are one linear map with G F outputs.
