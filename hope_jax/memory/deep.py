@@ -142,14 +142,7 @@ def _by_chunk(
     lambda x: layout.split(x, axis=2),
     (keys, values, (queries, slow_hidden), gates),
   )
-  gates = xs[3]
-  live = layout.live
-  if live is not None:
-    live = jnp.broadcast_to(live[:, None, None], gates.retention.shape)
-  decays = chunked.chunk_decays(
-    gates.retention, gates.momentum_decay, live=live
-  )
-  return xs, decays
+  return xs, rules.piece_decays(xs[3], layout.live)
 
 
 class InnerLoss(NamedTuple):

@@ -16,7 +16,11 @@ length.  With `negative_eigenvalues` it steps by eta' = eta / max(1, |x|^2), eta
 in (0, 2): beyond 1 the erase turns what is stored under x around, which
 tracking a state such as parity needs (the proximal step never does).
 
-Legend: eta learn_rate, alpha retention, beta momentum_decay.
+Inside a chunk the rule is linear in (W, S), so that a long one is solved in
+pieces, one after the other: exactly the same, at the cost of short ones.
+
+Legend: eta learn_rate, alpha retention, beta momentum_decay; P pieces of a
+chunk, C tokens.
 """
 
 from typing import NamedTuple
@@ -26,6 +30,9 @@ import jax.numpy as jnp
 
 from hope_jax.config import MemoryConfig
 from pallas_kernels.linear_rule import chunked
+from pallas_kernels.scan import merge_chunks, split_chunks
+
+PIECE_LENGTH = 64  # the longest: a solve costs its square per token
 
 
 class Gates(NamedTuple):
@@ -101,6 +108,36 @@ def output_error(
   return clip_norm(error, cfg.error_clip)
 
 
+def _pieces(length: int) -> int:
+  """Into how many equal pieces a chunk is cut."""
+  shortest = -(-length // PIECE_LENGTH)
+  divisors = (p for p in range(shortest, 2 * shortest) if length % p == 0)
+  return next(divisors, 1)
+
+
+def piece_decays(
+  gates: Gates, live: jax.Array | None = None
+) -> chunked.ChunkDecays:
+  """Decays of a chunk's pieces for `write_layer`: [..., P, B, H, C / P ...].
+
+  `gates` [..., B, H, C]; `live` [..., C] says which places hold a token.
+  """
+  retention, momentum_decay = gates.retention, gates.momentum_decay
+  if live is not None:
+    live = jnp.broadcast_to(live[..., None, None, :], retention.shape)
+  count = _pieces(retention.shape[-1])
+
+  def cut(x: jax.Array | None) -> jax.Array | None:
+    if x is None:
+      return None
+    x = x.reshape(*x.shape[:-1], count, -1)
+    return jnp.moveaxis(x, -2, -4)
+
+  return chunked.chunk_decays(
+    cut(retention), cut(momentum_decay), live=cut(live)
+  )
+
+
 def write_layer(
   x: jax.Array,
   error: jax.Array,
@@ -116,23 +153,42 @@ def write_layer(
 ) -> chunked.LinearRuleOutput:
   """One chunk of (P) on one layer; token-exact read where queries are given.
 
-  x [..., C, K], error [..., C, E], weight and momentum [..., E, K]; the others
-  as in `layer_rates`.
+  x [..., C, K], error [..., C, E], weight and momentum [..., E, K]; decays from
+  `piece_decays`, the others as in `layer_rates`.
   """
   step, erase = layer_rates(
     x, gates, cfg, chunk_length=chunk_length, exact=exact
   )
-  return chunked.chunk_rule(
-    x,
-    error,
-    weight=weight,
-    momentum=momentum,
-    decays=decays,
-    learn_rate=step,
-    erase=erase,
-    queries=queries,
-    read="post" if cfg.read == "token_post" else "pre",
-  )
+  count = decays.pair.shape[0]
+
+  def write(state, piece):
+    (x, error, queries), (step, erase), decays = piece
+    out = chunked.chunk_rule(
+      x,
+      error,
+      weight=state[0],
+      momentum=state[1],
+      decays=decays,
+      learn_rate=step,
+      erase=erase,
+      queries=queries,
+      read="post" if cfg.read == "token_post" else "pre",
+    )
+    return (out.weight, out.momentum), out.outputs
+
+  def cut(tree, axis):
+    length = x.shape[-2] // count
+    return jax.tree.map(lambda y: split_chunks(y, length, y.ndim + axis), tree)
+
+  pieces = cut((x, error, queries), -2), cut((step, erase), -1), decays
+  if count == 1:
+    first = jax.tree.map(lambda y: y[0], pieces)
+    state, outputs = write((weight, momentum), first)
+    return chunked.LinearRuleOutput(outputs, *state)
+  state, outputs = jax.lax.scan(write, (weight, momentum), pieces)
+  if outputs is not None:
+    outputs = merge_chunks(outputs, x.shape[-2], x.ndim - 2)
+  return chunked.LinearRuleOutput(outputs, *state)
 
 
 def retained(retention: jax.Array, cfg: MemoryConfig) -> jax.Array:

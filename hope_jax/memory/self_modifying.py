@@ -30,7 +30,6 @@ from hope_jax.config import MemoryConfig
 from hope_jax.memory import architectures, chunks, deep, rules
 from hope_jax.memory.architectures import l2_normalize
 from hope_jax.memory.rules import Gates
-from pallas_kernels.linear_rule import chunked
 
 PROJECTIONS, GATES = ("k", "v", "q"), ("eta", "alpha")
 
@@ -289,14 +288,9 @@ def learn_chunk(
 ) -> tuple[dict[str, Any], BoxTrace, BoxTrace]:
   """One chunk of all boxes: (state after, trace of k, trace of v = targets)."""
   trace, targets = forward(start, made.k, cfg), forward(start, made.v, cfg)
-  if live is not None:
-    live = jnp.broadcast_to(live[None, None], gates.retention.shape)
-  decays = chunked.chunk_decays(
-    gates.retention, gates.momentum_decay, live=live
-  )
-  boxed_decays, boxed_gates = jax.tree.map(
-    lambda x: jnp.expand_dims(x, 2), (decays, gates)
-  )
+  decays = rules.piece_decays(gates, live)
+  boxed_decays = jax.tree.map(lambda x: jnp.expand_dims(x, 3), decays)
+  boxed_gates = jax.tree.map(lambda x: jnp.expand_dims(x, 2), gates)
   chunk_length = cfg.projection_chunk_length
   momentum = now["momentum"] or Boxes(None, None, None)
   weight, after_momentum, back = {}, {}, []

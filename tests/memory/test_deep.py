@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hope_jax.config import MemoryConfig
-from hope_jax.memory import chunks, deep
+from hope_jax.memory import chunks, deep, rules
 from hope_jax.memory.architectures import Weights
 from hope_jax.memory.rules import Gates
 from tests.memory import oracle
@@ -123,6 +123,26 @@ def test_memory_equals_token_loop(options, chunk_length):
     compiled(loop, *case, cfg=cfg),
     atol=1e-10,
     rtol=1e-10,
+  )
+
+
+@pytest.mark.parametrize(
+  ("options", "chunk_length"),
+  [
+    ({"setting": "token_exact"}, 16),
+    ({"read": "chunk", "momentum": "none"}, 12),
+    ({"read": "token_post"}, 7),  # a prime: one piece
+  ],
+)
+def test_memory_in_pieces_of_chunks_equals_token_loop(
+  options, chunk_length, monkeypatch
+):
+  monkeypatch.setattr(rules, "PIECE_LENGTH", 4)
+  cfg = MemoryConfig(chunk_length=chunk_length, **options)
+  case = random_memory()
+  ours = compiled(chunked, *case, cfg=cfg)
+  np.testing.assert_allclose(
+    ours, compiled(loop, *case, cfg=cfg), atol=1e-10, rtol=1e-10
   )
 
 

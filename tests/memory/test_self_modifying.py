@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hope_jax.config import MemoryConfig
-from hope_jax.memory import chunks, deep, self_modifying
+from hope_jax.memory import chunks, deep, rules, self_modifying
 from hope_jax.memory.self_modifying import Boxes, Slow
 from tests.memory import oracle
 from tests.memory.test_deep import LITERAL
@@ -83,6 +83,15 @@ def test_projections_equal_token_loop(options, chunk_length):
   expected = batch(oracle.box_weights(initial, cfg), sequence)
   for a, e in zip(ours, expected, strict=True):
     np.testing.assert_allclose(a, e, atol=1e-10)
+
+
+def test_projections_in_pieces_of_chunks_equal_whole_chunks(monkeypatch):
+  cfg = MemoryConfig(projection_chunk_length=16)
+  initial, slow = random_boxes(cfg)
+  whole = run(initial, slow, cfg)
+  monkeypatch.setattr(rules, "PIECE_LENGTH", 4)
+  for a, b in zip(run(initial, slow, cfg), whole, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-12)
 
 
 def test_projections_outer_gradient_reaches_every_box():
