@@ -47,7 +47,7 @@ DEFAULTS = {
       "chunk_lengths": (),
       "connection": "sequential",
       "signal": "associative",
-      "value": "mixer_linear",
+      "value": "mixer_pair",
       "learning_share": 0.25,
       "outer_order": 2,
       "half_life": 0.0,

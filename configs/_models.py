@@ -3,8 +3,7 @@
 Every model of a size is within 3 % of the size's name (embeddings once, the
 memories' initial states included).  The hidden width F of the FFN absorbs
 what the sequence layers differ in; a continuum memory system (paper section
-7) splits its F into two fast levels and a slow one, and pays for the linear
-map of its values with width of the slow level (`value_map`).
+7) splits its F into two fast levels and a slow one.
 
   transformer       Transformer++: rotary attention, SwiGLU, no convolution
   transformer_conv  the same with a causal convolution of 4 on q, k and v,
@@ -23,7 +22,6 @@ SIZES = {
     "titans": 352,
     "hope": (64, 64, 96),
     "hope_attention": (128, 128, 192),
-    "value_map": 32,
   },
   "3p9m": {  # scripts/benchmark.py
     "shape": {"width": 256, "num_layers": 4, "num_heads": 4},
@@ -31,7 +29,6 @@ SIZES = {
     "titans": 768,
     "hope": (160, 160, 288),
     "hope_attention": (256, 256, 384),
-    "value_map": 64,
   },
   "340m": {
     "shape": {"width": 1024, "num_layers": 24, "num_heads": 8},
@@ -39,7 +36,6 @@ SIZES = {
     "titans": 2304,
     "hope": (512, 512, 1024),
     "hope_attention": (768, 768, 1280),
-    "value_map": 256,
   },
   "760m": {
     "shape": {"width": 1536, "num_layers": 24, "num_heads": 12},
@@ -47,7 +43,6 @@ SIZES = {
     "titans": 3712,
     "hope": (896, 896, 1664),
     "hope_attention": (1024, 1024, 2304),
-    "value_map": 384,
   },
   "1p3b": {
     "shape": {"width": 2048, "num_layers": 24, "num_heads": 16},
@@ -55,7 +50,6 @@ SIZES = {
     "titans": 4864,
     "hope": (1152, 1152, 2304),
     "hope_attention": (1408, 1408, 2816),
-    "value_map": 640,
   },
 }
 
@@ -105,10 +99,5 @@ def model(
   hidden = row[sequence_layer]
   if isinstance(hidden, int):
     return {**group, "ffn_hidden": hidden, **fields}
-  *fast, slow = hidden
-  group["cms"] = {
-    "hidden": (*fast, slow - row["value_map"]),
-    "chunk_lengths": cms_chunks,
-    "value": "mixer_linear",
-  }
+  group["cms"] = {"hidden": hidden, "chunk_lengths": cms_chunks}
   return {**group, "ffn_hidden": sum(hidden), **fields}  # CMS has no ffn

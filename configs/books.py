@@ -1,4 +1,4 @@
-"""English novels as bytes at T 4096, about 1M parameters.
+"""English novels as bytes at T 4096, 2 layers, about 0.5M parameters.
 
 Paper: Table 6 and Figure 10 (ablations, perplexity over the context) at a size
   for two CPU cores; see experiments/ablations and experiments/context_usage.
@@ -24,14 +24,15 @@ def get_config(arg=None):
       memory_chunks=(64, 256),
       cms_chunks=(length // 8, length // 2, 0),
       vocab_size=256,
+      num_layers=2,
     ),
     opt={"peak_lr": 4e-3, "warmup_steps": 2 if is_smoke else 30},
     data={"path": "runs/books", "sequence_length": length, "batch_size": 1},
     train={
-      "steps": 6 if is_smoke else 300,
+      "steps": 6 if is_smoke else 200,
       "log_every": 2 if is_smoke else 10,
       "eval_every": 3 if is_smoke else 100,
-      "dynamics_every": 3 if is_smoke else 100,
+      "dynamics_every": 3 if is_smoke else 200,
       "checkpoint_every": 3 if is_smoke else 50,
     },
     eval={"batches": 2 if is_smoke else 0, "batch_size": 4},

@@ -135,7 +135,7 @@ class CMSConfig:
   chunk_lengths: tuple[int, ...] = ()
   connection: str = "sequential"
   signal: str = "associative"
-  value: str = "mixer_linear"
+  value: str = "mixer_pair"
   learning_share: float = 0.25
   outer_order: int = 2
   half_life: float = 0.0
