@@ -76,13 +76,14 @@ def model(
   *,
   memory_chunks: tuple[int, int],
   cms_chunks: tuple[int, ...],
+  cms_signal: str = "associative",
   **fields,
 ) -> dict:
   """The model group of `name` at `size`.
 
   `memory_chunks`: tokens per chunk of the memory and of the adaptive
   projections; `cms_chunks`: tokens between updates of each CMS level, 0
-  never; `fields` are set as they are.
+  never; `cms_signal`: what the levels learn from; `fields` are set as they are.
   """
   sequence_layer = name.removesuffix("_conv")
   row = SIZES[size]
@@ -99,5 +100,9 @@ def model(
   hidden = row[sequence_layer]
   if isinstance(hidden, int):
     return {**group, "ffn_hidden": hidden, **fields}
-  group["cms"] = {"hidden": hidden, "chunk_lengths": cms_chunks}
+  group["cms"] = {
+    "hidden": hidden,
+    "chunk_lengths": cms_chunks,
+    "signal": cms_signal,
+  }
   return {**group, "ffn_hidden": sum(hidden), **fields}  # CMS has no ffn

@@ -16,13 +16,14 @@ def get_config(arg=None):
   """`arg` is a comma-separated list of modes; the default is `hope`."""
   name, switches = _base.parse(arg, "hope", _models.NAMES, "smoke")
   is_smoke = "smoke" in switches
-  length = 512 if is_smoke else 4096
+  length = 2048 if is_smoke else 4096
   return _base.make(
     model=_models.model(
       name,
       "tiny",
-      memory_chunks=(64, 256),
-      cms_chunks=(length // 8, length // 2, 0),
+      memory_chunks=(64, length // 32),
+      cms_chunks=(length // 32, length // 8, 0),
+      cms_signal="next_token",
       vocab_size=256,
       num_layers=2,
     ),
