@@ -18,7 +18,7 @@ from experiments.trials import Evaluation, Plan, Trial, slug
 BOOKS, RECALL = "books, T 4096", "recall, 8 pairs"
 SEEDS = (0, 1, 2)
 # Both within two hours on two cores for ROWS and SEEDS.
-BOOKS_BUDGET = {"train.steps": 150, "eval.batches": 9}  # of 4096 tokens
+BOOKS_BUDGET = {"train.steps": 120, "eval.batches": 9}  # of 4096 tokens
 RECALL_BUDGET = {"train.steps": 800}  # of 1024 tokens
 NOTE = """\
 Recall is multi-query associative recall (configs/mqar.py), accuracy; chance is
