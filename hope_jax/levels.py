@@ -60,7 +60,7 @@ CMS_PAIRS = {  # what a level learns: key -> value
 # several components share (mixer, boxes, nested); the first match counts.
 OWNERS = (
   (r"(?:cms|levels)/\w+_(\d+)", r"cms_\1"),
-  (r"^(?:start|tokens|pending|position|begins|\w*document)", "cms_0"),
+  (r"^(?:start|tokens|stream|pending|position|begins|\w*document)", "cms_0"),
   (r"cms/levels", "nested"),
   (r"cms\b", "cms_shared"),
   (r"mixer/gates/(eta|alpha)", r"\1"),

@@ -26,7 +26,11 @@ SEQUENCE_LAYERS = {
 
 @flax.struct.dataclass
 class BlockState:
-  """Fast state of one block; `cms` has one entry per fast level."""
+  """Fast state of one block; `cms` has one entry per fast level.
+
+  Where the levels' weights are given (`cms.GivenState`) a call returns as `cms`
+  what they read, the residual stream [B, T, D].
+  """
 
   mixer: Any
   cms: Any
@@ -62,7 +66,8 @@ class Block(nn.Module):
       normed, state.mixer if state else None, segments
     )
     x_BTD = x_BTD + mixed.y
-    cms_state = {}
+    cms_state: Any = {}
+    stream_BTD = x_BTD
     if cfg.cms.levels:
       x_BTD, cms_state = cms.ContinuumMemory(cfg, name="cms")(
         x_BTD, mixed, state.cms if state else None, segments
@@ -72,5 +77,6 @@ class Block(nn.Module):
       x_BTD = x_BTD + layers.SwiGLU(cfg, cfg.ffn_hidden, name="ffn")(normed)
     x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act"))
     if state is not None:
-      state = BlockState(mixer=mixed.state, cms=cms_state)
+      is_given = cms.is_given(state.cms)
+      state = BlockState(mixed.state, stream_BTD if is_given else cms_state)
     return x_BTD, state

@@ -100,6 +100,11 @@ class GivenState(NamedTuple):
   inherits: jax.Array | None
 
 
+def is_given(state: dict[str, Any]) -> bool:
+  """Whether levels learn elsewhere."""
+  return any(isinstance(level, GivenState) for level in state.values())
+
+
 def _given(
   slow: cms.LevelWeights, n: jax.Array, state: GivenState | None
 ) -> jax.Array:
@@ -214,7 +219,7 @@ class ContinuumMemory(nn.Module):
   def __call__(
     self,
     x_BTD: jax.Array,
-    mixed: MixerOutput,
+    mixed: MixerOutput | None,
     state: dict[str, Any] | None = None,
     segments: jax.Array | None = None,
   ) -> tuple[jax.Array, dict[str, Any] | None]:
@@ -246,11 +251,12 @@ class ContinuumMemory(nn.Module):
       x_BTD = x_BTD + y
     return x_BTD, new_state if state is not None else None
 
-  def _signal(self, mixed: MixerOutput) -> tuple[Any, Any]:
+  def _signal(self, mixed: MixerOutput | None) -> tuple[Any, Any]:
     """Keys (None: each level's own input) and values of all levels."""
     cfg = self.config
     if not cfg.cms.fast_lengths or cfg.cms.signal == "next_token":
       return None, None
+    assert mixed is not None
     values = mixed.values
     if cfg.cms.value == "mixer_linear":
       values = layers.dense(cfg.width, cfg, ("embed", "heads"), "value")(

@@ -3,6 +3,7 @@
 Legend: B batch, T tokens, D model, V vocab.
 """
 
+import functools
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from hope_jax.config import ModelConfig
-from hope_jax.models import block, layers, next_token
+from hope_jax.models import block, cms, layers, next_token
 
 
 class ModelOutput(NamedTuple):
@@ -65,9 +66,57 @@ def forward(
     in_chunks = chunk_length if length % chunk_length == 0 else None
     state = init_state(config, batch_size, in_chunks)
   logits, state = next_token.forward(
-    apply, params, tokens_BT, config=config, state=state, segments=segments
+    apply,
+    functools.partial(finish, config, params),
+    params,
+    tokens_BT,
+    config=config,
+    state=state,
+    segments=segments,
   )
   return ModelOutput(logits, None if is_fresh else state)
+
+
+def finish(
+  config: ModelConfig,
+  params: Any,
+  x_BTD: jax.Array,
+  levels: Any,
+  mixer: Any,
+  segments: jax.Array | None,
+) -> jax.Array:
+  """Logits [B, T, V] from where the first of the last K layers' CMS reads.
+
+  Args:
+    x_BTD: the residual stream there.
+    levels: `GivenState`s of these layers, K first.
+    mixer: fast state of the sequence layers after it, K - 1 first.
+  """
+  count = jax.tree.leaves(levels)[0].shape[0]
+  last = jax.tree.map(lambda x: x[-count:], params["blocks"])
+  first = jax.tree.map(lambda x: x[0], (last, levels))
+  rest = jax.tree.map(lambda x: x[1:], (last, levels))
+  levels_of_first: Any = cms.ContinuumMemory(config)
+  x_BTD, _ = levels_of_first.apply(
+    {"params": first[0]["cms"]}, x_BTD, None, first[1], segments
+  )
+
+  def layer(x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, None]:
+    (params, levels), mixer = xs
+    state = block.BlockState(mixer, levels)
+    block_apply: Any = block.Block(config).apply
+    return block_apply({"params": params}, x_BTD, state, segments)[0], None
+
+  if count > 1:
+    if config.remat != "none":
+      layer = jax.checkpoint(layer)
+    x_BTD, _ = jax.lax.scan(layer, x_BTD, (rest, mixer))
+  norm: Any = layers.rms_norm(config, "norm_out")
+  x_BTD = norm.apply({"params": params["norm_out"]}, x_BTD)
+  dtype = jnp.dtype(config.dtype)
+  table_VD = params["embed"]["embedding"].astype(dtype)
+  logits = jnp.dot(x_BTD.astype(dtype), table_VD.T)
+  return logits.astype(jnp.float32)
 
 
 class LanguageModel(nn.Module):

@@ -8,8 +8,10 @@ length, C_l the level's, after every C_l tokens
 L_t is the cross entropy of token t + 1, differentiated through all layers
 above.  The chunk's last target is the first token of the next one: the update
 is made on its receipt, before it is read.  So a state holds, beside what the
-model remembers, the pending chunk's tokens and what the model remembered at its
-start, from where the chunk is computed once more for its gradient.  Slower
+model remembers, the pending chunk's tokens, the residual stream that the first
+learning level read, and what the sequence layers above it remembered at the
+chunk's start: from there the chunk is computed once more for its gradient, and
+nothing below is differentiated twice.  Slower
 levels add up the gradients of several chunks of C tokens, each at the weights
 that it was read with.
 
@@ -39,6 +41,7 @@ from hope_jax.models.block import BlockState
 from pallas_kernels.scan import checkpointed_scan
 
 Apply = Callable[..., Any]  # (tokens, state, segments) -> ModelOutput
+Finish = Callable[..., Any]  # (stream, levels, mixer, segments) -> logits
 
 
 class Level(NamedTuple):
@@ -54,10 +57,11 @@ class NextTokenState:
   """What is kept of a sequence.
 
   Attributes:
-    mixer, start: the sequence layers' fast state now, and before the pending
-      chunk.
+    mixer: the sequence layers' fast state, L first.
+    start: that of the last K - 1 layers before the pending chunk; None: K is 1.
     levels: `Level` by name.
     tokens: [B, C] the pending chunk; `pending` of them are there.
+    stream: [1, B, C, D] what the first learning layer's levels read of it.
     position: tokens that were learned from since the slowest chunk began.
     document, first_document: [B] numbers of the last token's document, and of
       the one that the pending chunk began with; begins: whether it began there.
@@ -67,6 +71,7 @@ class NextTokenState:
   start: Any
   levels: dict[str, Level]
   tokens: jax.Array
+  stream: jax.Array
   pending: jax.Array
   position: jax.Array
   document: jax.Array
@@ -96,9 +101,10 @@ def init_state(
   tokens = jnp.zeros((batch_size, length), jnp.int32)
   return NextTokenState(
     mixer=mixer,
-    start=mixer,
+    start=_above(mixer, config),
     levels=levels,
     tokens=tokens,
+    stream=jnp.zeros((1, *tokens.shape, width), jnp.dtype(config.dtype)),
     pending=number,
     position=number,
     document=none,
@@ -112,8 +118,15 @@ def learning_layers(config: ModelConfig) -> int:
   return max(1, round(config.cms.learning_share * config.num_layers))
 
 
+def _above(mixer: Any, config: ModelConfig) -> Any:
+  """The part of the last K - 1 layers, above the first level that learns."""
+  count = learning_layers(config) - 1
+  return jax.tree.map(lambda x: x[-count:], mixer) if count else None
+
+
 def forward(
   apply: Apply,
+  finish: Finish,
   params: Any,
   tokens: jax.Array,
   *,
@@ -127,6 +140,7 @@ def forward(
 
   Args:
     apply: the model with given D: (tokens, `BlockState`, segments) -> output.
+    finish: its last part, `language_model.finish`.
     segments: [B, T] document numbers, 0: the state's document.
   """
   length, total = config.cms.fast_lengths[0], tokens.shape[1]
@@ -139,7 +153,7 @@ def forward(
     tokens, numbers = xs
     state = jax.lax.cond(
       state.pending == length,
-      lambda state: learn(apply, params, state, xs, config),
+      lambda state: learn(finish, params, state, xs, config),
       lambda state: state,
       state,
     )
@@ -185,14 +199,15 @@ def read(
   inherits = None if numbers is None else numbers == first[:, None]
   fast = blocks(state.mixer, weights, inherits, config)
   output = apply(tokens, fast, segments)
-  pending = jax.lax.dynamic_update_slice_in_dim(
-    state.tokens, tokens, state.pending, axis=1
-  )
+  insert = jax.lax.dynamic_update_slice_in_dim
+  first_layer = config.num_layers - learning_layers(config)
+  stream = output.state.cms[first_layer][None]
   state = dataclasses.replace(
     state,
     mixer=output.state.mixer,
-    start=chunks.where(is_first, state.mixer, state.start),
-    tokens=pending,
+    start=chunks.where(is_first, _above(state.mixer, config), state.start),
+    tokens=insert(state.tokens, tokens, state.pending, axis=1),
+    stream=insert(state.stream, stream, state.pending, axis=2),
     pending=state.pending + tokens.shape[1],
     document=state.document if numbers is None else numbers[:, -1],
     first_document=first,
@@ -202,7 +217,7 @@ def read(
 
 
 def learn(
-  apply: Apply,
+  finish: Finish,
   params: Any,
   state: NextTokenState,
   xs: tuple[jax.Array, jax.Array | None],
@@ -220,8 +235,8 @@ def learn(
     segments = jnp.broadcast_to(state.begins[:, None], targets.shape)
 
   def loss(weights: dict[str, LevelWeights]) -> jax.Array:
-    fast = blocks(state.start, weights, None, config)
-    logits = apply(state.tokens, fast, segments).logits.astype(jnp.float32)
+    levels = {n: cms_layer.GivenState(w, None) for n, w in weights.items()}
+    logits = finish(state.stream[0], levels, state.start, segments)
     return jnp.sum(
       jnp.mean(
         optax.softmax_cross_entropy_with_integer_labels(logits, targets), axis=1
