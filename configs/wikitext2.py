@@ -23,6 +23,7 @@ def get_config(arg=None):
       "tiny",
       memory_chunks=(16, 64),
       cms_chunks=(64, 256, 0),
+      cms_signal="next_token",
       vocab_size=256,
     ),
     opt={"peak_lr": 4e-3, "warmup_steps": 2 if is_smoke else 30},

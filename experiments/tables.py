@@ -42,6 +42,8 @@ def markdown(lines: Sequence[Line]) -> str:
   The header is every key in the order of appearance; a key that a line does
   not have is an empty cell, and a column of empty cells is left out.
   """
+  if not lines:
+    return "(nothing is done yet)\n"
   header = list(dict.fromkeys(key for line in lines for key in line))
   header = [key for key in header if any(line.get(key) for line in lines)]
   cells = [header, *([line.get(key, "") for key in header] for line in lines)]

@@ -356,7 +356,7 @@ def count_flops(
   scopes = functools.partial(flops_by_owner, params=params, tokens=tokens)
   live, twin = scopes(model), scopes(replace(model, inner_rates="off"))
   frozen, given = model.frozen_levels, live
-  if model.cms.signal == "next_token":  # it computes everything once more
+  if model.cms.signal == "next_token":  # it computes a part once more
     frozen += tuple(fast)
     given = scopes(replace(model, frozen_levels=frozen))
   frozen += () if model.has_attention else ("memory",)

@@ -59,6 +59,10 @@ def test_mean_std_uses_the_sample_deviation():
   assert tables.mean_std([]) == "-"
 
 
+def test_markdown_of_nothing_says_so():
+  assert tables.markdown([]) == "(nothing is done yet)\n"
+
+
 def test_markdown_aligns_and_fills_missing_cells():
   text = tables.markdown(
     [{"model": "a", "x": "1", "z": ""}, {"model": "bb", "y": "2"}]
