@@ -15,8 +15,11 @@ import pathlib
 
 from etils import epath
 
+from experiments.trials import ROOT
 from hope_jax.config import ConfigError
 from hope_jax.data import text
+
+FOLDER = ROOT / "runs" / "books"  # as in configs/books.py
 
 VALIDATION = (
   "Burnett_Garden_1911",
@@ -36,8 +39,8 @@ def read(path: pathlib.Path) -> str:
   return text.read(epath.Path(path)).tobytes().decode().translate(ASCII)
 
 
-def prepare(source: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
-  """Writes all parts to `folder`; returns it."""
+def prepare(source: pathlib.Path, folder: pathlib.Path = FOLDER) -> None:
+  """Writes all parts to `folder`."""
   novels = {path.stem: path for path in (source / "novels").glob("*.txt")}
   books = sorted((source / "longbooks").glob("*.txt"))
   train = sorted(set(novels) - set(VALIDATION))
@@ -58,4 +61,3 @@ def prepare(source: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     parts = [content[SKIP : SKIP + PASSAGE] for content in found]
     (folder / f"{split}.txt").write_text("".join(parts))
   (folder / "train.txt").write_text("".join(read(novels[s]) for s in train))
-  return folder

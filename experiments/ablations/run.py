@@ -94,23 +94,16 @@ def trial(
 
 
 def plan(
-  folder: pathlib.Path,
-  *,
-  switch: str = "",
-  seeds: Sequence[int] = SEEDS,
-  others: bool = False,
+  switch: str = "", seeds: Sequence[int] = SEEDS, others: bool = False
 ) -> Plan:
   """Every row at the config's learning rate, seed by seed, so that what is done
   can be compared; `others`: the rest of Table 6, on the first seed."""
-  overrides = {
-    BOOKS: {"data.path": str(folder)} | ({} if switch else BOOKS_BUDGET),
-    RECALL: {} if switch else RECALL_BUDGET,
-  }
+  budgets = {BOOKS: BOOKS_BUDGET, RECALL: RECALL_BUDGET}
   rows = {seed: list(ROWS) for seed in seeds}
   if others:
     rows[seeds[0]] += OTHER_ROWS
   trials = [
-    trial(row, group, seed, "hope" + switch, overrides[group])
+    trial(row, group, seed, "hope" + switch, {} if switch else budgets[group])
     for seed in seeds
     for group in (BOOKS, RECALL)
     for row in rows[seed]
@@ -188,9 +181,9 @@ def report(
 
 def main(argv: Sequence[str] | None = None) -> int:
   flags = runner.arguments("ablations", tuple(PLANS), argv)
-  folder = books.prepare(pathlib.Path(flags.data), flags.out / "books")
+  books.prepare(pathlib.Path(flags.data))
   experiment = runner.Runner(
-    PLANS[flags.scale](runner.from_root(folder)),
+    PLANS[flags.scale](),
     flags.out,
     jobs=flags.jobs,
     budget=flags.budget,

@@ -41,11 +41,11 @@ def _titans(trial: Trial, row: str) -> Trial:
   )
 
 
-def plan(folder: pathlib.Path, **options) -> Plan:
+def plan(**options) -> Plan:
   """The trials of the ablations on books, and Titans, read at length."""
   trials = [
     trial
-    for trial in ablations.plan(folder, **options)({})
+    for trial in ablations.plan(**options)({})
     if trial.group == ablations.BOOKS and trial.row in ablations.ROWS
   ]
   hopes = [trial for trial in trials if trial.row == "Hope"]
@@ -117,9 +117,9 @@ def report(
 
 def main(argv: Sequence[str] | None = None) -> int:
   flags = runner.arguments("context_usage", tuple(PLANS), argv)
-  folder = books.prepare(pathlib.Path(flags.data), flags.out / "books")
+  books.prepare(pathlib.Path(flags.data))
   experiment = runner.Runner(
-    PLANS[flags.scale](runner.from_root(folder)),
+    PLANS[flags.scale](),
     flags.out,
     jobs=flags.jobs,
     budget=flags.budget,
