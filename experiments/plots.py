@@ -117,5 +117,6 @@ def lines(
   axes.set_ylabel(ylabel)
   axes.set_title(title)
   axes.grid(alpha=0.3)
-  axes.legend(frameon=False)
+  if curves:
+    axes.legend(frameon=False)
   _save(figure, path)

@@ -1,0 +1,1 @@
+"""What the levels of the continuum memory system should learn from."""
