@@ -11,6 +11,7 @@ learning an encoding.
   long/*.txt            the test books, whole
 """
 
+import argparse
 import pathlib
 
 from etils import epath
@@ -61,3 +62,8 @@ def prepare(source: pathlib.Path, folder: pathlib.Path = FOLDER) -> None:
     parts = [content[SKIP : SKIP + PASSAGE] for content in found]
     (folder / f"{split}.txt").write_text("".join(parts))
   (folder / "train.txt").write_text("".join(read(novels[s]) for s in train))
+
+
+def prepare_for(flags: argparse.Namespace) -> None:
+  """From an experiment's `--data`."""
+  prepare(pathlib.Path(flags.data))

@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -368,3 +368,24 @@ def arguments(
   flags.out = flags.out or ROOT / "runs" / f"{name}-{flags.scale}"
   flags.report = flags.report or flags.out
   return flags
+
+
+def main(
+  name: str,
+  plans: Mapping[str, Callable[[], Plan]],
+  report: Callable[[Sequence[Record], pathlib.Path, str], None],
+  argv: Sequence[str] | None = None,
+  prepare: Callable[[argparse.Namespace], None] = lambda flags: None,
+) -> int:
+  """An experiment's command: runs the plan of `--scale`, reports, exit code.
+
+  `report(records, folder, scale)`; `prepare` makes the data.
+  """
+  flags = arguments(name, tuple(plans), argv)
+  prepare(flags)
+  runner = Runner(
+    plans[flags.scale](), flags.out, jobs=flags.jobs, budget=flags.budget
+  )
+  code = runner.run()
+  report(runner.records(), flags.report, flags.scale)
+  return code

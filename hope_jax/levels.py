@@ -166,7 +166,7 @@ def memories(model: ModelConfig) -> list[Component]:
     target = f"{m}(v)" if is_self else "v"
     loss = f"{Fraction(str(cfg.loss_factor))} ‖{m}(k) - {target}‖²"
     own = ["generates its own targets (self-modifying)"] if is_self else []
-    last = f"generates {name} of all memories" if is_box else inputs
+    own += [f"generates {name} of all memories" if is_box else inputs]
     if cfg.is_exact and not is_box:
       hidden = f"; hidden layer {loss}" if cfg.architecture == "mlp" else ""
       loss = f"output layer -⟨D(k), {target} - M_0(k)⟩{hidden}"
@@ -178,7 +178,7 @@ def memories(model: ModelConfig) -> list[Component]:
         context=f"(k, {target}) of the last {length} tokens",
         objective=loss,
         rule=memory_rule(cfg, is_box),
-        transfer="; ".join([META, *own, last]),
+        transfer="; ".join([META, *own]),
       )
     )
   return found
@@ -193,8 +193,8 @@ def memory_rule(cfg: MemoryConfig, is_box: bool) -> str:
   if cfg.setting == "negative_eigenvalues":
     exact = "step eta/max(1, ‖x‖²), eta < 2"
   if cfg.is_exact and not is_box:
-    is_mlp = cfg.architecture == "mlp"
-    rate = exact + (f" (hidden layer: {rate})" if is_mlp else "")
+    hidden = f" (hidden layer: {rate})"
+    rate = exact + (hidden if cfg.architecture == "mlp" else "")
   read = "chunk" if is_box else cfg.read
   return (
     f"{'GD' if cfg.delta_rule == 'none' else f'DGD {cfg.delta_rule}'}; {rate};"

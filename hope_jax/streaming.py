@@ -323,7 +323,7 @@ def relative_change(
     if level.startswith("cms_"):
       number = level.removeprefix("cms_")
       slow = blocks["cms"].get(f"level_{number}") or blocks["cms"]["levels"]
-      fast = _cms_weight(state.fast, level)._asdict()
+      fast = cms_weight(state.fast, level)._asdict()
       initial = {name: slow[name][-len(x) :] for name, x in fast.items()}
     else:
       slow = blocks["mixer"]["initial"]
@@ -333,7 +333,7 @@ def relative_change(
   return changes
 
 
-def _cms_weight(fast: Any, level: str) -> Any:
+def cms_weight(fast: Any, level: str) -> Any:
   """D of a CMS level in the layers that learn, the last ones."""
   if isinstance(fast, BlockState):
     return fast.cms[level].now["weight"]

@@ -180,17 +180,7 @@ def report(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  flags = runner.arguments("ablations", tuple(PLANS), argv)
-  books.prepare(pathlib.Path(flags.data))
-  experiment = runner.Runner(
-    PLANS[flags.scale](),
-    flags.out,
-    jobs=flags.jobs,
-    budget=flags.budget,
-  )
-  code = experiment.run()
-  report(experiment.records(), flags.report, flags.scale)
-  return code
+  return runner.main("ablations", PLANS, report, argv, books.prepare_for)
 
 
 if __name__ == "__main__":

@@ -112,13 +112,7 @@ def report(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  flags = runner.arguments("cms", tuple(PLANS), argv)
-  experiment = runner.Runner(
-    PLANS[flags.scale](), flags.out, jobs=flags.jobs, budget=flags.budget
-  )
-  code = experiment.run()
-  report(experiment.records(), flags.report, flags.scale)
-  return code
+  return runner.main("cms", PLANS, report, argv)
 
 
 if __name__ == "__main__":

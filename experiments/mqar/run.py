@@ -106,13 +106,7 @@ def report(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  flags = runner.arguments("mqar", tuple(PLANS), argv)
-  experiment = runner.Runner(
-    PLANS[flags.scale](), flags.out, jobs=flags.jobs, budget=flags.budget
-  )
-  code = experiment.run()
-  report(experiment.records(), flags.report, flags.scale)
-  return code
+  return runner.main("mqar", PLANS, report, argv)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from hope_jax import streaming
 from hope_jax.config import Config, ConfigError, MeshConfig, ModelConfig
 from hope_jax.data import text as text_lib
 from hope_jax.data import tokenizer
-from hope_jax.memory import cms, self_modifying
+from hope_jax.memory import self_modifying
 from hope_jax.models import language_model
 from hope_jax.training import checkpoints, sharding
 from hope_jax.training import step as step_lib
@@ -147,11 +147,12 @@ def levels(params: Any, state: Any, config: ModelConfig) -> dict[str, Level]:
   for name in config.memory.adaptive:
     pick = functools.partial(_box, name=name, config=config)
     found[name] = Level(pick(boxes), pick(now["weight"]), pick(now["momentum"]))
-  for name, level in state.cms.items():
-    block = slow["cms"].get(name.replace("cms", "level"))
-    block = slow["cms"]["levels"] if block is None else block  # shared
-    start = [block[part] for part in cms.LevelWeights._fields]
-    found[name] = Level(start, level.now["weight"], None)
+  for number in range(len(config.cms.fast_lengths)):
+    name = f"cms_{number}"
+    weight = streaming.cms_weight(state, name)
+    block = slow["cms"].get(f"level_{number}") or slow["cms"]["levels"]
+    start = [block[part][-len(x) :] for part, x in weight._asdict().items()]
+    found[name] = Level(start, weight, None)
   return found
 
 

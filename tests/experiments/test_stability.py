@@ -152,9 +152,10 @@ def test_levels_hold_every_fast_weight_once():
   def squares(trees) -> float:
     return sum(np.sum(np.square(x)) for x in jax.tree.leaves(trees))
 
-  levels = [state.mixer["memory"], state.mixer["boxes"], *state.cms.values()]
+  levels = [state.mixer["memory"].now, state.mixer["boxes"].now]
+  levels += [{"weight": level.weight} for level in state.levels.values()]
   for name in ("weight", "momentum"):
-    expected = squares([level.now.get(name) for level in levels])
+    expected = squares([level.get(name) for level in levels])
     total = squares([getattr(level, name) for level in found.values()])
     np.testing.assert_allclose(total, expected, rtol=1e-5)
   for level in found.values():
