@@ -105,11 +105,9 @@ def is_given(state: dict[str, Any]) -> bool:
   return any(isinstance(level, GivenState) for level in state.values())
 
 
-def _given(
-  slow: cms.LevelWeights, n: jax.Array, state: GivenState | None
-) -> jax.Array:
-  """y [B, T, D] of a block at given weights."""
-  if state is None:
+def _given(slow: cms.LevelWeights, n: jax.Array, state: Any) -> jax.Array:
+  """y [B, T, D] of a block at given weights; W_0 where none are given."""
+  if not isinstance(state, GivenState):
     return cms.feed_forward(slow, n)
   reads = cms.slow_products(slow, n)
   return cms.forward(slow, state.weight, reads, state.inherits).y

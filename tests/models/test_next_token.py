@@ -228,13 +228,29 @@ def test_frozen_level_is_not_written():
   assert all(jnp.any(x) for x in state.levels["cms_1"].weight)
 
 
-@pytest.mark.parametrize("fields", [{}, {"frozen_levels": ("cms_0", "cms_1")}])
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {},
+    {"frozen_levels": ("cms_0", "cms_1")},
+    {"inner_rates": "off", "connection": "nested"},
+  ],
+  ids=str,
+)
 def test_twin_is_the_plain_model(fields):
   config = make(**(fields or {"inner_rates": "off"}))
   model, params, tokens = init(config)
   ours = jitted(model)(params, tokens).logits
   plain = fast_jit(model.apply)({"params": params}, tokens).logits
   np.testing.assert_array_equal(ours, plain)
+  state, parts = language_model.init_state(config, B), []
+  step = fast_jit(
+    lambda part, state: language_model.forward(model, params, part, state=state)
+  )
+  for part in jnp.split(tokens, 2, axis=1):
+    output = step(part, state)
+    parts, state = [*parts, output.logits], output.state
+  np.testing.assert_allclose(jnp.concatenate(parts, 1), plain, atol=1e-5)
 
 
 @pytest.mark.parametrize("order", [2, 1])
