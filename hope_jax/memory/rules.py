@@ -127,15 +127,11 @@ def piece_decays(
     live = jnp.broadcast_to(live[..., None, None, :], retention.shape)
   count = _pieces(retention.shape[-1])
 
-  def cut(x: jax.Array | None) -> jax.Array | None:
-    if x is None:
-      return None
-    x = x.reshape(*x.shape[:-1], count, -1)
-    return jnp.moveaxis(x, -2, -4)
+  def cut(x: jax.Array) -> jax.Array:
+    return jnp.moveaxis(x.reshape(*x.shape[:-1], count, -1), -2, -4)
 
-  return chunked.chunk_decays(
-    cut(retention), cut(momentum_decay), live=cut(live)
-  )
+  parts = jax.tree.map(cut, (retention, momentum_decay, live))
+  return chunked.chunk_decays(parts[0], parts[1], live=parts[2])
 
 
 def write_layer(

@@ -90,8 +90,8 @@ def test_is_same_ignores_the_mesh_only():
     (language_modeling.demo_plan(), 4),
     (language_modeling.demo_plan(",smoke"), 4),
     (language_modeling.cpu_plan("data"), 12 * 3),
-    (mqar.PLANS["cpu"](), 6 * 3),
-    (mqar.PLANS["smoke"](), 6 * 2),
+    (mqar.PLANS["cpu"](), 6 * 3 + 2 * 6 * 3),
+    (mqar.PLANS["smoke"](), 6 * 2 + 2 * 6 * 2),
   ],
 )
 def test_experiment_plans_resolve_with_unique_names(plan, rows):
@@ -109,25 +109,28 @@ def test_experiments_give_every_row_the_same_grid_and_tokens():
       tokens = config.train.steps * (
         config.data.batch_size * config.data.sequence_length
       )
+      rate = config.opt.peak_lr if trial.group not in mqar.LARGE else 0.0
       row = settings.setdefault(trial.group, {}).setdefault(trial.row, set())
-      row.add((config.opt.peak_lr, tokens, config.opt.warmup_steps))
+      row.add((rate, tokens, config.opt.warmup_steps))
     for rows in settings.values():
       assert len(rows) == 6
       assert len(set(map(frozenset, rows.values()))) == 1
 
 
-def test_mqar_32_pairs_follow_at_the_rate_chosen_at_8():
+def test_mqar_has_three_seeds_of_every_row_at_all_sizes():
   plan = mqar.PLANS["cpu"]()
   results = {
     trial.name: _result(trial.overrides["opt.peak_lr"]) for trial in plan({})
   }
   planned = plan(results)
-  large = [trial for trial in planned if trial.group == "32 pairs, T 256"]
-  assert len({trial.name for trial in planned}) == len(planned) == 6 * 5 + 6
-  assert [trial.row for trial in large] == list(switch_off.ROWS)
-  assert {trial.overrides["opt.peak_lr"] for trial in large} == {2e-3}
-  for trial in large:
-    assert trials.resolve(trial).data.num_pairs == 32
+  assert len({trial.name for trial in planned}) == len(planned)
+  for group, pairs in zip(mqar.GROUPS, (8, 32, 64), strict=True):
+    final = [t for t in planned if t.group == group and t.is_final]
+    seeds = sorted((t.row, t.seed) for t in final)
+    assert seeds == sorted(
+      (row, n) for row in switch_off.ROWS for n in range(3)
+    )
+    assert {trials.resolve(t).data.num_pairs for t in final} == {pairs}
 
 
 def test_twins_differ_from_the_live_rows_by_inner_rates_only():

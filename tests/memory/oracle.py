@@ -237,13 +237,13 @@ def run_cms_level(slow, n, values, learn_rate, chunk, error_clip, **other):
   return outputs, after
 
 
-def run_cms_nested(slow, x, values, scales, rules, frozen=()):
+def run_cms_nested(slow, x, values, scales, rules, frozen=(), keys=None):
   """Eq. 72 token by token: levels in sequence on one block; where a level's
   chunk ends, the one before it (faster) goes on from its state."""
   nothing = tuple(jnp.zeros_like(w) for w in slow)
 
   def token(levels, xs):
-    t, x, value = xs
+    t, x, value, key = xs
     levels = list(levels)
     for i in reversed(range(len(rules))):
       start, now = levels[i]
@@ -256,12 +256,13 @@ def run_cms_nested(slow, x, values, scales, rules, frozen=()):
     for i, rule in enumerate(rules):
       n = x * scales[i] / jnp.sqrt(jnp.mean(x**2) + 1e-6)
       start, now = levels[i]
-      y, now = cms_step(start, now, n, n, value, {**rule, "slow": slow})
+      k = n if key is None else key
+      y, now = cms_step(start, now, n, k, value, {**rule, "slow": slow})
       levels[i] = start, now
       x = x + y
     return tuple(levels), x
 
   levels = tuple((nothing, nothing) for _ in rules)
-  xs = (jnp.arange(x.shape[0]), x, values)
+  xs = (jnp.arange(x.shape[0]), x, values, keys)
   levels, outputs = jax.lax.scan(token, levels, xs)
   return outputs, levels

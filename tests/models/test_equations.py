@@ -11,7 +11,7 @@ import pytest
 
 from hope_jax.memory.self_modifying import Boxes
 from tests.memory import oracle
-from tests.models.test_models import CMS, T, init, make
+from tests.models.test_models import CMS, init, make
 from tests.pallas_kernels.testing import fast_jit
 
 MIXER_VALUE = dataclasses.replace(CMS, value="mixer_value")
@@ -84,9 +84,7 @@ def memory_layer(p, n, config):
   ]
   logits = {}
   for gate in ("eta", "alpha", "beta"):
-    is_slow = gate not in cfg.adaptive
-    slope = n @ gates[gate]["kernel"] if is_slow else jnp.zeros((T, 1))
-    logits[gate] = (gates[f"{gate}_bias"] + slope).T
+    logits[gate] = (gates[f"{gate}_bias"] + n @ gates[gate]["kernel"]).T
   if config.inner_rates == "off":
     logits["eta"] -= 1e9
   boxes = {}
@@ -115,7 +113,8 @@ def continuum(p, x, mixed, config):
   if cfg.value == "mixer_linear":
     value = y @ p["value"]["kernel"]
   if cfg.connection == "nested":
-    return nested(p, x, rms(value), config)
+    keys = rms(keys) if cfg.value == "mixer_pair" else None
+    return nested(p, x, rms(value), config, keys)
   for i, chunk_length in enumerate(cfg.chunk_lengths):
     is_chain = cfg.connection == "sequential"
     n = rms(x if is_chain else before, p[f"norm_{i}"]["scale"])
@@ -142,7 +141,7 @@ def alpha_of(logit):
   return jnp.exp(-jax.nn.softplus(logit))
 
 
-def nested(p, x, value, config):
+def nested(p, x, value, config, keys):
   """Eq. 72: all levels on one block."""
   cfg, level = config.cms, p["levels"]
   slow = [level[name] for name in ("gate", "up", "down")]
@@ -156,7 +155,7 @@ def nested(p, x, value, config):
     }
     for i, chunk_length in enumerate(cfg.fast_lengths)
   ]
-  x, _ = oracle.run_cms_nested(slow, x, value, scales, rules)
+  x, _ = oracle.run_cms_nested(slow, x, value, scales, rules, keys=keys)
   return x + oracle.feed_forward(slow, rms(x, scales[-1]))
 
 
