@@ -7,7 +7,8 @@ or reprints an experiment.  A failing trial is reported and does not stop the
 others; at the budget's end or on Ctrl-C the running ones are ended and what
 is left is listed.
 
-Exit codes: 0 all done, 1 a trial failed, 3 the budget ended first, 130 Ctrl-C.
+Exit codes: 0 all done (of --rows, if given), 1 a trial failed, 2 wrong command
+line or data, 3 the budget ended first, 130 Ctrl-C.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from experiments.trials import ROOT, Plan, Trial, is_same, resolve
-from hope_jax.config import Config
+from hope_jax.config import Config, ConfigError
 from hope_jax.training import metrics
 from hope_jax.training import workdir as workdir_lib
 
@@ -98,7 +99,8 @@ def _flag(value: Any) -> str:
 
 
 class Runner:
-  """Runs the trials of `plan`, at most `jobs` at a time, below `out`."""
+  """Runs the trials of `plan`, at most `jobs` at a time, below `out`; of some
+  `rows` only, if any are named."""
 
   def __init__(
     self,
@@ -107,12 +109,13 @@ class Runner:
     *,
     jobs: int = 1,
     budget: float | None = None,
+    rows: Sequence[str] = (),
     train: Command = TRAIN,
     evaluate: Command = EVALUATE,
     poll_seconds: float = 0.5,
   ):
     self._plan, self._out = plan, out.resolve()
-    self._jobs, self._budget = jobs, budget
+    self._jobs, self._budget, self._rows = jobs, budget, rows
     self._train, self._evaluate = train, evaluate
     self._poll_seconds = poll_seconds
     self._running: list[_Process] = []
@@ -199,6 +202,12 @@ class Runner:
       if len(results) == names:
         return results
 
+  def _check_rows(self) -> None:
+    known = list(dict.fromkeys(trial.row for trial in self._plan({})))
+    for row in self._rows:
+      if row not in known:
+        raise ConfigError(f"--rows: no row {row!r}; rows: {', '.join(known)}")
+
   # Processes.
 
   def _start_more(self) -> None:
@@ -209,6 +218,8 @@ class Runner:
       if len(self._running) >= self._jobs:
         return
       if trial.name in busy or trial.name in self._failures:
+        continue
+      if self._rows and trial.row not in self._rows:
         continue
       following = self._next_command(trial)
       if following and trial.name not in self._failures:
@@ -288,6 +299,7 @@ class Runner:
     """Runs what is missing; returns the exit code."""
     for trial in self._plan({}):
       self._config(trial)  # a wrong definition fails before anything runs
+    self._check_rows()
     start = time.monotonic()
     code = 0
     try:
@@ -352,6 +364,11 @@ def arguments(
   parser.add_argument("--jobs", type=int, default=1, help="trials at a time")
   parser.add_argument("--budget", type=float, help="seconds; default: no end")
   parser.add_argument(
+    "--rows",
+    default="",
+    help="run only these rows of the tables, comma-separated; report all",
+  )
+  parser.add_argument(
     "--out",
     type=pathlib.Path,
     help="folder of the trials and of the report (default: runs/...)",
@@ -382,10 +399,18 @@ def main(
   `report(records, folder, scale)`; `prepare` makes the data.
   """
   flags = arguments(name, tuple(plans), argv)
-  prepare(flags)
-  runner = Runner(
-    plans[flags.scale](), flags.out, jobs=flags.jobs, budget=flags.budget
-  )
-  code = runner.run()
+  try:
+    prepare(flags)
+    runner = Runner(
+      plans[flags.scale](),
+      flags.out,
+      jobs=flags.jobs,
+      budget=flags.budget,
+      rows=flags.rows.split(",") if flags.rows else (),
+    )
+    code = runner.run()
+  except ConfigError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
   report(runner.records(), flags.report, flags.scale)
   return code

@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from hope_jax.config import Config, ConfigError, from_config_dict
+from hope_jax.config import Config, ConfigError, MeshConfig, from_config_dict
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -74,13 +74,20 @@ def resolve(trial: Trial) -> Config:
   return from_config_dict(config)
 
 
+def _decisive(config: Config) -> Config:
+  """`config` without what moves no result: the mesh, and how often a run looks
+  at its validation loss and its memories."""
+  train = dataclasses.replace(config.train, eval_every=0, dynamics_every=0)
+  return dataclasses.replace(config, mesh=MeshConfig(), train=train)
+
+
 def is_same(recorded: Mapping[str, Any], config: Config) -> bool:
-  """Whether a run's recorded config is `config`; the mesh may differ."""
+  """Whether a run's recorded config has the same results as `config`."""
   try:
     old = from_config_dict(recorded)
   except ConfigError:  # of another version
     return False
-  return dataclasses.replace(old, mesh=config.mesh) == config
+  return _decisive(old) == _decisive(config)
 
 
 def best(trials: Sequence[Trial], results: Results) -> Trial | None:

@@ -39,6 +39,8 @@ class MemoryConfig:
     proximal: step eta' = eta / (1 + eta |x|^2); off: eta' = eta.
     loss_factor: inner loss is loss_factor |M(k) - vhat|^2.
     error_clip: largest norm of a layer's error; 0 does not clip.
+    target_clip: the same for M_0(k) - vhat in the exact settings; without it a
+      self-generated vhat, which D is part of, may grow from chunk to chunk.
     chunk_length, projection_chunk_length: tokens per chunk of the memory and
       of the adaptive projections.
     remat: saved states of the backward pass: `none`, `chunk` or `sqrt`.
@@ -57,6 +59,7 @@ class MemoryConfig:
   proximal: bool = True
   loss_factor: float = 0.5
   error_clip: float = 1.0
+  target_clip: float = 4.0
   read: str = "token_pre"
   chunk_length: int = 64
   projection_chunk_length: int = 256

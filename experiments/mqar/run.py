@@ -41,7 +41,7 @@ def _rows(group: str, switch: str) -> list[Trial]:
       name=f"pairs{end or '_8'}/{slug(row)}",
       config="configs/mqar.py",
       suffix=end + switch,
-      overrides={"train.keep_checkpoints": 1},
+      overrides={"train.keep_checkpoints": 1, "train.eval_every": 0},
       evaluations=switch_off.switch_offs(row)[:offs],
     )
     for row in switch_off.ROWS

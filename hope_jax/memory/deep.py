@@ -167,8 +167,8 @@ def inner_loss(
   """Forward and backward of loss_factor |M(k) - vhat|^2, analytically.
 
   Setting A (`cfg.is_exact`) replaces the output layer's error by M_0's
-  prediction - vhat, which is constant in D: the erase term completes the
-  error token by token.
+  prediction - vhat, clipped, which is constant in D: the erase term completes
+  the error token by token.
   """
   whole = start if slow is None else architectures.whole(slow, start)
   trace = architectures.forward(whole, keys, cfg.activation)
@@ -185,7 +185,7 @@ def inner_loss(
     )
   if cfg.is_exact:
     fast = architectures.apply(features, start.output)
-    error = predictions - targets - fast
+    error = rules.clip_norm(predictions - targets - fast, cfg.target_clip)
   return InnerLoss(features, Weights(hidden, error), predictions, targets)
 
 

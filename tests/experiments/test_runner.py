@@ -117,6 +117,21 @@ def test_result_on_another_mesh_is_reused(tmp_path):
   assert len(_starts(tmp_path, "a")) == 1
 
 
+def test_rows_run_alone(tmp_path):
+  trials = [_trial("a"), dataclasses.replace(_trial("b"), row="titans")]
+  assert _runner(trials, tmp_path, rows=["titans"]).run() == 0
+  assert len(_starts(tmp_path, "a")) == 0 and len(_starts(tmp_path, "b")) == 1
+
+
+def test_unknown_row_is_one_line_that_names_the_rows(tmp_path, capsys):
+  plans = {"cpu": lambda: lambda _: [_trial("a")]}
+  command = [f"--out={tmp_path}", "--rows=titan"]
+  assert runner.main("none", plans, lambda *_: None, command) == 2
+  assert (
+    capsys.readouterr().err == "error: --rows: no row 'titan'; rows: hope\n"
+  )
+
+
 def test_wrong_definition_fails_before_anything_runs(tmp_path):
   trials = [_trial("a"), _trial("b", **{"opt.peak_rl": 0.1})]
   with pytest.raises((ConfigError, KeyError), match="peak_rl"):

@@ -75,10 +75,14 @@ def test_resolve_missing_config_file_raises():
     trials.resolve(dataclasses.replace(ROW, config="configs/nowhere.py"))
 
 
-def test_is_same_ignores_the_mesh_only():
+def test_is_same_ignores_what_moves_no_result():
   config = trials.resolve(ROW)
   recorded = config_lib.to_dict(config)
   assert trials.is_same({**recorded, "mesh": {"fsdp": 4}}, config)
+  seldom = {**recorded["train"], "eval_every": 7, "dynamics_every": 7}
+  assert trials.is_same({**recorded, "train": seldom}, config)
+  longer = {**recorded["train"], "steps": 7}
+  assert not trials.is_same({**recorded, "train": longer}, config)
   changed = {**recorded["opt"], "peak_lr": 0.25}
   assert not trials.is_same({**recorded, "opt": changed}, config)
   assert not trials.is_same({**recorded, "of_old": {}}, config)

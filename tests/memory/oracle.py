@@ -47,7 +47,7 @@ def errors(weights, initial, k, target, cfg, residual, exact=False):
     x = layer_inputs(weights, k)["output"]
     slow = initial["output"] @ x if cfg.retention != "zero" else 0.0
     base = k if "hidden" in weights and residual else 0.0
-    found["output"] = base + slow - target
+    found["output"] = clip(base + slow - target, cfg.target_clip)
   return found
 
 

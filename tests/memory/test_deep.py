@@ -98,6 +98,7 @@ OPTIONS = [
   {"read": "token_post"},
   {"read": "chunk", "target": "shared"},
   {"setting": "token_exact"},
+  {"setting": "token_exact", "target_clip": 1.0},
   {"setting": "token_exact", "momentum": "none", "architecture": "matrix"},
   {"delta_rule": "none", "target": "shared"},
   {"delta_rule": "literal", "momentum": "sum", "retention": "none"},
@@ -158,6 +159,7 @@ RULE = {
   "proximal": [True, False],
   "loss_factor": [0.5, 1.0],
   "error_clip": [1.0, 0.0],
+  "target_clip": [1.0, 0.0],
   "read": ["token_pre", "token_post", "chunk"],
   "chunk_length": [1, 2, 5, 8, 16, 64],
 }
@@ -373,6 +375,28 @@ def test_memory_recalls_what_it_was_told():
   out = compiled(chunked, initial, (keys, sequence[1], keys), gates, cfg=cfg)
   first = sequence[1][:, :, 0]
   np.testing.assert_allclose(out[:, :, 1], first, atol=0.03)
+
+
+@pytest.mark.parametrize(
+  ("target_clip", "is_bounded"), [(4.0, True), (0, False)]
+)
+def test_exact_memory_with_its_own_targets_stays_bounded(
+  target_clip, is_bounded
+):
+  """vhat = M(v) holds D h(v): where h(v) is larger than h(k), D would grow by
+  their ratio from chunk to chunk."""
+  cfg = MemoryConfig(
+    setting="token_exact", target_clip=target_clip, chunk_length=8
+  )
+  initial, (keys, values, queries), _ = random_memory(length=256)
+  gates = Gates(*(jnp.full((B, H, 256), g) for g in (4.0, 0.999, 0.88)))
+  state = chunks.fresh(deep.zero_state(initial, B, cfg))
+  out = run_memory(
+    initial, (keys, 8 * values, queries), gates, cfg, state=state
+  )
+  assert out.state is not None
+  largest = max(jnp.abs(w).max() for w in jax.tree.leaves(out.state.now))
+  assert largest < 20 if is_bounded else not largest < 1e4
 
 
 def test_memory_changes_by_a_percent_in_4k_tokens():
