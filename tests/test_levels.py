@@ -72,9 +72,9 @@ def case(request):
 def found():
   """Name -> component of a config, not counted."""
   one = types.SimpleNamespace(get=lambda name, default: 1)
-  costs = dict.fromkeys(levels.COUNTED, one)
+  counted = dict.fromkeys(levels.COUNTED, one)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(levels, "count", lambda config: costs)
+    patch.setattr(levels.costs, "count", lambda config: counted)
     return {
       name: {c.name: c for c in levels.components(config)}
       for name, config in CONFIGS.items()
@@ -172,7 +172,9 @@ def test_words_follow_the_config(found):
     literal, setting="negative_eigenvalues", delta_rule="literal"
   )
   rate = "step eta/max(1, ‖x‖²), eta < 2 (hidden layer: proximal step)"
-  assert f"DGD literal; {rate};" in levels.memory_rule(turning, False)
+  rule = levels.memory_rule(turning, False)
+  assert f"DGD literal; {rate};" in rule
+  assert "error clip: 1, of the target: 4;" in rule
   assert "restarts from cms_1" in found["nested"]["cms_0"].transfer
   level = found["next_token"]["cms_0"]
   assert level.objective == "cross entropy of the next token"

@@ -30,6 +30,8 @@ LITERAL: dict[str, dict[str, Any]] = {
   "retention=zero": {"retention": "zero"},
   "proximal=False": {"proximal": False},
   "error_clip=0": {"error_clip": 0.0},
+  "setting=chunk_l2": {"setting": "chunk_l2"},
+  "target_clip=0": {"target_clip": 0.0},
 }
 
 
