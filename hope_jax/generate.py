@@ -58,6 +58,15 @@ def cut(
   return text[: min(places, default=None)], bool(len(ends) or places)
 
 
+def check_request(count: int, sampling: Sampling, stop: Sequence[str]) -> None:
+  """`ConfigError` where the sampling flags ask for the impossible."""
+  if count < 1:
+    raise ConfigError(f"--tokens={count} must be positive")
+  if "" in stop:
+    raise ConfigError("--stop is empty: give at least one character")
+  sampling.check()
+
+
 def generate(
   workdir: epath.Path,
   prompts: Sequence[str],
@@ -74,11 +83,7 @@ def generate(
     if not prompt:
       which = f"prompt {number}" if len(prompts) > 1 else "--prompt"
       raise ConfigError(f"{which} is empty: give at least one character")
-  if count < 1:
-    raise ConfigError(f"--tokens={count} must be positive")
-  if "" in stop:
-    raise ConfigError("--stop is empty: give at least one character")
-  sampling.check()
+  check_request(count, sampling, stop)
   config = workdir_lib.read_config(workdir)
   tokenizer = pipeline.load_tokenizer(config)
   if tokenizer is None:

@@ -429,11 +429,7 @@ def _levels(names: Sequence[str], model: ModelConfig) -> tuple[str, ...]:
 def _check(args: Any) -> Sampling:
   """What can be known before anything is read."""
   sampling = Sampling(args.temperature, args.top_k, args.top_p)
-  sampling.check()
-  if args.tokens < 1:
-    raise ConfigError(f"--tokens={args.tokens} must be positive")
-  if "" in args.stop:
-    raise ConfigError("--stop is empty: give at least one character")
+  generate.check_request(args.tokens, sampling, args.stop)
   for name in args.feed:
     if not files.reach(name).exists():
       raise ConfigError(f"--feed={name} does not exist")

@@ -267,7 +267,7 @@ def reset(
         is_place = jnp.issubdtype(x.dtype, jnp.integer)
         x = x if is_place else jnp.zeros_like(x)
       elif _is_boxes(x) and level in config.memory.adaptive:
-        x = _without_box(x, level, config.memory)
+        x = self_modifying.without_box(x, level, config.memory)
     return x
 
   fast = jax.tree_util.tree_map_with_path(empty, state.fast, is_leaf=_is_boxes)
@@ -276,42 +276,6 @@ def reset(
 
 def _is_boxes(x: Any) -> bool:
   return isinstance(x, Boxes)
-
-
-def _place(box: str, cfg: MemoryConfig) -> tuple[int, str, int]:
-  """A box's number among all, its kind, its number among those."""
-  projections = self_modifying.members(cfg, self_modifying.PROJECTIONS)
-  gates = self_modifying.members(cfg, self_modifying.GATES)
-  number = (projections + gates).index(box)
-  if box in projections:
-    return number, "projection", number
-  return number, "gate", number - len(projections)
-
-
-def _hidden_rows(boxes: Boxes, number: int, cfg: MemoryConfig) -> slice:
-  """A box's rows of `boxes.hidden` [..., G F, K]."""
-  size = boxes.hidden.shape[-2] // len(cfg.adaptive)
-  return slice(number * size, (number + 1) * size)
-
-
-def _without_box(boxes: Boxes, box: str, cfg: MemoryConfig) -> Boxes:
-  """`boxes` where one of them is zero."""
-  number, kind, index = _place(box, cfg)
-  output = getattr(boxes, kind).at[..., index, :, :].set(0)
-  if boxes.hidden is not None:
-    rows = _hidden_rows(boxes, number, cfg)
-    boxes = boxes._replace(hidden=boxes.hidden.at[..., rows, :].set(0))
-  return boxes._replace(**{kind: output})
-
-
-def only_box(boxes: Boxes, box: str, cfg: MemoryConfig) -> list[jax.Array]:
-  """The weights of one box: output layer, its rows of the hidden one."""
-  number, kind, index = _place(box, cfg)
-  weights = [getattr(boxes, kind)[..., index, :, :]]
-  if boxes.hidden is not None:
-    rows = _hidden_rows(boxes, number, cfg)
-    weights.append(boxes.hidden[..., rows, :])
-  return weights
 
 
 def relative_change(
@@ -351,4 +315,5 @@ def _mixer_level(
   )
   if group == "memory":
     return initial, fast
+  only_box = self_modifying.only_box
   return only_box(initial, level, cfg), only_box(fast, level, cfg)

@@ -160,7 +160,7 @@ def _box(boxes: Any, name: str, config: ModelConfig) -> list[jax.Array]:
   """The weights of one box; none without momenta."""
   if boxes is None:
     return []
-  return streaming.only_box(boxes, name, config.memory)
+  return self_modifying.only_box(boxes, name, config.memory)
 
 
 class Measured(NamedTuple):

@@ -74,6 +74,42 @@ def members(cfg: MemoryConfig, kind: tuple[str, ...]) -> tuple[str, ...]:
   return tuple(box for box in kind if box in cfg.adaptive)
 
 
+def _place(box: str, cfg: MemoryConfig) -> tuple[int, str, int]:
+  """A box's number among all, its kind, its number among those."""
+  projections = members(cfg, PROJECTIONS)
+  gates = members(cfg, GATES)
+  number = (projections + gates).index(box)
+  if box in projections:
+    return number, "projection", number
+  return number, "gate", number - len(projections)
+
+
+def _hidden_rows(boxes: Boxes, number: int, cfg: MemoryConfig) -> slice:
+  """A box's rows of `boxes.hidden` [..., G F, K]."""
+  size = boxes.hidden.shape[-2] // len(cfg.adaptive)
+  return slice(number * size, (number + 1) * size)
+
+
+def without_box(boxes: Boxes, box: str, cfg: MemoryConfig) -> Boxes:
+  """`boxes` where one of them is zero."""
+  number, kind, index = _place(box, cfg)
+  output = getattr(boxes, kind).at[..., index, :, :].set(0)
+  if boxes.hidden is not None:
+    rows = _hidden_rows(boxes, number, cfg)
+    boxes = boxes._replace(hidden=boxes.hidden.at[..., rows, :].set(0))
+  return boxes._replace(**{kind: output})
+
+
+def only_box(boxes: Boxes, box: str, cfg: MemoryConfig) -> list[jax.Array]:
+  """The weights of one box: output layer, its rows of the hidden one."""
+  number, kind, index = _place(box, cfg)
+  weights = [getattr(boxes, kind)[..., index, :, :]]
+  if boxes.hidden is not None:
+    rows = _hidden_rows(boxes, number, cfg)
+    weights.append(boxes.hidden[..., rows, :])
+  return weights
+
+
 def _by_box(x_BHCF: jax.Array, count: int) -> jax.Array:
   """[B, H, C, G F] -> [B, H, G, C, F]."""
   x = x_BHCF.reshape(*x_BHCF.shape[:-1], count, -1)
