@@ -33,6 +33,7 @@ DEFAULTS = {
       "proximal": True,
       "loss_factor": 0.5,
       "error_clip": 1.0,
+      "target_clip": 4.0,
       "read": "token_pre",
       "chunk_length": 64,
       "projection_chunk_length": 256,
