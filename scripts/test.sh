@@ -4,4 +4,16 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
+# The TPU's compiler, for the tests that compile for one.  Apart from .venv: beside
+# jax it would look for a TPU at every start.
+libtpu=$("$python" -c 'import tomllib
+with open("pyproject.toml", "rb") as file:
+  print(tomllib.load(file)["project"]["optional-dependencies"]["aot"][0])')
+compilers=.cache/compilers/$libtpu
+if [ ! -d "$compilers" ]; then
+  "$python" -m pip install --quiet --disable-pip-version-check --no-deps \
+    --target "$compilers" "$libtpu"
+fi
+export HOPE_COMPILERS=$compilers
+
 exec "$python" -m pytest -n "${TEST_JOBS:-2}" "$@"

@@ -244,6 +244,7 @@ def read(
   if count % piece:
     raise ConfigError(f"{count} tokens are not whole pieces of {piece}")
   state = language_model.init_state(config, rows, piece)
+  state = jax.tree.map(jnp.copy, state)  # zeros may be shared: see donation
   ends, kept = [], None
   for first in range(0, count, piece):
     tokens = jnp.asarray(tokens_BN[:, first : first + piece])

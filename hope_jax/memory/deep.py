@@ -24,7 +24,7 @@ from hope_jax.config import MemoryConfig
 from hope_jax.memory import architectures, chunks, rules
 from hope_jax.memory.architectures import Weights
 from hope_jax.memory.rules import Gates
-from pallas_kernels.linear_rule import chunked
+from pallas_kernels.linear_rule import chunk as chunk_lib
 
 
 class MemoryOutput(NamedTuple):
@@ -94,7 +94,7 @@ def run_memory(
     state = chunks.fresh(zero_state(initial, keys.shape[0], cfg))
   slow, state, origin = anchored(initial, state, cfg)
   gates = gates._replace(retention=rules.retained(gates.retention, cfg))
-  xs = _by_chunk(slow, keys, values, queries, gates, layout)
+  xs = _by_chunk(slow, keys, values, queries, gates, layout, cfg)
 
   def step(start, now, inputs, _):
     (k, v, query, gates), decays = inputs
@@ -133,7 +133,8 @@ def _by_chunk(
   queries: jax.Array,
   gates: Gates,
   layout: chunks.Layout,
-) -> tuple[Any, chunked.ChunkDecays]:
+  cfg: MemoryConfig,
+) -> tuple[Any, chunk_lib.ChunkDecays]:
   """The scan's inputs: ((k, v, (q, its slow product), gates), decays)."""
   slow_hidden = None
   if slow is not None and slow.hidden is not None:
@@ -142,7 +143,7 @@ def _by_chunk(
     lambda x: layout.split(x, axis=2),
     (keys, values, (queries, slow_hidden), gates),
   )
-  return xs, rules.piece_decays(xs[3], layout.live)
+  return xs, rules.piece_decays(xs[3], layout.live, rules.rule_read(cfg))
 
 
 class InnerLoss(NamedTuple):
@@ -196,7 +197,7 @@ def learn_chunk(
   keys: jax.Array,
   query: tuple[jax.Array, jax.Array | None],
   gates: Gates,
-  decays: chunked.ChunkDecays,
+  decays: chunk_lib.ChunkDecays,
   cfg: MemoryConfig,
 ) -> tuple[dict[str, Any], Weights]:
   """One chunk of writes and reads: (state after, what was read).

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from hope_jax.config import MemoryConfig
-from pallas_kernels.linear_rule import chunked
+from pallas_kernels.linear_rule import chunk as chunk_lib
 from pallas_kernels.scan import merge_chunks, split_chunks
 
 PIECE_LENGTH = 64  # the longest: a solve costs its square per token
@@ -108,6 +108,11 @@ def output_error(
   return clip_norm(error, cfg.error_clip)
 
 
+def rule_read(cfg: MemoryConfig) -> chunk_lib.Read:
+  """When the rule's own queries see the state."""
+  return "post" if cfg.read == "token_post" else "pre"
+
+
 def _pieces(length: int) -> int:
   """Into how many equal pieces a chunk is cut."""
   shortest = -(-length // PIECE_LENGTH)
@@ -116,8 +121,10 @@ def _pieces(length: int) -> int:
 
 
 def piece_decays(
-  gates: Gates, live: jax.Array | None = None
-) -> chunked.ChunkDecays:
+  gates: Gates,
+  live: jax.Array | None = None,
+  read: chunk_lib.Read = "pre",
+) -> chunk_lib.ChunkDecays:
   """Decays of a chunk's pieces for `write_layer`: [..., P, B, H, C / P ...].
 
   `gates` [..., B, H, C]; `live` [..., C] says which places hold a token.
@@ -131,7 +138,7 @@ def piece_decays(
     return jnp.moveaxis(x.reshape(*x.shape[:-1], count, -1), -2, -4)
 
   parts = jax.tree.map(cut, (retention, momentum_decay, live))
-  return chunked.chunk_decays(parts[0], parts[1], live=parts[2])
+  return chunk_lib.chunk_decays(parts[0], parts[1], live=parts[2], read=read)
 
 
 def write_layer(
@@ -140,13 +147,13 @@ def write_layer(
   weight: jax.Array,
   momentum: jax.Array | None,
   gates: Gates,
-  decays: chunked.ChunkDecays,
+  decays: chunk_lib.ChunkDecays,
   cfg: MemoryConfig,
   *,
   chunk_length: int,
   exact: bool = False,
   queries: jax.Array | None = None,
-) -> chunked.LinearRuleOutput:
+) -> chunk_lib.LinearRuleOutput:
   """One chunk of (P) on one layer; token-exact read where queries are given.
 
   x [..., C, K], error [..., C, E], weight and momentum [..., E, K]; decays from
@@ -155,11 +162,11 @@ def write_layer(
   step, erase = layer_rates(
     x, gates, cfg, chunk_length=chunk_length, exact=exact
   )
-  count = decays.pair.shape[0]
+  count = decays.before.pair.shape[0]
 
   def write(state, piece):
     (x, error, queries), (step, erase), decays = piece
-    out = chunked.chunk_rule(
+    out = chunk_lib.chunk_rule(
       x,
       error,
       weight=state[0],
@@ -168,7 +175,7 @@ def write_layer(
       learn_rate=step,
       erase=erase,
       queries=queries,
-      read="post" if cfg.read == "token_post" else "pre",
+      read=rule_read(cfg),
     )
     return (out.weight, out.momentum), out.outputs
 
@@ -180,11 +187,11 @@ def write_layer(
   if count == 1:
     first = jax.tree.map(lambda y: y[0], pieces)
     state, outputs = write((weight, momentum), first)
-    return chunked.LinearRuleOutput(outputs, *state)
+    return chunk_lib.LinearRuleOutput(outputs, *state)
   state, outputs = jax.lax.scan(write, (weight, momentum), pieces)
   if outputs is not None:
     outputs = merge_chunks(outputs, x.shape[-2], x.ndim - 2)
-  return chunked.LinearRuleOutput(outputs, *state)
+  return chunk_lib.LinearRuleOutput(outputs, *state)
 
 
 def retained(retention: jax.Array, cfg: MemoryConfig) -> jax.Array:

@@ -17,9 +17,14 @@ import jax.numpy as jnp
 from absl import logging
 
 from pallas_kernels import scan
-from pallas_kernels.linear_rule import chunked, reference
+from pallas_kernels.linear_rule import (
+  chunked,
+  pallas_gpu,
+  pallas_tpu,
+  reference,
+)
 
-Implementation = Literal["reference", "chunked"]
+Implementation = Literal["reference", "chunked", "pallas_tpu", "pallas_gpu"]
 LinearRuleOutput = reference.LinearRuleOutput
 Read = reference.Read
 
@@ -64,16 +69,22 @@ def linear_rule(
     queries: q_t, [B, H, T, K]; None: no outputs.
     read: whether q_t sees the state before or after token t's write.
     reset: bool, [B, H, T]: forget everything before this token.
-    chunk_length: C, tokens per step of the scan.
-    implementation: "reference" (token loop), "chunked" (XLA); None: the best.
+    chunk_length: C, tokens that are solved at once ("pallas_gpu": at most).
+    implementation: "reference" (token loop), "chunked" (XLA), "pallas_tpu",
+      "pallas_gpu"; None: the best that can run on the default backend.
     checkpoint: what "chunked" recomputes in its backward pass, see `scan.py`.
 
   Returns:
     outputs [B, H, T, E] in u's dtype, or None without queries; the final
     weight and momentum, float32 (float64 if they were).
 
+  The kernels are not partitioned automatically: on more than one device call
+  them inside `jax.shard_map(..., check_vma=False)`.
+
   Raises:
-    ValueError: a shape, an option or a combination of arguments is wrong.
+    ValueError: a shape, an option or a combination of arguments is wrong, or
+      the implementation is of another platform (when it is compiled).
+    NotImplementedError: a kernel cannot do these dtypes or sizes.
   """
   arguments: dict[str, Any] = dict(
     weight=weight,
@@ -86,20 +97,42 @@ def linear_rule(
     reset=reset,
   )
   _validate(x, u, chunk_length, **arguments)
-  implementation = implementation or _best_implementation()
   _validate_choice("read", read, Read)
   _validate_choice("checkpoint", checkpoint, scan.CheckpointPolicy)
+  dtype = reference.state_dtype(x, u, arguments)
+  arguments |= dict(read=read)
+  if implementation is None:
+    implementation = _best_implementation(
+      jax.default_backend(), dtype, x.shape[-1], u.shape[-1]
+    )
   _validate_choice("implementation", implementation, Implementation)
   if implementation == "reference":
-    return reference.linear_rule_reference(x, u, **arguments, read=read)
-  arguments |= dict(chunk_length=chunk_length, checkpoint=checkpoint)
-  return chunked.linear_rule_chunked(x, u, **arguments, read=read)
+    return reference.linear_rule_reference(x, u, **arguments)
+  arguments |= dict(chunk_length=chunk_length)
+  if implementation == "chunked":
+    return chunked.linear_rule_chunked(x, u, **arguments, checkpoint=checkpoint)
+  if dtype != jnp.float32:
+    raise NotImplementedError(
+      f'{implementation!r} computes in float32, not {dtype}: use "chunked".'
+    )
+  kernel = dict(
+    pallas_tpu=pallas_tpu.linear_rule_tpu, pallas_gpu=pallas_gpu.linear_rule_gpu
+  )
+  return kernel[implementation](x, u, **arguments)
 
 
 @functools.cache
-def _best_implementation() -> Implementation:
-  logging.info('linear_rule: implementation=None uses "chunked".')
-  return "chunked"
+def _best_implementation(
+  backend: str, dtype: jnp.dtype, key_dim: int, value_dim: int
+) -> Implementation:
+  best = "chunked"
+  if dtype == jnp.float32 and backend == "tpu":
+    best = "pallas_tpu"
+  if dtype == jnp.float32 and backend == "gpu":
+    can_tile = pallas_gpu.can_tile(key_dim, value_dim)
+    best = "pallas_gpu" if can_tile else "chunked"
+  logging.info('linear_rule: implementation=None uses "%s".', best)
+  return best
 
 
 def _validate_choice(name, value, choices):

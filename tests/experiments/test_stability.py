@@ -180,6 +180,18 @@ def test_reading_in_pieces_equals_reading_at_once(titans, text):
   np.testing.assert_allclose(part_logits, logits, rtol=1e-3, atol=1e-5)
 
 
+def test_reading_next_token_levels(text):
+  """Whose empty state shares its zeros: none may be used up twice."""
+  config = _small("hope")
+  cms = dataclasses.replace(config.cms, signal="next_token")
+  source = reading.initial_source("hope", dataclasses.replace(config, cms=cms))
+  tokens = reading.streams(text, 256, 256)[:1]
+  measured, _ = reading.read(
+    source.params, tokens, config=source.config, piece=128
+  )
+  assert measured.state_finite.all()
+
+
 def test_reading_sees_what_is_not_finite(titans, text):
   tokens = reading.streams(text, 128, 256)
   params = _broken(titans).params

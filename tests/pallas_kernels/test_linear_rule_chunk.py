@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from pallas_kernels.linear_rule import LinearRuleOutput, chunked
+from pallas_kernels.linear_rule import LinearRuleOutput, chunk
 from tests.pallas_kernels.testing import (
   assert_close,
   fast_jit,
@@ -16,6 +16,13 @@ from tests.pallas_kernels.testing import (
 )
 
 pytestmark = pytest.mark.usefixtures("float64")
+
+INVERSES = [
+  functools.partial(
+    chunk.unit_lower_inverse, exact=chunk.Exact(in_kernel=masks)
+  )
+  for masks in (False, True)
+]
 
 
 def _loop_over_live(inputs, live):
@@ -48,15 +55,16 @@ def test_chunk_rule_dead_tokens_change_nothing(read):
 
   @fast_jit
   def run(inputs, live):
-    decays = chunked.chunk_decays(
+    decays = chunk.chunk_decays(
       inputs["retention"],
       inputs["momentum_decay"],
       live=live,
       reset=inputs["reset"],
+      read=read,
     )
     names = ("weight", "momentum", "learn_rate", "erase", "queries")
     arguments = {name: inputs[name] for name in names}
-    return chunked.chunk_rule(
+    return chunk.chunk_rule(
       inputs["x"], inputs["u"], **arguments, decays=decays, read=read
     )
 
@@ -69,15 +77,17 @@ def test_chunk_rule_dead_tokens_change_nothing(read):
 
 
 @pytest.mark.parametrize("read", ["pre", "post"])
-def test_chunk_rule_accepts_known_products_and_trimmed_decays(read):
+def test_chunk_rule_accepts_known_products(read):
   inputs = random_inputs((2, 3, 8, 5, 3))
 
   @fast_jit
   def run(inputs):
-    decays = chunked.chunk_decays(inputs["retention"], inputs["momentum_decay"])
+    decays = chunk.chunk_decays(
+      inputs["retention"], inputs["momentum_decay"], read=read
+    )
     names = ("weight", "momentum", "learn_rate", "erase", "queries")
     rule = functools.partial(
-      chunked.chunk_rule,
+      chunk.chunk_rule,
       inputs["x"],
       inputs["u"],
       **{name: inputs[name] for name in names},
@@ -89,12 +99,11 @@ def test_chunk_rule_accepts_known_products_and_trimmed_decays(read):
       queries_weight=jnp.einsum("BHCK,BHEK->BHCE", queries, weight),
       gram=jnp.einsum("BHCK,BHDK->BHCD", x, x),
     )
-    trimmed = chunked.decays_for_read(decays, read)
     wrong = [
       rule(decays=decays, **(known | {name: known[name] + 1})).outputs
       for name in known
     ]
-    return rule(decays=decays), rule(decays=trimmed, **known), wrong
+    return rule(decays=decays), rule(decays=decays, **known), wrong
 
   want, got, wrong = run(inputs)
   assert_close(got, want, 1e-13)
@@ -113,10 +122,10 @@ def test_chunk_rule_shares_decays_along_an_axis_of_one():
 
   @fast_jit
   def run(inputs):
-    decays = chunked.chunk_decays(inputs["retention"], inputs["momentum_decay"])
+    decays = chunk.chunk_decays(inputs["retention"], inputs["momentum_decay"])
     names = ("weight", "momentum", "learn_rate", "erase", "queries")
     arguments = {name: inputs[name] for name in names}
-    return chunked.chunk_rule(
+    return chunk.chunk_rule(
       inputs["x"], inputs["u"], **arguments, decays=decays
     )
 
@@ -133,8 +142,8 @@ def test_chunk_decays_equal_products():
   reset[1, [0, 4]] = reset[2, 5] = True
   live[2, [0, 1, 7]] = False
   got = fast_jit(
-    lambda alpha, beta, live, reset: chunked.chunk_decays(
-      alpha, beta, live=live, reset=reset
+    lambda alpha, beta, live, reset: chunk.chunk_decays(
+      alpha, beta, live=live, reset=reset, read="post"
     )
   )(*map(jnp.asarray, (alpha, beta, live, reset)))
   got = jax.tree.map(np.asarray, got)
@@ -158,33 +167,32 @@ def test_chunk_decays_equal_products():
       rows[reset] = 0
       return rows
 
-    want = chunked.ChunkDecays(
-      pair=pair[0],
-      pair_prev=previous(pair[0]),
-      pair_momentum=pair_momentum,
-      pair_momentum_prev=previous(pair_momentum),
-      start=np.array(start[0]),
-      start_prev=previous(np.array(start[0]), 1.0),
-      start_momentum=start_momentum,
-      start_momentum_prev=previous(start_momentum),
-      momentum_pair_last=pair[1][-1],
-      momentum_start_last=np.array(start[1][-1]),
+    mix = (pair[0], np.array(start[0]), pair_momentum, start_momentum)
+    before = map(previous, mix, (0.0, 1.0, 0.0, 0.0))
+    want = chunk.ChunkDecays(
+      before=chunk.Mix(*before),
+      after=chunk.Mix(*mix),
+      end=chunk.Mix(mix[0][-1], mix[1][-1:], mix[2][-1], mix[3][-1:]),
+      momentum_pair_end=pair[1][-1],
+      momentum_start_end=np.array(start[1][-1:]),
     )
     assert_close(jax.tree.map(lambda v: v[n], got), want, 1e-13)  # noqa: B023
 
 
+@pytest.mark.parametrize("inverse", INVERSES)
 @pytest.mark.parametrize("size", [1, 2, 7, 16, 33, 64])
-def test_unit_lower_inverse_equals_numpy(size):
+def test_unit_lower_inverse_equals_numpy(size, inverse):
   rng = np.random.default_rng(size)
   full = rng.normal(size=(2, 3, size, size)) / size**0.5
-  got = fast_jit(chunked.unit_lower_inverse)(jnp.asarray(full))
+  got = fast_jit(inverse)(jnp.asarray(full))
   # The upper triangle of the argument is ignored.
   want = np.linalg.inv(np.eye(size) + np.tril(full, -1))
   np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("inverse", INVERSES)
 @pytest.mark.parametrize("size", [4, 40])
-def test_unit_lower_inverse_gradient(size):
+def test_unit_lower_inverse_gradient(size, inverse):
   rng = np.random.default_rng(size)
   full = jnp.asarray(rng.normal(size=(2, size, size)) / size**0.5)
   cotangent = jnp.asarray(rng.normal(size=(2, size, size)))
@@ -198,10 +206,10 @@ def test_unit_lower_inverse_gradient(size):
       full, cotangent
     )
 
-  got, want = gradient(chunked.unit_lower_inverse), gradient(numpy_style)
+  got, want = gradient(inverse), gradient(numpy_style)
   assert_close(got, want, 1e-12)
 
 
 def test_unit_lower_inverse_forward_mode_and_second_order():
   full = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4)))
-  check_grads(jax.jit(chunked.unit_lower_inverse), (full,), order=2)
+  check_grads(jax.jit(chunk.unit_lower_inverse), (full,), order=2)

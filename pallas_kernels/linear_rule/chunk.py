@@ -1,0 +1,450 @@
+"""The learning rule over one chunk, with matrix products (spec 02, section 1).
+
+Inside a chunk the rule of `reference.py` is linear in (W, S), so that a chunk
+is solved exactly by matrix products and one unit lower triangular system. With
+a_t = prod_{r<=t} alpha_r, b_t = prod_{r<=t} beta_r, A_ti = a_t / a_i and
+B_ti = b_t / b_i for i <= t, K = A B, m = A b, and prev = one row later:
+
+    R   = rows r_t = W_{t-1} x_t, from
+          (I + prevA diag(delta) * X X^T) R
+              = prev_a * X W_0^T + prev_m * X S_0^T
+                - (prevK diag(eta) * X X^T) U
+    Y   = prev_a * Q W_0^T + prev_m * Q S_0^T
+          - (prevA diag(delta) * Q X^T) R - (prevK diag(eta) * Q X^T) U
+          (read "pre"; without prev it is the read after the token's write)
+    W_C = a_C W_0 + m_C S_0 - (diag(A_C delta) R + diag(K_C eta) U)^T X
+    S_C = b_C S_0 - (diag(B_C eta) U)^T X
+
+Every implementation runs these functions: `chunked.py` with leading axes, e.g.
+[N, B, H], the Pallas kernels with none.
+
+Dimensions: C chunk length, K input width, E output width. All arithmetic is in
+float32 (float64 if an input is). The paper's symbols: alpha = retention,
+beta = momentum_decay, eta = learn_rate, delta = erase.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.linear_rule import reference
+
+LinearRuleOutput = reference.LinearRuleOutput
+Read = reference.Read
+
+_einsum = jnp.einsum
+
+
+class Exact(NamedTuple):
+  """How a compiler does what must not lose digits.
+
+  precision: of matrix products, as in `jnp.einsum`.
+  in_kernel: only with products, masks and sums of whole matrices.
+  """
+
+  precision: Any = "highest"
+  in_kernel: bool = False
+
+  def matmul(self, a: jax.Array, b: jax.Array) -> jax.Array:
+    return _einsum("...ij,...jk->...ik", a, b, precision=self.precision)
+
+
+  def vecmat(self, a: jax.Array, b: jax.Array) -> jax.Array:
+    if self.in_kernel:
+      return jnp.sum(a[..., :, None] * b, axis=-2)
+    return _einsum("...j,...jk->...k", a, b, precision=self.precision)
+
+
+_XLA = Exact()
+
+
+# ---------------------------------------------------------------- decays
+
+
+class Mix(NamedTuple):
+  """How a state sees the writes of the chunk and its first state.
+
+  Of all tokens' states: pair [..., C, C], start [..., C]; of one state: without
+  the first C. Columns of dead tokens are zero in `pair`: they write nothing.
+  """
+
+  pair: jax.Array  # A
+  start: jax.Array  # a
+  pair_momentum: Any = None  # K; None without momentum: then K = A and m = 0
+  start_momentum: Any = None  # m
+
+  @property
+  def writes(self) -> jax.Array:
+    """K, which is A without momentum."""
+    return self.pair if self.pair_momentum is None else self.pair_momentum
+
+
+class ChunkDecays(NamedTuple):
+  """All decay factors of one chunk."""
+
+  before: Mix  # of the states before each token's write: prevA, prev_a ...
+  after: Mix | None  # of those after it; None unless they are read
+  end: Mix  # of the chunk's last state
+  momentum_pair_end: Any = None  # last row of B, [..., C]
+  momentum_start_end: Any = None  # b_C, [...]
+
+
+def chunk_decays(
+  retention: jax.Array,
+  momentum_decay: jax.Array | None = None,
+  *,
+  live: jax.Array | None = None,
+  reset: jax.Array | None = None,
+  read: Read = "pre",
+  exact: Exact = _XLA,
+) -> ChunkDecays:
+  """Computes the decay factors between all tokens of a chunk.
+
+  Args:
+    retention: alpha >= 0, [..., C]; exact zeros allowed, also for gradients.
+    momentum_decay: beta >= 0, [..., C], or None: no momentum.
+    live: bool or 0/1 [..., C]; a dead token leaves W and S as they are.
+    reset: bool or 0/1 [..., C]; W and S are zeroed before such a token.
+    read: which states the queries see; "pre" leaves `after` out.
+  """
+  if live is not None:
+    live = live.astype(bool)
+    retention = jnp.where(live, retention, 1)
+    if momentum_decay is not None:
+      momentum_decay = jnp.where(live, momentum_decay, 1)
+  live_row = None if live is None else live[..., None, :]
+  kept = _Products(retention, reset, exact)
+  moved = None
+  if momentum_decay is not None:
+    moved = _Products(momentum_decay, reset, exact)
+    moved_pair = _keep(moved.pair(), live_row)
+
+  def rows(pair: jax.Array, start: jax.Array) -> Mix:
+    """Of all tokens' states."""
+    pair = _keep(pair, live_row)
+    if moved is None:
+      return Mix(pair, start)
+    return Mix(
+      pair,
+      start,
+      exact.matmul(pair, moved_pair),
+      jnp.sum(pair * moved.start()[..., None, :], axis=-1),
+    )
+
+  before = rows(kept.pair_before(), kept.start_before())
+  after = rows(kept.pair(), kept.start()) if read == "post" else None
+  pair, start = _keep(kept.pair_end(), live), kept.start_end()
+  if moved is None:
+    return ChunkDecays(before, after, Mix(pair, start))
+  end = Mix(
+    pair,
+    start,
+    exact.vecmat(pair, moved_pair),
+    jnp.sum(pair * moved.start(), axis=-1, keepdims=True),
+  )
+  pair_end = _keep(moved.pair_end(), live)
+  return ChunkDecays(before, after, end, pair_end, moved.start_end())
+
+
+class _Products:
+  """Products of a factor over the tokens between two, zeros and resets apart.
+
+  Exponentials of differences of log sums, masked before the exponential. Zeros
+  would break the logs, so that they are left out and counted: a product with n
+  zeros is 0 for n > 0, and its derivative in the zero itself is the product of
+  the rest for n = 1, and 0 for n > 1. The sum of the zeros carries that
+  derivative.  A product over a reset is 0.
+  """
+
+  def __init__(self, factor: jax.Array, reset: jax.Array | None, exact: Exact):
+    factor = _widen(factor)
+    is_zero = jnp.abs(factor) < jnp.finfo(factor.dtype).tiny
+    terms = (
+      jnp.log(jnp.where(is_zero, 1, factor)),
+      is_zero.astype(factor.dtype),
+      jnp.where(is_zero, factor, 0),
+    )
+    row, column = _places((*factor.shape, factor.shape[-1]))
+    self.later, self.not_earlier = row > column, row >= column
+    # Of the tokens up to each [..., C], before each, of all [..., 1].
+    self.sums = [self._up_to(x, exact) for x in terms]
+    self.sums_before = [
+      self._before(x, up_to, exact)
+      for x, up_to in zip(terms, self.sums, strict=True)
+    ]
+    self.totals = [jnp.sum(x, -1, keepdims=True) for x in terms]
+    self.resets: Any = None
+    self.all_resets: Any = None
+    if reset is not None:
+      reset = reset.astype(factor.dtype)
+      self.resets = self._up_to(reset, exact)
+      self.all_resets = jnp.sum(reset, -1, keepdims=True)
+
+  def _up_to(self, x: jax.Array, exact: Exact) -> jax.Array:
+    if not exact.in_kernel:
+      return jnp.cumsum(x, axis=-1)
+    return jnp.sum(jnp.where(self.not_earlier, x[..., None, :], 0), -1)
+
+  def _before(self, x: jax.Array, up_to: jax.Array, exact: Exact) -> jax.Array:
+    if not exact.in_kernel:
+      return jnp.pad(up_to[..., :-1], [(0, 0)] * (x.ndim - 1) + [(1, 0)])
+    return jnp.sum(jnp.where(self.later, x[..., None, :], 0), -1)
+
+  def _product(self, sums, mask=None) -> jax.Array:
+    """exp of a sum of logs, with its number and sum of zeros."""
+    log, count, zeros = sums
+    product = jnp.where(count == 0, 1, jnp.where(count == 1, zeros, 0))
+    if mask is None:
+      return jnp.exp(log) * product
+    return jnp.exp(jnp.where(mask, log, 0)) * jnp.where(mask, product, 0)
+
+  def _pair(self, late, mask) -> jax.Array:
+    if self.resets is not None:
+      mask &= self.resets[..., :, None] == self.resets[..., None, :]
+    return self._product(
+      [
+        a[..., :, None] - b[..., None, :]
+        for a, b in zip(late, self.sums, strict=True)
+      ],
+      mask,
+    )
+
+  def _start(self, sums) -> jax.Array:
+    return self._product(
+      sums, None if self.resets is None else self.resets == 0
+    )
+
+  def pair(self) -> jax.Array:
+    """prod_{i<r<=t} f_r for i <= t, [..., C, C]."""
+    return self._pair(self.sums, self.not_earlier)
+
+  def pair_before(self) -> jax.Array:
+    """prod_{i<r<t} f_r for i < t."""
+    return self._pair(self.sums_before, self.later)
+
+  def pair_end(self) -> jax.Array:
+    """prod_{i<r} f_r, [..., C]."""
+    mask = None if self.resets is None else self.resets == self.all_resets
+    return self._product(
+      [a - b for a, b in zip(self.totals, self.sums, strict=True)], mask
+    )
+
+  def start(self) -> jax.Array:
+    """prod_{r<=t} f_r, [..., C]."""
+    return self._start(self.sums)
+
+  def start_before(self) -> jax.Array:
+    """prod_{r<t} f_r."""
+    return self._start(self.sums_before)
+
+  def start_end(self) -> jax.Array:
+    """prod_r f_r, [..., 1]."""
+    mask = None if self.resets is None else self.all_resets == 0
+    return self._product(self.totals, mask)
+
+
+def _keep(pair: jax.Array, live: jax.Array | None) -> jax.Array:
+  return pair if live is None else jnp.where(live, pair, 0)
+
+
+# ----------------------------------------------------------------- solve
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def unit_lower_inverse(
+  strict_lower: jax.Array, exact: Exact = _XLA
+) -> jax.Array:
+  """Inverts I + L for a strictly lower triangular L, [..., C, C].
+
+  By halves: with P, Q the inverses of two diagonal blocks and L what stands
+  below the first, that of both is [[P, 0], [-Q L P, Q]]. What L holds on and
+  above the diagonal is ignored. Derivative, with the inverse M:
+  dM = -M tril(dL, -1) M, hence dL = -tril(M^T dM M^T, -1) in reverse.
+  """
+  assert strict_lower.shape[-2] == strict_lower.shape[-1], strict_lower.shape
+  invert = _inverse_by_masks if exact.in_kernel else _inverse_by_blocks
+  return invert(strict_lower, exact)
+
+
+@unit_lower_inverse.defjvp
+def _unit_lower_inverse_jvp(exact, primals, tangents):
+  inverse = unit_lower_inverse(primals[0], exact)
+  row, column = _places(inverse.shape)
+  tangent = jnp.where(row > column, tangents[0], 0)
+  return inverse, -exact.matmul(exact.matmul(inverse, tangent), inverse)
+
+
+def _places(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+  """Row and column numbers of [..., C, C]."""
+  row, column = (
+    jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - axis)
+    for axis in (2, 1)
+  )
+  return row, column
+
+
+def _inverse_by_masks(strict_lower: jax.Array, exact: Exact) -> jax.Array:
+  """All blocks of a size at once: M - M L_off M, with M the inverses of the
+  diagonal blocks and L_off what L holds between two neighbours."""
+  row, column = _places(strict_lower.shape)
+  inverse = (row == column).astype(strict_lower.dtype)
+  for level in range((strict_lower.shape[-1] - 1).bit_length()):
+    is_pair = row >> (level + 1) == column >> (level + 1)
+    is_off = is_pair & (row >> level > column >> level)
+    off = jnp.where(is_off, strict_lower, 0)
+    if level:  # at level 0 the inverse is 1
+      off = exact.matmul(exact.matmul(inverse, off), inverse)
+    inverse -= off
+  return inverse
+
+
+_BASE_BLOCK = 16
+
+
+def _inverse_by_blocks(strict_lower: jax.Array, exact: Exact) -> jax.Array:
+  """Diagonal blocks of 16 by forward substitution, then by halves."""
+  size = strict_lower.shape[-1]
+  base = min(_BASE_BLOCK, size)
+  num_blocks = 1 << (-(-size // base) - 1).bit_length()
+  padding = base * num_blocks - size
+  widths = [(0, 0)] * (strict_lower.ndim - 2) + [(0, padding)] * 2
+  lower = jnp.pad(strict_lower, widths) if padding else strict_lower
+  inverse = _substitute(_diagonal_blocks(lower, base, 0))
+  while inverse.shape[-1] < lower.shape[-1]:
+    first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+    below = _diagonal_blocks(lower, first.shape[-1], 1)
+    corner = -exact.matmul(exact.matmul(second, below), first)
+    upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+    inverse = jnp.concatenate(
+      [upper, jnp.concatenate([corner, second], axis=-1)], axis=-2
+    )
+  return inverse[..., 0, :size, :size]
+
+
+def _diagonal_blocks(lower, size, below):
+  """Takes the diagonal blocks, or every other block below the diagonal."""
+  step = size * (1 + below)
+  starts = range(0, lower.shape[-1], step)
+  rows = size * below
+  return jnp.stack(
+    [lower[..., s + rows : s + rows + size, s : s + size] for s in starts],
+    axis=-3,
+  )
+
+
+def _substitute(lower):
+  """Inverts small I + L by eliminating one column of L after the other."""
+  lower = jnp.tril(lower, -1)
+  inverse = jnp.broadcast_to(
+    jnp.eye(lower.shape[-1], dtype=lower.dtype), lower.shape
+  )
+  for i in range(lower.shape[-1] - 1):
+    inverse -= lower[..., :, i, None] * inverse[..., i, None, :]
+  return inverse
+
+
+# ------------------------------------------------------------- one chunk
+
+
+def chunk_rule(
+  x: jax.Array,
+  u: jax.Array,
+  *,
+  weight: jax.Array,
+  momentum: jax.Array | None,
+  decays: ChunkDecays,
+  learn_rate: jax.Array,
+  erase: jax.Array | None,
+  queries: jax.Array | None = None,
+  read: Read = "pre",
+  x_weight: jax.Array | None = None,
+  queries_weight: jax.Array | None = None,
+  gram: jax.Array | None = None,
+  exact: Exact = _XLA,
+) -> LinearRuleOutput:
+  """Solves the rule exactly over one chunk (module docstring).
+
+  Dead tokens and resets are in `decays`; the rates of dead tokens may have any
+  finite value. Without momentum, `decays` must be made without momentum_decay.
+  A leading axis of decays and rates may be 1 where several maps share them.
+
+  Args:
+    x: inputs, [..., C, K].
+    u: output errors, [..., C, E].
+    weight: W at the chunk's start, [..., E, K].
+    momentum: S at the chunk's start, or None: a write is not carried on.
+    decays: from `chunk_decays`.
+    learn_rate: eta, [..., C].
+    erase: delta, [..., C], or None: no erase, hence nothing to solve.
+    queries: [..., C, K], or None: only the state is computed.
+    read: whether token t's query sees the state before or after its write.
+    x_weight: x W^T if known, [..., C, E]; used only with erase.
+    queries_weight: queries W^T if known, [..., C, E].
+    gram: x x^T if known, [..., C, C]; used only with erase.
+    exact: how the triangular system is solved.
+
+  Returns:
+    outputs [..., C, E] and the state after the chunk, float32 or float64.
+  """
+  gram_precision = "default" if x.dtype == jnp.bfloat16 else "highest"
+  x, u, queries, weight, momentum = jax.tree.map(
+    _widen, (x, u, queries, weight, momentum)
+  )
+  before = decays.before
+  assert (momentum is None) == (before.pair_momentum is None)
+  eta_row = learn_rate[..., None, :]
+  delta_row: Any = None if erase is None else erase[..., None, :]
+
+  r = outputs = None
+  if erase is not None:
+    if gram is None:
+      gram = _einsum("...CK,...DK->...CD", x, x, precision=gram_precision)
+    r = _read_start(x, x_weight, weight, momentum, before)
+    r -= _einsum("...CD,...DE->...CE", before.writes * eta_row * gram, u)
+    inverse = unit_lower_inverse(before.pair * delta_row * gram, exact)
+    r = exact.matmul(inverse, r)
+  if queries is not None:
+    mix = before if read == "pre" else decays.after
+    assert mix is not None, "decays were made for another read"
+    outputs = _read_start(queries, queries_weight, weight, momentum, mix)
+    scores = _einsum("...CK,...DK->...CD", queries, x)
+    outputs -= _einsum("...CD,...DE->...CE", mix.writes * eta_row * scores, u)
+    if r is not None:
+      seen = mix.pair * delta_row * scores
+      outputs -= _einsum("...CD,...DE->...CE", seen, r)
+  state = _state_after(x, u, r, weight, momentum, decays, learn_rate, erase)
+  return LinearRuleOutput(outputs, *state)
+
+
+def _state_after(x, u, r, weight, momentum, decays, learn_rate, erase):
+  """W_C and S_C of the module docstring; `r` is R, None without erase."""
+  end = decays.end
+  writes = (end.writes * learn_rate)[..., None] * u
+  if r is not None:
+    writes += (end.pair * erase)[..., None] * r
+  next_weight = end.start[..., None] * weight
+  next_weight -= _einsum("...CE,...CK->...EK", writes, x)
+  if momentum is None:
+    return next_weight, None
+  next_weight += end.start_momentum[..., None] * momentum
+  writes = (decays.momentum_pair_end * learn_rate)[..., None] * u
+  next_momentum = decays.momentum_start_end[..., None] * momentum
+  next_momentum -= _einsum("...CE,...CK->...EK", writes, x)
+  return next_weight, next_momentum
+
+
+def _read_start(rows, rows_weight, weight, momentum, mix):
+  """What rows read of the chunk's first state: a X W_0^T + m X S_0^T."""
+  if rows_weight is None:
+    rows_weight = _einsum("...CK,...EK->...CE", rows, weight)
+  y = mix.start[..., None] * rows_weight
+  if momentum is not None:
+    rows_momentum = _einsum("...CK,...EK->...CE", rows, momentum)
+    y += mix.start_momentum[..., None] * rows_momentum
+  return y
+
+
+def _widen(array):
+  return array.astype(jnp.promote_types(jnp.float32, array.dtype))

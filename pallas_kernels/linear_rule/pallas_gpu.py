@@ -1,0 +1,230 @@
+"""The learning rule as GPU kernels (Triton): the state stays in registers.
+
+A row of W learns by itself: with x, the gates and its error u_e given, no other
+row enters.  So the grid is (B H, P): every program takes E / P rows through all
+chunks in a loop.  Gradients to what rows share (x, queries, gates) come out per
+program and are summed outside.  Backward takes each chunk's vector-Jacobian
+product from the last to the first (`pallas_common.chunk_vjp`), replaying the
+chunks from the last saved state to get there.
+
+Dimensions as in `pallas_common.py`; P parts of E.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+from pallas_kernels.linear_rule import pallas_common as common
+from pallas_kernels.linear_rule import tuning
+from pallas_kernels.linear_rule.pallas_common import State, Static, Tokens
+from pallas_kernels.linear_rule.reference import LinearRuleOutput
+
+# Of three products on the tensor cores: float32 to about 1e-6.
+_PRECISION = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+
+
+def linear_rule_gpu(
+  x: jax.Array,
+  u: jax.Array,
+  *,
+  chunk_length: int,
+  interpret: Any = False,
+  **options: Any,
+) -> LinearRuleOutput:
+  """`api.linear_rule` on a GPU, in float32; all its arguments.
+
+  interpret: runs the kernels elsewhere, slowly.
+
+  Raises:
+    NotImplementedError: K or E is not what the compiler can tile.
+  """
+  if not can_tile(x.shape[-1], u.shape[-1]):
+    raise NotImplementedError(
+      f'"pallas_gpu" needs K and E that are powers of 2 from 16, not those of'
+      f' {x.shape=}, {u.shape=}: use implementation="chunked".'
+    )
+  blocks = tuning.gpu_blocks(
+    x.shape[2],
+    chunk_length,
+    key_dim=x.shape[-1],
+    value_dim=u.shape[-1],
+    has_momentum=options["momentum"] is not None,
+  )
+  return common.run(
+    common.Kernels(_forward, _backward, _PRECISION),
+    blocks,
+    x,
+    u,
+    interpret=interpret,
+    **options,
+  )
+
+
+def can_tile(*sizes: int) -> bool:
+  """Whether the compiler has tiles for arrays of such sides."""
+  return all(size >= 16 and not size & (size - 1) for size in sizes)
+
+
+# ----------------------------------------------------------------- kernels
+
+
+def _forward_kernel(tokens, initial, outputs, final, saved, *, static):
+  groups, chunks = tokens.x.shape[:2]
+
+  def run_group(group, state):
+    if saved is not None:
+      common.store(saved, group, state)
+
+    def step(i, state):
+      now = common.load(tokens, (group, i))
+      y, after = common.run_chunk(state, now, group * chunks + i, static)
+      common.store(outputs, (group, i), y)
+      return after
+
+    return jax.lax.fori_loop(0, chunks, step, state)
+
+  state = jax.lax.fori_loop(0, groups, run_group, common.load(initial))
+  common.store(final, ..., state)
+
+
+def _backward_kernel(
+  tokens, saved, d_outputs, d_final, d_tokens, d_initial, *, static
+):
+  groups, chunks = tokens.x.shape[:2]
+
+  def run_group(back, d_state):
+    group = groups - 1 - back
+
+    def replay(i, state):
+      now = common.load(tokens, (group, i))
+      place = group * chunks + i
+      return common.run_chunk(state, now, place, static, with_read=False)[1]
+
+    def step(back, d_state):
+      i = chunks - 1 - back
+      state = jax.lax.fori_loop(0, i, replay, common.load(saved, group))
+      d_state, d_chunk = common.chunk_vjp(
+        state,
+        common.load(tokens, (group, i)),
+        common.load(d_outputs, (group, i)),
+        d_state,
+        group * chunks + i,
+        static,
+      )
+      common.store(d_tokens, (group, i), d_chunk)
+      return d_state
+
+    return jax.lax.fori_loop(0, chunks, step, d_state)
+
+  d_state = jax.lax.fori_loop(0, groups, run_group, common.load(d_final))
+  common.store(d_initial, ..., d_state)
+
+
+# ------------------------------------------------------------------- calls
+
+
+def _shared(array: Any) -> pl.BlockSpec:
+  """All of a head's x, queries or rates: [B H, ...]."""
+  rest = array.shape[1:]
+  return pl.BlockSpec((None, *rest), lambda b, p: (b, *(0,) * len(rest)))
+
+
+def _columns(array: Any, parts: int) -> pl.BlockSpec:
+  """A part of a head's u or outputs, [B H, G, n, C, E]."""
+  *rest, width = array.shape[1:]
+  return pl.BlockSpec(
+    (None, *rest, width // parts), lambda b, p: (b, *(0,) * len(rest), p)
+  )
+
+
+def _rows(array: Any, parts: int) -> pl.BlockSpec:
+  """A part of a head's states [B H, ..., E, K]."""
+  *rest, height, width = array.shape[1:]
+  return pl.BlockSpec(
+    (None, *rest, height // parts, width),
+    lambda b, p: (b, *(0,) * len(rest), p, 0),
+  )
+
+
+def _specs(parts: int, tokens: Tokens, *states: Any) -> tuple[Any, ...]:
+  """Blocks of tokens, then of states."""
+  token_specs = jax.tree.map(_shared, tokens)._replace(
+    u=_columns(tokens.u, parts)
+  )
+  rows = functools.partial(_rows, parts=parts)
+  return token_specs, *(jax.tree.map(rows, state) for state in states)
+
+
+def _options(static: Static) -> dict[str, Any]:
+  return dict(
+    compiler_params=pltriton.CompilerParams(
+      num_warps=static.blocks.num_warps, num_stages=1
+    ),
+    interpret=static.interpret,
+  )
+
+
+def _forward(tokens: Tokens, state: State, static: Static, *, save: bool):
+  """`pallas_common.Kernels.forward`."""
+  parts = static.blocks.parts
+  outputs = None if tokens.queries is None else common.like(tokens.u)
+  saved = common.like(state, axes=tokens.x.shape[1:2]) if save else None
+  token_specs, state_specs, saved_specs = _specs(parts, tokens, state, saved)
+  return pl.pallas_call(
+    functools.partial(_forward_kernel, static=static),
+    grid=(tokens.x.shape[0], parts),
+    in_specs=(token_specs, state_specs),
+    out_specs=(outputs and token_specs.u, state_specs, saved_specs),
+    out_shape=(outputs, common.like(state), saved),
+    name="linear_rule_forward",
+    **_options(static),
+  )(tokens, state)
+
+
+def _backward(tokens: Tokens, saved: State, d_outputs, d_final: State, static):
+  """`pallas_common.Kernels.backward`."""
+  parts = static.blocks.parts
+  token_specs, saved_specs, state_specs = _specs(parts, tokens, saved, d_final)
+
+  def per_part(array):
+    """A gradient of what all parts read: [B H, P, ...] in float32."""
+    rest = array.shape[1:]
+    shape = jax.ShapeDtypeStruct((array.shape[0], parts, *rest), jnp.float32)
+    spec = pl.BlockSpec(
+      (None, None, *rest), lambda b, p: (b, p, *(0,) * len(rest))
+    )
+    return shape, spec
+
+  made = jax.tree.map(per_part, tokens._replace(u=None))
+  is_pair = lambda pair: isinstance(pair, tuple) and len(pair) == 2
+  shapes, specs = (
+    jax.tree.map(lambda pair, i=i: pair[i], made, is_leaf=is_pair)
+    for i in (0, 1)
+  )
+  d_tokens, d_state = pl.pallas_call(
+    functools.partial(_backward_kernel, static=static),
+    grid=(tokens.x.shape[0], parts),
+    in_specs=(
+      token_specs,
+      saved_specs,
+      None if d_outputs is None else token_specs.u,
+      state_specs,
+    ),
+    out_specs=(specs._replace(u=token_specs.u), state_specs),
+    out_shape=(
+      shapes._replace(u=common.like(tokens.u)),
+      common.like(d_final),
+    ),
+    name="linear_rule_backward",
+    **_options(static),
+  )(tokens, saved, d_outputs, d_final)
+  summed = jax.tree.map(
+    lambda d, x: jnp.sum(d, axis=1).astype(x.dtype),
+    d_tokens._replace(u=None),
+    tokens._replace(u=None),
+  )
+  return summed._replace(u=d_tokens.u), d_state
