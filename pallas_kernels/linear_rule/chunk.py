@@ -50,7 +50,6 @@ class Exact(NamedTuple):
   def matmul(self, a: jax.Array, b: jax.Array) -> jax.Array:
     return _einsum("...ij,...jk->...ik", a, b, precision=self.precision)
 
-
   def vecmat(self, a: jax.Array, b: jax.Array) -> jax.Array:
     if self.in_kernel:
       return jnp.sum(a[..., :, None] * b, axis=-2)

@@ -4,24 +4,24 @@ A row of W learns by itself: with x, the gates and its error u_e given, no other
 row enters.  So the grid is (B H, P): every program takes E / P rows through all
 chunks in a loop.  Gradients to what rows share (x, queries, gates) come out per
 program and are summed outside.  Backward takes each chunk's vector-Jacobian
-product from the last to the first (`pallas_common.chunk_vjp`), replaying the
-chunks from the last saved state to get there.
+product, from the last to the first, replaying the chunks from the last saved
+state to get there.
 
 Dimensions as in `pallas_common.py`; P parts of E.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from pallas_kernels.linear_rule import chunk, tuning
 from pallas_kernels.linear_rule import pallas_common as common
-from pallas_kernels.linear_rule import tuning
-from pallas_kernels.linear_rule.pallas_common import State, Static, Tokens
-from pallas_kernels.linear_rule.reference import LinearRuleOutput
+from pallas_kernels.linear_rule.pallas_common import State, Tokens
+from pallas_kernels.linear_rule.reference import LinearRuleOutput, Read
 
 # Of three products on the tensor cores: float32 to about 1e-6.
 _PRECISION = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
@@ -31,9 +31,10 @@ def linear_rule_gpu(
   x: jax.Array,
   u: jax.Array,
   *,
+  read: Read = "pre",
   chunk_length: int,
   interpret: Any = False,
-  **options: Any,
+  **arguments: Any,
 ) -> LinearRuleOutput:
   """`api.linear_rule` on a GPU, in float32; all its arguments.
 
@@ -52,16 +53,29 @@ def linear_rule_gpu(
     chunk_length,
     key_dim=x.shape[-1],
     value_dim=u.shape[-1],
-    has_momentum=options["momentum"] is not None,
+    has_momentum=arguments["momentum"] is not None,
   )
-  return common.run(
-    common.Kernels(_forward, _backward, _PRECISION),
-    blocks,
-    x,
-    u,
-    interpret=interpret,
-    **options,
+  state, tokens = common.enter(
+    x, u, chunk_length=blocks.chunk_length, **arguments
   )
+
+  def group(array: jax.Array) -> jax.Array:
+    """[B H, N, C, ...] -> [B H, G, n, C, ...]."""
+    count, num_chunks, *rest = array.shape
+    padding = blocks.groups * blocks.chunks - num_chunks
+    array = jnp.pad(array, [(0, 0), (0, padding)] + [(0, 0)] * len(rest))
+    return array.reshape(count, blocks.groups, blocks.chunks, *rest)
+
+  step = common.Step(
+    read,
+    x.shape[2],
+    blocks.num_tokens > x.shape[2],
+    chunk.Exact("highest" if interpret else _PRECISION, in_kernel=True),
+  )
+  outputs, state = _differentiable(
+    jax.tree.map(group, tokens), state, _Static(step, blocks, interpret)
+  )
+  return common.leave(outputs, state, u)
 
 
 def can_tile(*sizes: int) -> bool:
@@ -69,7 +83,26 @@ def can_tile(*sizes: int) -> bool:
   return all(size >= 16 and not size & (size - 1) for size in sizes)
 
 
+class _Static(NamedTuple):
+  """What the kernels are compiled for."""
+
+  step: common.Step
+  blocks: tuning.BlockSizes
+  interpret: Any
+
+
 # ----------------------------------------------------------------- kernels
+
+
+def _load(refs: Any, index: Any = ...) -> Any:
+  return jax.tree.map(lambda ref: ref[index], refs)
+
+
+def _store(refs: Any, index: Any, values: Any) -> None:
+  def write(ref, value):
+    ref[index] = value.astype(ref.dtype)
+
+  jax.tree.map(write, refs, values)
 
 
 def _forward_kernel(tokens, initial, outputs, final, saved, *, static):
@@ -77,18 +110,18 @@ def _forward_kernel(tokens, initial, outputs, final, saved, *, static):
 
   def run_group(group, state):
     if saved is not None:
-      common.store(saved, group, state)
+      _store(saved, group, state)
 
     def step(i, state):
-      now = common.load(tokens, (group, i))
-      y, after = common.run_chunk(state, now, group * chunks + i, static)
-      common.store(outputs, (group, i), y)
+      now = _load(tokens, (group, i))
+      y, after = static.step(None, state, now, group * chunks + i)
+      _store(outputs, (group, i), y)
       return after
 
     return jax.lax.fori_loop(0, chunks, step, state)
 
-  state = jax.lax.fori_loop(0, groups, run_group, common.load(initial))
-  common.store(final, ..., state)
+  state = jax.lax.fori_loop(0, groups, run_group, _load(initial))
+  _store(final, ..., state)
 
 
 def _backward_kernel(
@@ -100,28 +133,25 @@ def _backward_kernel(
     group = groups - 1 - back
 
     def replay(i, state):
-      now = common.load(tokens, (group, i))
-      place = group * chunks + i
-      return common.run_chunk(state, now, place, static, with_read=False)[1]
+      now = _load(tokens._replace(queries=None), (group, i))
+      return static.step(None, state, now, group * chunks + i)[1]
 
     def step(back, d_state):
       i = chunks - 1 - back
-      state = jax.lax.fori_loop(0, i, replay, common.load(saved, group))
-      d_state, d_chunk = common.chunk_vjp(
+      state = jax.lax.fori_loop(0, i, replay, _load(saved, group))
+      _, vjp = jax.vjp(
+        lambda state, now: static.step(None, state, now, group * chunks + i),
         state,
-        common.load(tokens, (group, i)),
-        common.load(d_outputs, (group, i)),
-        d_state,
-        group * chunks + i,
-        static,
+        _load(tokens, (group, i)),
       )
-      common.store(d_tokens, (group, i), d_chunk)
+      d_state, d_chunk = vjp((_load(d_outputs, (group, i)), d_state))
+      _store(d_tokens, (group, i), d_chunk)
       return d_state
 
     return jax.lax.fori_loop(0, chunks, step, d_state)
 
-  d_state = jax.lax.fori_loop(0, groups, run_group, common.load(d_final))
-  common.store(d_initial, ..., d_state)
+  d_state = jax.lax.fori_loop(0, groups, run_group, _load(d_final))
+  _store(d_initial, ..., d_state)
 
 
 # ------------------------------------------------------------------- calls
@@ -159,7 +189,15 @@ def _specs(parts: int, tokens: Tokens, *states: Any) -> tuple[Any, ...]:
   return token_specs, *(jax.tree.map(rows, state) for state in states)
 
 
-def _options(static: Static) -> dict[str, Any]:
+def _like(tree: Any, *axes: int) -> Any:
+  """Shapes and dtypes of arrays, with more axes after the first."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((x.shape[0], *axes, *x.shape[1:]), x.dtype),
+    tree,
+  )
+
+
+def _options(static: _Static) -> dict[str, Any]:
   return dict(
     compiler_params=pltriton.CompilerParams(
       num_warps=static.blocks.num_warps, num_stages=1
@@ -168,25 +206,27 @@ def _options(static: Static) -> dict[str, Any]:
   )
 
 
-def _forward(tokens: Tokens, state: State, static: Static, *, save: bool):
-  """`pallas_common.Kernels.forward`."""
+def _forward(tokens: Tokens, state: State, static: _Static, *, save: bool):
+  """(outputs [B H, G, n, C, E], final state, states at groups' starts)."""
   parts = static.blocks.parts
-  outputs = None if tokens.queries is None else common.like(tokens.u)
-  saved = common.like(state, axes=tokens.x.shape[1:2]) if save else None
+  outputs = None if tokens.queries is None else _like(tokens.u)
+  saved = _like(state, tokens.x.shape[1]) if save else None
   token_specs, state_specs, saved_specs = _specs(parts, tokens, state, saved)
   return pl.pallas_call(
     functools.partial(_forward_kernel, static=static),
     grid=(tokens.x.shape[0], parts),
     in_specs=(token_specs, state_specs),
     out_specs=(outputs and token_specs.u, state_specs, saved_specs),
-    out_shape=(outputs, common.like(state), saved),
+    out_shape=(outputs, _like(state), saved),
     name="linear_rule_forward",
     **_options(static),
   )(tokens, state)
 
 
-def _backward(tokens: Tokens, saved: State, d_outputs, d_final: State, static):
-  """`pallas_common.Kernels.backward`."""
+def _backward(
+  tokens: Tokens, saved: State, d_outputs, d_final: State, static: _Static
+):
+  """Cotangents of tokens and state."""
   parts = static.blocks.parts
   token_specs, saved_specs, state_specs = _specs(parts, tokens, saved, d_final)
 
@@ -216,8 +256,8 @@ def _backward(tokens: Tokens, saved: State, d_outputs, d_final: State, static):
     ),
     out_specs=(specs._replace(u=token_specs.u), state_specs),
     out_shape=(
-      shapes._replace(u=common.like(tokens.u)),
-      common.like(d_final),
+      shapes._replace(u=_like(tokens.u)),
+      _like(d_final),
     ),
     name="linear_rule_backward",
     **_options(static),
@@ -228,3 +268,21 @@ def _backward(tokens: Tokens, saved: State, d_outputs, d_final: State, static):
     tokens._replace(u=None),
   )
   return summed._replace(u=d_tokens.u), d_state
+
+
+def _values(tokens, state, static):
+  return _forward(tokens, state, static, save=False)[:2]
+
+
+def _values_and_saved(tokens, state, static):
+  outputs, final, saved = _forward(tokens, state, static, save=True)
+  return (outputs, final), (tokens, saved)
+
+
+def _gradients(static, residuals, cotangents):
+  (tokens, saved), (d_outputs, d_final) = residuals, cotangents
+  return _backward(tokens, saved, d_outputs, d_final, static)
+
+
+_differentiable: Any = jax.custom_vjp(_values, nondiff_argnums=(2,))
+_differentiable.defvjp(_values_and_saved, _gradients)
