@@ -42,6 +42,7 @@ DEFAULTS = {
       "initial_learn_rate": 0.7,
       "initial_momentum": 0.88,
       "remat": "sqrt",
+      "implementation": "auto",
     },
     "cms": {
       "hidden": (),

@@ -44,6 +44,8 @@ class MemoryConfig:
     chunk_length, projection_chunk_length: tokens per chunk of the memory and
       of the adaptive projections.
     remat: saved states of the backward pass: `none`, `chunk` or `sqrt`.
+    implementation: of whole chunks, `xla` or `pallas_tpu`; `auto` takes the
+      kernels on a TPU.  Pieces of chunks are always XLA's.
   """
 
   architecture: str = "mlp"
@@ -68,8 +70,11 @@ class MemoryConfig:
   initial_learn_rate: float = 0.7
   initial_momentum: float = 0.88
   remat: Literal["none", "chunk", "sqrt"] = "sqrt"
+  implementation: str = "auto"
 
   def __post_init__(self):
+    implementations = "auto", "xla", "pallas_tpu"
+    check_choice(self.implementation, "memory.implementation", implementations)
     check_choice(self.architecture, "memory.architecture", ("mlp", "matrix"))
     check_choice(self.activation, "memory.activation", ("silu", "gelu"))
     for box in self.adaptive:

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -224,7 +225,7 @@ def _by_sequence(tree: Any, count: int | None = None) -> Any:
 
   def block(x):
     rest = x.shape[1:]
-    place = lambda s: s if count is None else jax.lax.rem(s, count)
+    place = lambda s: s if count is None else jax.lax.rem(s, np.int32(count))
     return pl.BlockSpec(
       (None, *rest), lambda s, g: (place(s), *(0,) * len(rest))
     )

@@ -52,12 +52,16 @@ class Trace(NamedTuple):
 
 
 def whole(initial: Any, difference: Any) -> Any:
-  """W = M_0 + D for every sequence: [H, ...] + [B, H, ...]."""
-  return jax.tree.map(lambda m, d: m[None] + d, initial, difference)
+  """W = M_0 + D for every sequence: [H, ...] + [B, H, ...], or for one."""
+
+  def add(m, d):
+    return (m if m.ndim == d.ndim else m[None]) + d
+
+  return jax.tree.map(add, initial, difference)
 
 
 def apply(x: jax.Array, weight: jax.Array) -> jax.Array:
-  """x [B, H, C, K] by W [B, H, F, K], or by a shared one [H, F, K]."""
+  """x [..., C, K] by W [..., F, K], or [B, H, C, K] by a shared [H, F, K]."""
   if weight.ndim == x.ndim:
     return jnp.einsum("...CK,...FK->...CF", x, weight)
   return jnp.einsum("BHCK,HFK->BHCF", x, weight)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from hope_jax.config import MemoryConfig
-from hope_jax.memory import architectures, chunks, rules
+from hope_jax.memory import architectures, chunks, fused, rules
 from hope_jax.memory.architectures import Weights
 from hope_jax.memory.rules import Gates
 from pallas_kernels.linear_rule import chunk as chunk_lib
@@ -94,6 +94,24 @@ def run_memory(
     state = chunks.fresh(zero_state(initial, keys.shape[0], cfg))
   slow, state, origin = anchored(initial, state, cfg)
   gates = gates._replace(retention=rules.retained(gates.retention, cfg))
+  docs = chunks.documents(segments, layout, origin)
+  if (
+    layout.offset is None
+    and not with_dynamics
+    and fused.is_chosen(cfg.implementation)
+  ):
+    outputs, now = fused.run(
+      fused_chunk,
+      initial,
+      state.now,
+      (keys, values, queries, gates),
+      cfg,
+      chunk_length=cfg.chunk_length,
+      begins=None if docs is None else docs.begins,
+      name="memory",
+    )
+    after = chunks.ChunkState(now, None, None) if continued else None
+    return MemoryOutput(outputs, difference(initial, after, cfg), None)
   xs = _by_chunk(slow, keys, values, queries, gates, layout, cfg)
 
   def step(start, now, inputs, _):
@@ -105,7 +123,6 @@ def run_memory(
       dynamics = dynamics_of(initial, after, gates, k, cfg, slow, loss)
     return after, (read, dynamics)
 
-  docs = chunks.documents(segments, layout, origin)
   (read, dynamics), state = chunks.scan_chunks(
     step,
     state,
@@ -136,14 +153,18 @@ def _by_chunk(
   cfg: MemoryConfig,
 ) -> tuple[Any, chunk_lib.ChunkDecays]:
   """The scan's inputs: ((k, v, (q, its slow product), gates), decays)."""
-  slow_hidden = None
-  if slow is not None and slow.hidden is not None:
-    slow_hidden = architectures.apply(queries, slow.hidden)
   xs = jax.tree.map(
     lambda x: layout.split(x, axis=2),
-    (keys, values, (queries, slow_hidden), gates),
+    (keys, values, (queries, slow_hidden(slow, queries)), gates),
   )
   return xs, rules.piece_decays(xs[3], layout.live, rules.rule_read(cfg))
+
+
+def slow_hidden(slow: Weights | None, queries: jax.Array) -> jax.Array | None:
+  """The part of the queries' hidden layer that no chunk changes."""
+  if slow is None or slow.hidden is None:
+    return None
+  return architectures.apply(queries, slow.hidden)
 
 
 class InnerLoss(NamedTuple):
@@ -199,6 +220,7 @@ def learn_chunk(
   gates: Gates,
   decays: chunk_lib.ChunkDecays,
   cfg: MemoryConfig,
+  arithmetic: chunk_lib.Arithmetic = chunk_lib.XLA,
 ) -> tuple[dict[str, Any], Weights]:
   """One chunk of writes and reads: (state after, what was read).
 
@@ -228,6 +250,7 @@ def learn_chunk(
       chunk_length=cfg.chunk_length,
       exact=exact,
       queries=queries if token_read else None,
+      arithmetic=arithmetic,
     )
     if token_read:
       return out, out.outputs
@@ -247,6 +270,31 @@ def learn_chunk(
   if now["momentum"] is not None:
     after["momentum"] = Weights(hidden and hidden.momentum, output.momentum)
   return after, Weights(hidden and features, fast)
+
+
+def fused_chunk(
+  initial: Weights,
+  now: dict[str, Any],
+  tokens: tuple[jax.Array, jax.Array, jax.Array, Gates],
+  live: jax.Array | None,
+  cfg: MemoryConfig,
+) -> tuple[jax.Array, dict[str, Any]]:
+  """One chunk of one head in a kernel: (o [C, E], state after)."""
+  keys, values, queries, gates = tokens
+  slow = None if cfg.retention == "zero" else initial
+  decays = chunk_lib.chunk_decays(
+    gates.retention,
+    gates.momentum_decay,
+    live=live,
+    read=rules.rule_read(cfg),
+    arithmetic=fused.KERNEL,
+  )
+  loss = inner_loss(now["weight"], slow, keys, values, cfg)
+  query = queries, slow_hidden(slow, queries)
+  after, read = learn_chunk(
+    now["weight"], now, loss, keys, query, gates, decays, cfg, fused.KERNEL
+  )
+  return read_out(slow, queries, read), after
 
 
 def read_out(

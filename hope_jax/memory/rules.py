@@ -153,16 +153,17 @@ def write_layer(
   chunk_length: int,
   exact: bool = False,
   queries: jax.Array | None = None,
+  arithmetic: chunk_lib.Arithmetic = chunk_lib.XLA,
 ) -> chunk_lib.LinearRuleOutput:
   """One chunk of (P) on one layer; token-exact read where queries are given.
 
   x [..., C, K], error [..., C, E], weight and momentum [..., E, K]; decays from
-  `piece_decays`, the others as in `layer_rates`.
+  `piece_decays` (in a kernel of the whole chunk), the others as in
+  `layer_rates`.
   """
   step, erase = layer_rates(
     x, gates, cfg, chunk_length=chunk_length, exact=exact
   )
-  count = decays.before.pair.shape[0]
 
   def write(state, piece):
     (x, error, queries), (step, erase), decays = piece
@@ -176,6 +177,7 @@ def write_layer(
       erase=erase,
       queries=queries,
       read=rule_read(cfg),
+      arithmetic=arithmetic,
     )
     return (out.weight, out.momentum), out.outputs
 
@@ -183,6 +185,11 @@ def write_layer(
     length = x.shape[-2] // count
     return jax.tree.map(lambda y: split_chunks(y, length, y.ndim + axis), tree)
 
+  if arithmetic.in_kernel:
+    whole = (x, error, queries), (step, erase), decays
+    state, outputs = write((weight, momentum), whole)
+    return chunk_lib.LinearRuleOutput(outputs, *state)
+  count = decays.before.pair.shape[0]
   pieces = cut((x, error, queries), -2), cut((step, erase), -1), decays
   if count == 1:
     first = jax.tree.map(lambda y: y[0], pieces)

@@ -37,7 +37,7 @@ Read = reference.Read
 _einsum = jnp.einsum
 
 
-class Exact(NamedTuple):
+class Arithmetic(NamedTuple):
   """How a compiler does what must not lose digits.
 
   precision: of matrix products, as in `jnp.einsum`.
@@ -56,7 +56,7 @@ class Exact(NamedTuple):
     return _einsum("...j,...jk->...k", a, b, precision=self.precision)
 
 
-_XLA = Exact()
+XLA = Arithmetic()
 
 
 # ---------------------------------------------------------------- decays
@@ -97,7 +97,7 @@ def chunk_decays(
   live: jax.Array | None = None,
   reset: jax.Array | None = None,
   read: Read = "pre",
-  exact: Exact = _XLA,
+  arithmetic: Arithmetic = XLA,
 ) -> ChunkDecays:
   """Computes the decay factors between all tokens of a chunk.
 
@@ -114,10 +114,10 @@ def chunk_decays(
     if momentum_decay is not None:
       momentum_decay = jnp.where(live, momentum_decay, 1)
   live_row = None if live is None else live[..., None, :]
-  kept = _Products(retention, reset, exact)
+  kept = _Products(retention, reset, arithmetic)
   moved = None
   if momentum_decay is not None:
-    moved = _Products(momentum_decay, reset, exact)
+    moved = _Products(momentum_decay, reset, arithmetic)
     moved_pair = _keep(moved.pair(), live_row)
 
   def rows(pair: jax.Array, start: jax.Array) -> Mix:
@@ -128,7 +128,7 @@ def chunk_decays(
     return Mix(
       pair,
       start,
-      exact.matmul(pair, moved_pair),
+      arithmetic.matmul(pair, moved_pair),
       jnp.sum(pair * moved.start()[..., None, :], axis=-1),
     )
 
@@ -140,7 +140,7 @@ def chunk_decays(
   end = Mix(
     pair,
     start,
-    exact.vecmat(pair, moved_pair),
+    arithmetic.vecmat(pair, moved_pair),
     jnp.sum(pair * moved.start(), axis=-1, keepdims=True),
   )
   pair_end = _keep(moved.pair_end(), live)
@@ -157,7 +157,9 @@ class _Products:
   derivative.  A product over a reset is 0.
   """
 
-  def __init__(self, factor: jax.Array, reset: jax.Array | None, exact: Exact):
+  def __init__(
+    self, factor: jax.Array, reset: jax.Array | None, arithmetic: Arithmetic
+  ):
     factor = _widen(factor)
     is_zero = jnp.abs(factor) < jnp.finfo(factor.dtype).tiny
     terms = (
@@ -168,9 +170,9 @@ class _Products:
     row, column = _places((*factor.shape, factor.shape[-1]))
     self.later, self.not_earlier = row > column, row >= column
     # Of the tokens up to each [..., C], before each, of all [..., 1].
-    self.sums = [self._up_to(x, exact) for x in terms]
+    self.sums = [self._up_to(x, arithmetic) for x in terms]
     self.sums_before = [
-      self._before(x, up_to, exact)
+      self._before(x, up_to, arithmetic)
       for x, up_to in zip(terms, self.sums, strict=True)
     ]
     self.totals = [jnp.sum(x, -1, keepdims=True) for x in terms]
@@ -178,16 +180,18 @@ class _Products:
     self.all_resets: Any = None
     if reset is not None:
       reset = reset.astype(factor.dtype)
-      self.resets = self._up_to(reset, exact)
+      self.resets = self._up_to(reset, arithmetic)
       self.all_resets = jnp.sum(reset, -1, keepdims=True)
 
-  def _up_to(self, x: jax.Array, exact: Exact) -> jax.Array:
-    if not exact.in_kernel:
+  def _up_to(self, x: jax.Array, arithmetic: Arithmetic) -> jax.Array:
+    if not arithmetic.in_kernel:
       return jnp.cumsum(x, axis=-1)
     return jnp.sum(jnp.where(self.not_earlier, x[..., None, :], 0), -1)
 
-  def _before(self, x: jax.Array, up_to: jax.Array, exact: Exact) -> jax.Array:
-    if not exact.in_kernel:
+  def _before(
+    self, x: jax.Array, up_to: jax.Array, arithmetic: Arithmetic
+  ) -> jax.Array:
+    if not arithmetic.in_kernel:
       return jnp.pad(up_to[..., :-1], [(0, 0)] * (x.ndim - 1) + [(1, 0)])
     return jnp.sum(jnp.where(self.later, x[..., None, :], 0), -1)
 
@@ -253,7 +257,7 @@ def _keep(pair: jax.Array, live: jax.Array | None) -> jax.Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def unit_lower_inverse(
-  strict_lower: jax.Array, exact: Exact = _XLA
+  strict_lower: jax.Array, arithmetic: Arithmetic = XLA
 ) -> jax.Array:
   """Inverts I + L for a strictly lower triangular L, [..., C, C].
 
@@ -263,16 +267,18 @@ def unit_lower_inverse(
   dM = -M tril(dL, -1) M, hence dL = -tril(M^T dM M^T, -1) in reverse.
   """
   assert strict_lower.shape[-2] == strict_lower.shape[-1], strict_lower.shape
-  invert = _inverse_by_masks if exact.in_kernel else _inverse_by_blocks
-  return invert(strict_lower, exact)
+  invert = _inverse_by_masks if arithmetic.in_kernel else _inverse_by_blocks
+  return invert(strict_lower, arithmetic)
 
 
 @unit_lower_inverse.defjvp
-def _unit_lower_inverse_jvp(exact, primals, tangents):
-  inverse = unit_lower_inverse(primals[0], exact)
+def _unit_lower_inverse_jvp(arithmetic, primals, tangents):
+  inverse = unit_lower_inverse(primals[0], arithmetic)
   row, column = _places(inverse.shape)
   tangent = jnp.where(row > column, tangents[0], 0)
-  return inverse, -exact.matmul(exact.matmul(inverse, tangent), inverse)
+  return inverse, -arithmetic.matmul(
+    arithmetic.matmul(inverse, tangent), inverse
+  )
 
 
 def _places(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
@@ -284,7 +290,9 @@ def _places(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
   return row, column
 
 
-def _inverse_by_masks(strict_lower: jax.Array, exact: Exact) -> jax.Array:
+def _inverse_by_masks(
+  strict_lower: jax.Array, arithmetic: Arithmetic
+) -> jax.Array:
   """All blocks of a size at once: M - M L_off M, with M the inverses of the
   diagonal blocks and L_off what L holds between two neighbours."""
   row, column = _places(strict_lower.shape)
@@ -294,7 +302,7 @@ def _inverse_by_masks(strict_lower: jax.Array, exact: Exact) -> jax.Array:
     is_off = is_pair & (row >> level > column >> level)
     off = jnp.where(is_off, strict_lower, 0)
     if level:  # at level 0 the inverse is 1
-      off = exact.matmul(exact.matmul(inverse, off), inverse)
+      off = arithmetic.matmul(arithmetic.matmul(inverse, off), inverse)
     inverse -= off
   return inverse
 
@@ -302,7 +310,9 @@ def _inverse_by_masks(strict_lower: jax.Array, exact: Exact) -> jax.Array:
 _BASE_BLOCK = 16
 
 
-def _inverse_by_blocks(strict_lower: jax.Array, exact: Exact) -> jax.Array:
+def _inverse_by_blocks(
+  strict_lower: jax.Array, arithmetic: Arithmetic
+) -> jax.Array:
   """Diagonal blocks of 16 by forward substitution, then by halves."""
   size = strict_lower.shape[-1]
   base = min(_BASE_BLOCK, size)
@@ -314,7 +324,7 @@ def _inverse_by_blocks(strict_lower: jax.Array, exact: Exact) -> jax.Array:
   while inverse.shape[-1] < lower.shape[-1]:
     first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
     below = _diagonal_blocks(lower, first.shape[-1], 1)
-    corner = -exact.matmul(exact.matmul(second, below), first)
+    corner = -arithmetic.matmul(arithmetic.matmul(second, below), first)
     upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
     inverse = jnp.concatenate(
       [upper, jnp.concatenate([corner, second], axis=-1)], axis=-2
@@ -361,7 +371,7 @@ def chunk_rule(
   x_weight: jax.Array | None = None,
   queries_weight: jax.Array | None = None,
   gram: jax.Array | None = None,
-  exact: Exact = _XLA,
+  arithmetic: Arithmetic = XLA,
 ) -> LinearRuleOutput:
   """Solves the rule exactly over one chunk (module docstring).
 
@@ -382,7 +392,7 @@ def chunk_rule(
     x_weight: x W^T if known, [..., C, E]; used only with erase.
     queries_weight: queries W^T if known, [..., C, E].
     gram: x x^T if known, [..., C, C]; used only with erase.
-    exact: how the triangular system is solved.
+    arithmetic: how the triangular system is solved.
 
   Returns:
     outputs [..., C, E] and the state after the chunk, float32 or float64.
@@ -402,8 +412,8 @@ def chunk_rule(
       gram = _einsum("...CK,...DK->...CD", x, x, precision=gram_precision)
     r = _read_start(x, x_weight, weight, momentum, before)
     r -= _einsum("...CD,...DE->...CE", before.writes * eta_row * gram, u)
-    inverse = unit_lower_inverse(before.pair * delta_row * gram, exact)
-    r = exact.matmul(inverse, r)
+    inverse = unit_lower_inverse(before.pair * delta_row * gram, arithmetic)
+    r = arithmetic.matmul(inverse, r)
   if queries is not None:
     mix = before if read == "pre" else decays.after
     assert mix is not None, "decays were made for another read"

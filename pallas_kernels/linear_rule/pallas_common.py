@@ -46,7 +46,7 @@ class Step:
   read: Read
   num_tokens: int
   is_padded: bool
-  exact: chunk_lib.Exact
+  arithmetic: chunk_lib.Arithmetic
 
   def __call__(
     self, shared: None, state: State, tokens: Tokens, index: jax.Array
@@ -59,7 +59,7 @@ class Step:
       live=self._live(index, tokens.x.shape[0]),
       reset=rates.get("reset"),
       read="pre" if tokens.queries is None else self.read,
-      exact=self.exact,
+      arithmetic=self.arithmetic,
     )
     out = chunk_lib.chunk_rule(
       tokens.x,
@@ -71,7 +71,7 @@ class Step:
       erase=rates.get("erase"),
       queries=tokens.queries,
       read=self.read,
-      exact=self.exact,
+      arithmetic=self.arithmetic,
     )
     outputs = out.outputs
     if outputs is not None:

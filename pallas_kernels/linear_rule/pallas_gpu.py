@@ -70,7 +70,7 @@ def linear_rule_gpu(
     read,
     x.shape[2],
     blocks.num_tokens > x.shape[2],
-    chunk.Exact("highest" if interpret else _PRECISION, in_kernel=True),
+    chunk.Arithmetic("highest" if interpret else _PRECISION, in_kernel=True),
   )
   outputs, state = _differentiable(
     jax.tree.map(group, tokens), state, _Static(step, blocks, interpret)

@@ -31,7 +31,7 @@ def linear_rule_tpu(
     read,
     num_tokens,
     num_tokens % chunk_length > 0,
-    chunk.Exact(in_kernel=True),
+    chunk.Arithmetic(in_kernel=True),
   )
   outputs, state = fused_scan.fused_scan(
     step, state, tokens, name="linear_rule", interpret=interpret

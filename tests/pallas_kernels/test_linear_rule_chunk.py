@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 INVERSES = [
   functools.partial(
-    chunk.unit_lower_inverse, exact=chunk.Exact(in_kernel=masks)
+    chunk.unit_lower_inverse, arithmetic=chunk.Arithmetic(in_kernel=masks)
   )
   for masks in (False, True)
 ]

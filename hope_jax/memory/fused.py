@@ -1,0 +1,162 @@
+"""Memories as one TPU kernel per sequence and head: `fused_scan`.
+
+What the XLA path does on a chunk of all heads a kernel does on a chunk of one
+of them, with the same functions; fast weights and momenta stay in VMEM from the
+first chunk to the last.
+
+Legend: B batch, H heads, T tokens, N chunks, C chunk length.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jax.sharding import PartitionSpec
+
+from hope_jax.config import MemoryConfig
+from pallas_kernels import fused_scan
+from pallas_kernels.linear_rule import chunk as chunk_lib
+
+# As of `pl.pallas_call`: for tests on other backends.
+INTERPRET: Any = False
+KERNEL = chunk_lib.Arithmetic(in_kernel=True)
+
+
+@functools.cache
+def is_chosen(implementation: str) -> bool:
+  """Whether `memory.implementation` means the kernels."""
+  if implementation == "auto":
+    backend = jax.default_backend()
+    implementation = "pallas_tpu" if backend == "tpu" else "xla"
+    logging.info("memory.implementation=auto uses %s.", implementation)
+  return implementation == "pallas_tpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+  """`function` on one chunk of one head.
+
+  function(initial, now, x, live, cfg) -> (what is read, the state after), with
+  `live` [C] as in `chunk_decays`.  The first `num_tokens` of all tokens exist.
+  """
+
+  function: Callable
+  cfg: MemoryConfig
+  num_tokens: int
+  length: int
+
+  def __call__(
+    self, initial: Any, now: dict[str, Any], x: Any, index: jax.Array
+  ) -> tuple[Any, dict[str, Any]]:
+    tokens, begins = x
+    if begins is not None:
+      now = self._restart(initial, now, begins)
+    live = None
+    if self.num_tokens % self.length:
+      place = jax.lax.broadcasted_iota(jnp.int32, (self.length,), 0)
+      live = index * self.length + place < self.num_tokens
+    return self.function(initial, now, tokens, live, self.cfg)
+
+  def _restart(
+    self, initial: Any, now: dict[str, Any], begins: jax.Array
+  ) -> dict[str, Any]:
+    """The state of a new document where `begins` [1] is 1."""
+
+    def choose(new, old):
+      is_new = begins.reshape((1,) * old.ndim)
+      return is_new * new + (1 - is_new) * old
+
+    state = jax.tree.map(lambda old: choose(0, old), now)
+    if self.cfg.retention == "zero":
+      state["weight"] = jax.tree.map(choose, initial, now["weight"])
+    return state
+
+
+def run(
+  function: Callable,
+  initial: Any,
+  now: dict[str, Any],
+  tokens: Any,
+  cfg: MemoryConfig,
+  *,
+  chunk_length: int,
+  begins: jax.Array | None,
+  name: str,
+) -> tuple[Any, dict[str, Any]]:
+  """(outputs, state after) of whole chunks from a chunk's border.
+
+  Args:
+    function: of one chunk of one head, see `_Step`; a module's function.
+    initial: M_0, any tree of [H, ...].
+    now: {"weight", "momentum"}, what the rule acts on, [B, H, ...].
+    tokens: any tree of [B, H, T, ...].
+    begins: [N, B], the chunks with which a new document begins.
+    name: of the kernels.
+  """
+  num_tokens = jax.tree.leaves(tokens)[0].shape[2]
+  length = min(chunk_length, num_tokens)
+  step = _Step(function, cfg, num_tokens, length)
+
+  def run_here(initial, now, tokens, begins):
+    batch, heads = jax.tree.leaves(tokens)[0].shape[:2]
+    split = lambda x: x.reshape(batch, heads, *x.shape[1:])
+
+    def by_chunk(x):
+      """[B, H, T, ...] -> [B H, N, C, ...]."""
+      x = x.reshape(-1, *x.shape[2:])
+      widths = [(0, 0), (0, -num_tokens % length)] + [(0, 0)] * (x.ndim - 2)
+      return jnp.pad(x, widths).reshape(x.shape[0], -1, length, *x.shape[2:])
+
+    if begins is not None:
+      begins = jnp.repeat(begins.T, heads, axis=0)[..., None]
+      begins = begins.astype(jnp.float32)
+    ys, state = fused_scan.fused_scan(
+      step,
+      jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), now),
+      (jax.tree.map(by_chunk, tokens), begins),
+      initial,
+      name=name,
+      interpret=INTERPRET,
+    )
+    by_token = lambda y: split(y.reshape(y.shape[0], -1, *y.shape[3:]))
+    ys = jax.tree.map(lambda y: by_token(y)[:, :, :num_tokens], ys)
+    return ys, jax.tree.map(split, state)
+
+  return _per_device(run_here)(initial, now, tokens, begins)
+
+
+def _per_device(run):
+  """Kernels are not partitioned automatically: every device runs its rows and
+  heads, where the mesh divides them."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return run
+
+  def sharded(initial, now, tokens, begins):
+    batch, heads = jax.tree.leaves(tokens)[0].shape[:2]
+    axes = nn.logical_to_mesh_axes(("batch", "heads")) or (None, None)
+    rows, columns = (
+      axis if size % _ways(mesh, axis) == 0 else None
+      for axis, size in zip(axes, (batch, heads), strict=True)
+    )
+    both = PartitionSpec(rows, columns)
+    in_specs = PartitionSpec(columns), both, both, PartitionSpec(None, rows)
+    return jax.shard_map(
+      run, in_specs=in_specs, out_specs=both, check_vma=False
+    )(initial, now, tokens, begins)
+
+  return sharded
+
+
+def _ways(mesh: Any, axis: Any) -> int:
+  """Over how many devices a mesh axis, or several, splits an array."""
+  names = axis if isinstance(axis, tuple) else (axis,)
+  ways = 1
+  for name in names:
+    ways *= 1 if name is None else mesh.shape[name]
+  return ways
