@@ -61,10 +61,8 @@ def whole(initial: Any, difference: Any) -> Any:
 
 
 def apply(x: jax.Array, weight: jax.Array) -> jax.Array:
-  """x [..., C, K] by W [..., F, K], or [B, H, C, K] by a shared [H, F, K]."""
-  if weight.ndim == x.ndim:
-    return jnp.einsum("...CK,...FK->...CF", x, weight)
-  return jnp.einsum("BHCK,HFK->BHCF", x, weight)
+  """x [..., C, K] by W [..., F, K], which may be without leading axes."""
+  return jnp.einsum("...CK,...FK->...CF", x, weight)
 
 
 def activate(z: jax.Array, activation: str) -> tuple[jax.Array, jax.Array]:

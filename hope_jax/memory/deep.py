@@ -218,7 +218,7 @@ def learn_chunk(
   keys: jax.Array,
   query: tuple[jax.Array, jax.Array | None],
   gates: Gates,
-  decays: chunk_lib.ChunkDecays,
+  decays: Any,
   cfg: MemoryConfig,
   arithmetic: chunk_lib.Arithmetic = chunk_lib.XLA,
 ) -> tuple[dict[str, Any], Weights]:
@@ -282,13 +282,7 @@ def fused_chunk(
   """One chunk of one head in a kernel: (o [C, E], state after)."""
   keys, values, queries, gates = tokens
   slow = None if cfg.retention == "zero" else initial
-  decays = chunk_lib.chunk_decays(
-    gates.retention,
-    gates.momentum_decay,
-    live=live,
-    read=rules.rule_read(cfg),
-    arithmetic=fused.KERNEL,
-  )
+  decays = rules.piece_decays(gates, live, rules.rule_read(cfg), fused.KERNEL)
   loss = inner_loss(now["weight"], slow, keys, values, cfg)
   query = queries, slow_hidden(slow, queries)
   after, read = learn_chunk(

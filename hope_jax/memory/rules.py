@@ -23,7 +23,8 @@ Legend: eta learn_rate, alpha retention, beta momentum_decay; P pieces of a
 chunk, C tokens.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,19 +121,38 @@ def _pieces(length: int) -> int:
   return next(divisors, 1)
 
 
+def _cut(tree: Any, count: int, axis: int) -> list[Any]:
+  """A tree's parts along an axis, counted from the end; slices."""
+
+  def part(i: int, x: jax.Array) -> jax.Array:
+    length = x.shape[axis] // count
+    return jax.lax.slice_in_dim(x, i * length, (i + 1) * length, axis=axis)
+
+  return [jax.tree.map(functools.partial(part, i), tree) for i in range(count)]
+
+
 def piece_decays(
   gates: Gates,
   live: jax.Array | None = None,
   read: chunk_lib.Read = "pre",
-) -> chunk_lib.ChunkDecays:
+  arithmetic: chunk_lib.Arithmetic = chunk_lib.XLA,
+) -> Any:
   """Decays of a chunk's pieces for `write_layer`: [..., P, B, H, C / P ...].
 
-  `gates` [..., B, H, C]; `live` [..., C] says which places hold a token.
+  `gates` [..., B, H, C]; `live` [..., C] says which places hold a token.  In a
+  kernel, where there is no axis before C: a tuple of the pieces'.
   """
   retention, momentum_decay = gates.retention, gates.momentum_decay
+  count = _pieces(retention.shape[-1])
+  if arithmetic.in_kernel:
+    return tuple(
+      chunk_lib.chunk_decays(
+        *parts[:2], live=parts[2], read=read, arithmetic=arithmetic
+      )
+      for parts in _cut((retention, momentum_decay, live), count, axis=-1)
+    )
   if live is not None:
     live = jnp.broadcast_to(live[..., None, None, :], retention.shape)
-  count = _pieces(retention.shape[-1])
 
   def cut(x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x.reshape(*x.shape[:-1], count, -1), -2, -4)
@@ -147,7 +167,7 @@ def write_layer(
   weight: jax.Array,
   momentum: jax.Array | None,
   gates: Gates,
-  decays: chunk_lib.ChunkDecays,
+  decays: Any,
   cfg: MemoryConfig,
   *,
   chunk_length: int,
@@ -158,8 +178,7 @@ def write_layer(
   """One chunk of (P) on one layer; token-exact read where queries are given.
 
   x [..., C, K], error [..., C, E], weight and momentum [..., E, K]; decays from
-  `piece_decays` (in a kernel of the whole chunk), the others as in
-  `layer_rates`.
+  `piece_decays`, the others as in `layer_rates`.
   """
   step, erase = layer_rates(
     x, gates, cfg, chunk_length=chunk_length, exact=exact
@@ -186,8 +205,13 @@ def write_layer(
     return jax.tree.map(lambda y: split_chunks(y, length, y.ndim + axis), tree)
 
   if arithmetic.in_kernel:
-    whole = (x, error, queries), (step, erase), decays
-    state, outputs = write((weight, momentum), whole)
+    rows = _cut((x, error, queries), len(decays), axis=-2)
+    rates = _cut((step, erase), len(decays), axis=-1)
+    state, read = (weight, momentum), []
+    for piece in zip(rows, rates, decays, strict=True):
+      state, outputs = write(state, piece)
+      read.append(outputs)
+    outputs = None if queries is None else jnp.concatenate(read, axis=-2)
     return chunk_lib.LinearRuleOutput(outputs, *state)
   count = decays.before.pair.shape[0]
   pieces = cut((x, error, queries), -2), cut((step, erase), -1), decays

@@ -27,9 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from hope_jax.config import MemoryConfig
-from hope_jax.memory import architectures, chunks, deep, rules
+from hope_jax.memory import architectures, chunks, deep, fused, rules
 from hope_jax.memory.architectures import l2_normalize
 from hope_jax.memory.rules import Gates
+from pallas_kernels.linear_rule import chunk as chunk_lib
 
 PROJECTIONS, GATES = ("k", "v", "q"), ("eta", "alpha")
 
@@ -110,26 +111,32 @@ def only_box(boxes: Boxes, box: str, cfg: MemoryConfig) -> list[jax.Array]:
   return weights
 
 
-def _by_box(x_BHCF: jax.Array, count: int) -> jax.Array:
-  """[B, H, C, G F] -> [B, H, G, C, F]."""
-  x = x_BHCF.reshape(*x_BHCF.shape[:-1], count, -1)
-  return x.swapaxes(2, 3)
+def _by_box(x: jax.Array, count: int) -> jax.Array:
+  """[..., C, G F] -> [..., G, C, F]."""
+  size = x.shape[-1] // count
+  parts = [x[..., i * size : (i + 1) * size] for i in range(count)]
+  return jnp.stack(parts, axis=-3)
 
 
-def _apply(weight: jax.Array, x_BHGCF: jax.Array) -> jax.Array:
-  """Every box its own weight [(B), H, G, E, F]: [B, H, G, C, E]."""
-  if weight.ndim == x_BHGCF.ndim:
-    return jnp.einsum("BHGCF,BHGEF->BHGCE", x_BHGCF, weight)
-  return jnp.einsum("BHGCF,HGEF->BHGCE", x_BHGCF, weight)
+def _side_by_side(x: jax.Array) -> jax.Array:
+  """[..., G, C, F] -> [..., C, G F]."""
+  parts = [x[..., i, :, :] for i in range(x.shape[-3])]
+  return jnp.concatenate(parts, axis=-1)
+
+
+def _apply(weight: jax.Array, x: jax.Array) -> jax.Array:
+  """Every box its own weight [..., G, E, F] (maybe without B) on
+  [..., G, C, F]: [..., G, C, E]."""
+  return jnp.einsum("...CF,...EF->...CE", x, weight)
 
 
 def slow_hidden(
   initial: Boxes | None, p: Slow, cfg: MemoryConfig
 ) -> tuple[jax.Array, jax.Array | None]:
-  """The boxes' inputs p [B, H, G, T, K] and their hidden products with M_0."""
+  """The boxes' inputs p [..., G, T, K] and their hidden products with M_0."""
   inputs = {"k": p.k, "v": p.v, "q": p.q, "eta": p.k, "alpha": p.k}
   boxes = members(cfg, PROJECTIONS) + members(cfg, GATES)
-  x = jnp.stack([inputs[box] for box in boxes], axis=2)
+  x = jnp.stack([inputs[box] for box in boxes], axis=-3)
   if initial is None or initial.hidden is None:
     return x, None
   return x, _apply(_boxed(initial.hidden, len(boxes)), x)
@@ -160,13 +167,13 @@ def project(
     is_mlp = z is not None or (fast is not None and fast.hidden is not None)
     if is_mlp:
       if fast is not None:
-        product = _apply(_boxed(fast.hidden, x.shape[2]), x)
+        product = _apply(_boxed(fast.hidden, x.shape[-3]), x)
         z = product if z is None else z + product
       assert z is not None
       features = architectures.activate(z, cfg.activation)[0]
     parts = {
-      "projection": features[:, :, :split],
-      "gate": features[:, :, split:],
+      "projection": features[..., :split, :, :],
+      "gate": features[..., split:, :, :],
     }
 
     def outputs(kind):
@@ -179,12 +186,12 @@ def project(
 
     if projections:
       y = outputs("projection")
-      y = x[:, :, :split] + y if is_mlp else y
-      made.update({box: y[:, :, i] for i, box in enumerate(projections)})
+      y = x[..., :split, :, :] + y if is_mlp else y
+      made.update({box: y[..., i, :, :] for i, box in enumerate(projections)})
     if gates:
       y = outputs("gate")
       for i, box in enumerate(gates):
-        made[box] = made[box] + y[:, :, i, :, 0]
+        made[box] = made[box] + y[..., i, :, 0]
   return Projected(
     k=l2_normalize(made["k"]),
     v=made["v"],
@@ -200,23 +207,23 @@ def project(
 class BoxTrace(NamedTuple):
   """Forward pass of all boxes on one input; None where there is no box."""
 
-  features: Any  # [B, H, G, C, F], input of the output layers
-  slope: Any  # act'(z), [B, H, C, G F]
-  projection: Any  # [B, H, G, C, K]
-  gate: Any  # [B, H, G, C, 1]
+  features: Any  # [..., G, C, F], input of the output layers
+  slope: Any  # act'(z), [..., C, G F]
+  projection: Any  # [..., G, C, K]
+  gate: Any  # [..., G, C, 1]
 
 
 def forward(boxes: Boxes, x: jax.Array, cfg: MemoryConfig) -> BoxTrace:
-  """M_box(x) for the same x [B, H, C, K] in every box."""
+  """M_box(x) for the same x [..., C, K] in every box."""
   projections, gates = members(cfg, PROJECTIONS), members(cfg, GATES)
   count, split = len(projections) + len(gates), len(projections)
   if boxes.hidden is None:
-    x_G = jnp.repeat(x[:, :, None], count, axis=2)
+    x_G = jnp.stack([x] * count, axis=-3)
     features, slope, residual = x_G, None, None
   else:
     z = architectures.apply(x, boxes.hidden)
     features, slope = architectures.activate(z, cfg.activation)
-    features, residual = _by_box(features, count), x[:, :, None]
+    features, residual = _by_box(features, count), x[..., None, :, :]
 
   def outputs(weight, features, residual):
     if weight is None:
@@ -227,8 +234,8 @@ def forward(boxes: Boxes, x: jax.Array, cfg: MemoryConfig) -> BoxTrace:
   return BoxTrace(
     features,
     slope,
-    outputs(boxes.projection, features[:, :, :split], residual),
-    outputs(boxes.gate, features[:, :, split:], None),
+    outputs(boxes.projection, features[..., :split, :, :], residual),
+    outputs(boxes.gate, features[..., split:, :, :], None),
   )
 
 
@@ -260,6 +267,24 @@ def run_projections(
   if state is None:
     state = chunks.fresh(deep.zero_state(initial, p.k.shape[0], cfg))
   slow, state, origin = deep.anchored(initial, state, cfg)
+  docs = chunks.documents(segments, layout, origin)
+  if (
+    layout.offset is None
+    and not (frozen or with_dynamics)
+    and fused.is_chosen(cfg.implementation)
+  ):
+    made, now = fused.run(
+      fused_chunk,
+      initial,
+      state.now,
+      p,
+      cfg,
+      chunk_length=chunk_length,
+      begins=None if docs is None else docs.begins,
+      name="projections",
+    )
+    after = chunks.ChunkState(now, None, None) if continued else None
+    return made, deep.difference(initial, after, cfg), {}
   inputs = slow_hidden(slow, p, cfg)
   xs = (
     jax.tree.map(lambda x: layout.split(x, axis=2), p),
@@ -283,7 +308,6 @@ def run_projections(
       dynamics = _dynamics(initial, final, gates, trace, later, targets, cfg)
     return after, (made, dynamics)
 
-  docs = chunks.documents(segments, layout, origin)
   (made, dynamics), state = chunks.scan_chunks(
     step,
     state,
@@ -297,6 +321,27 @@ def run_projections(
   made = jax.tree.map(lambda x: layout.merge(x, axis=2), made)
   dynamics = {name: deep.summarize(d) for name, d in dynamics.items()}
   return made, deep.difference(initial, state, cfg), dynamics
+
+
+def fused_chunk(
+  initial: Boxes,
+  now: dict[str, Any],
+  p: Slow,
+  live: jax.Array | None,
+  cfg: MemoryConfig,
+) -> tuple[Projected, dict[str, Any]]:
+  """One chunk of one head in a kernel: (k, v, q and gates, state after)."""
+  slow = None if cfg.retention == "zero" else initial
+  start = now["weight"]
+  made = project(slow, start, p, slow_hidden(slow, p, cfg), cfg)
+  start = start if slow is None else architectures.whole(slow, start)
+  gates = made.gates._replace(
+    retention=rules.retained(made.gates.retention, cfg)
+  )
+  after, _, _ = learn_chunk(
+    start, now, made, gates, live, (), cfg, fused.KERNEL
+  )
+  return made, after
 
 
 def _slow_projections(initial: Boxes, p: Slow, cfg: MemoryConfig) -> Projected:
@@ -321,12 +366,15 @@ def learn_chunk(
   live: jax.Array | None,
   frozen: tuple[str, ...],
   cfg: MemoryConfig,
+  arithmetic: chunk_lib.Arithmetic = chunk_lib.XLA,
 ) -> tuple[dict[str, Any], BoxTrace, BoxTrace]:
   """One chunk of all boxes: (state after, trace of k, trace of v = targets)."""
   trace, targets = forward(start, made.k, cfg), forward(start, made.v, cfg)
-  decays = rules.piece_decays(gates, live)
-  boxed_decays = jax.tree.map(lambda x: jnp.expand_dims(x, 3), decays)
-  boxed_gates = jax.tree.map(lambda x: jnp.expand_dims(x, 2), gates)
+  decays = rules.piece_decays(gates, live, arithmetic=arithmetic)
+  lead = made.k.ndim - 2  # B, H; in a kernel neither
+  lead_decays = lead if arithmetic.in_kernel else lead + 1  # pieces, B, H
+  boxed_decays = jax.tree.map(lambda x: jnp.expand_dims(x, lead_decays), decays)
+  boxed_gates = jax.tree.map(lambda x: jnp.expand_dims(x, lead), gates)
   chunk_length = cfg.projection_chunk_length
   momentum = now["momentum"] or Boxes(None, None, None)
   weight, after_momentum, back = {}, {}, []
@@ -335,13 +383,15 @@ def learn_chunk(
     boxes = members(cfg, boxes)
     if not boxes:
       continue
-    on = jnp.array([box not in frozen for box in boxes], jnp.float32)
-    error = on[None, None, :, None, None] * rules.output_error(
+    error = rules.output_error(
       getattr(trace, kind), getattr(targets, kind), cfg
     )
-    back.append(jnp.einsum("BHGCE,BHGEF->BHCGF", error, getattr(start, kind)))
+    if frozen:
+      on = jnp.array([box not in frozen for box in boxes], jnp.float32)
+      error *= on.reshape(-1, *(1,) * 2)[(None,) * lead]
+    back.append(jnp.einsum("...CE,...EF->...CF", error, getattr(start, kind)))
     out = rules.write_layer(
-      trace.features[:, :, first : first + len(boxes)],
+      trace.features[..., first : first + len(boxes), :, :],
       error,
       getattr(now["weight"], kind),
       getattr(momentum, kind),
@@ -349,23 +399,26 @@ def learn_chunk(
       boxed_decays,
       cfg,
       chunk_length=chunk_length,
+      arithmetic=arithmetic,
     )
     weight[kind], after_momentum[kind] = out.weight, out.momentum
     first += len(boxes)
 
   if start.hidden is not None:
-    errors = jnp.concatenate(back, axis=3)
-    slope = trace.slope.reshape(errors.shape)
-    errors = rules.clip_norm(errors * slope, cfg.error_clip)
+    slope = _by_box(trace.slope, len(cfg.adaptive))
+    errors = rules.clip_norm(
+      jnp.concatenate(back, axis=-3) * slope, cfg.error_clip
+    )
     out = rules.write_layer(
       made.k,
-      errors.reshape(*errors.shape[:3], -1),
+      _side_by_side(errors),
       now["weight"].hidden,
       momentum.hidden,
       gates,
       decays,
       cfg,
       chunk_length=chunk_length,
+      arithmetic=arithmetic,
     )
     weight["hidden"], after_momentum["hidden"] = out.weight, out.momentum
   absent = dict.fromkeys(Boxes._fields)

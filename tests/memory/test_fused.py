@@ -8,16 +8,21 @@ import numpy as np
 import pytest
 
 from hope_jax.config import MemoryConfig
-from hope_jax.memory import chunks, deep, fused
+from hope_jax.memory import chunks, deep, fused, self_modifying
 from tests import compilers
 from tests.memory.test_deep import (
   B,
   float64,  # noqa: F401
   random_memory,
 )
+from tests.memory.test_self_modifying import random_boxes
 from tests.pallas_kernels.testing import assert_close, fast_jit
 
-KERNELS = {"implementation": "pallas_tpu", "chunk_length": 4}
+KERNELS = {
+  "implementation": "pallas_tpu",
+  "chunk_length": 4,
+  "projection_chunk_length": 4,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -25,19 +30,8 @@ def interpret(monkeypatch):
   monkeypatch.setattr(fused, "INTERPRET", True)
 
 
-def _values_and_vjp(cfg, inputs, segments):
-  """Outputs, the state after, and the gradients to everything that enters."""
-
-  def run(initial, sequence, gates, now):
-    out = deep.run_memory(
-      initial,
-      *sequence,
-      gates,
-      cfg,
-      state=chunks.ChunkState(now, None, None),
-      segments=segments,
-    )
-    return out.outputs, out.state.now
+def _values_and_vjp(run, *inputs):
+  """What `run` returns, and the gradients to everything that enters."""
 
   def both(*inputs):
     out, vjp = jax.vjp(run, *inputs)
@@ -48,18 +42,57 @@ def _values_and_vjp(cfg, inputs, segments):
   return fast_jit(both)(*inputs)
 
 
+def _memory(cfg, segments=None):
+  """Outputs and the state after, of a memory."""
+
+  def run(initial, sequence, gates, now):
+    state = chunks.ChunkState(now, None, None)
+    out = deep.run_memory(
+      initial, *sequence, gates, cfg, state=state, segments=segments
+    )
+    return out.outputs, out.state.now
+
+  return run
+
+
+def _boxes(cfg, segments=None):
+  """Outputs and the state after, of the adaptive boxes."""
+
+  def run(initial, p, now):
+    state = chunks.ChunkState(now, None, None)
+    made, state, _ = self_modifying.run_projections(
+      initial, p, cfg, state=state, segments=segments
+    )
+    return made, state.now
+
+  return run
+
+
+def _check(make, cfg, inputs, segments=None):
+  xla = dataclasses.replace(cfg, implementation="xla")
+  got = _values_and_vjp(make(cfg, segments), *inputs)
+  want = _values_and_vjp(make(xla, segments), *inputs)
+  assert_close(got, want, 1e-10)
+
+
+def _moved(initial, cfg):
+  """A state after an earlier piece."""
+  rng = np.random.default_rng(1)
+  zero = deep.zero_state(initial, B, cfg)
+  return jax.tree.map(lambda x: x + rng.normal(size=x.shape) / 9, zero)
+
+
 def _inputs(cfg, length):
   initial, sequence, gates = random_memory(
     length=length, architecture=cfg.architecture
   )
   if cfg.momentum == "none":
     gates = gates._replace(momentum_decay=None)
-  now = deep.zero_state(initial, B, cfg)
-  rng = np.random.default_rng(1)
-  now = jax.tree.map(lambda x: x + rng.normal(size=x.shape) / 9, now)
-  return initial, sequence, gates, now
+  return initial, sequence, gates, _moved(initial, cfg)
 
 
+# Documents of a sequence in chunks of 4.
+SEGMENTS = jnp.asarray(np.repeat([[0, 0, 1, 1, 2], [3, 3, 3, 4, 4]], 4, 1))
 OPTIONS = [
   {},
   {"setting": "token_exact", "read": "token_post"},
@@ -74,30 +107,35 @@ OPTIONS = [
 def test_kernels_equal_xla_values_and_vjps(options):
   """Over several documents, from a state of an earlier piece."""
   cfg = MemoryConfig(**KERNELS, **options)
-  inputs = _inputs(cfg, 20)
-  segments = jnp.asarray(np.repeat([[0, 0, 1, 1, 2], [3, 3, 3, 4, 4]], 4, 1))
-  got = _values_and_vjp(cfg, inputs, segments)
-  xla = dataclasses.replace(cfg, implementation="xla")
-  assert_close(got, _values_and_vjp(xla, inputs, segments), 1e-10)
+  _check(_memory, cfg, _inputs(cfg, 20), SEGMENTS)
+
+
+BOXES = [
+  {"adaptive": ("k", "v", "q", "eta", "alpha")},
+  {"adaptive": ("v",), "momentum": "none"},
+  {"adaptive": ("eta", "alpha"), "delta_rule": "none", "retention": "none"},
+  {"architecture": "matrix", "retention": "zero"},
+]
+
+
+@pytest.mark.parametrize("options", BOXES)
+def test_projections_in_kernels_equal_xla_values_and_vjps(options):
+  cfg = MemoryConfig(**KERNELS, **options)
+  initial, p = random_boxes(cfg)
+  p = jax.tree.map(lambda x: x[:, :, :20], p)
+  _check(_boxes, cfg, (initial, p, _moved(initial, cfg)), SEGMENTS)
 
 
 def test_kernels_with_an_incomplete_last_chunk():
+  """A new sequence, whose last state nobody asks for."""
   cfg = MemoryConfig(**KERNELS)
   initial, sequence, gates, _ = _inputs(cfg, 19)
 
-  def loss(cfg):
-    run = lambda initial, sequence, gates: (
-      deep.run_memory(initial, *sequence, gates, cfg).outputs
-    )
+  def make(cfg, _):
+    run = lambda *x: deep.run_memory(x[0], *x[1], x[2], cfg).outputs
+    return run
 
-    def both(*inputs):
-      out, vjp = jax.vjp(run, *inputs)
-      return out, vjp(out)
-
-    return fast_jit(both)(initial, sequence, gates)
-
-  xla = dataclasses.replace(cfg, implementation="xla")
-  assert_close(loss(cfg), loss(xla), 1e-10)
+  _check(make, cfg, (initial, sequence, gates))
 
 
 def test_pieces_of_chunks_are_xlas():
@@ -128,24 +166,58 @@ def test_kernels_raise_without_a_tpu(monkeypatch):
     deep.run_memory(initial, *sequence, gates, cfg)
 
 
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5:2x2x1", "v6e:2x2"])
-def test_memory_compiles_for_tpus(topology, monkeypatch):
-  """One layer of Titans 340M, forward and backward, in VMEM."""
-  monkeypatch.setattr(fused, "INTERPRET", False)
-  heads, tokens, dim = 8, 4096, 128
-  cfg = MemoryConfig(implementation="pallas_tpu", chunk_length=64)
-  array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-  sequence = (array(1, heads, tokens, dim),) * 3
-  gates = deep.Gates(*(array(1, heads, tokens),) * 3)
-  initial = deep.Weights(array(heads, dim, dim), array(heads, dim, dim))
+HEADS, TOKENS, DIM = 8, 4096, 128  # of a layer of 340M
 
-  def both(initial, sequence, gates):
-    run = lambda *x: deep.run_memory(x[0], *x[1], x[2], cfg).outputs
-    out, vjp = jax.vjp(run, initial, sequence, gates)
+
+def _array(*shape):
+  return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _compile_with_vjp(topology, run, *inputs):
+  def both(*inputs):
+    out, vjp = jax.vjp(run, *inputs)
     return out, vjp(out)
 
+  device = compilers.tpu(topology)[0]
   with jax.enable_x64(False):
-    compiled = compilers.compile_for(
-      compilers.tpu(topology)[0], both, initial, sequence, gates
-    )
+    return compilers.compile_for(device, both, *inputs)
+
+
+TPUS = ["v5e:2x2", "v5:2x2x1", "v6e:2x2"]
+
+
+@pytest.mark.parametrize("topology", TPUS)
+def test_memory_compiles_for_tpus(topology, monkeypatch):
+  """Forward and backward, in VMEM."""
+  monkeypatch.setattr(fused, "INTERPRET", False)
+  cfg = MemoryConfig(implementation="pallas_tpu", chunk_length=64)
+  compiled = _compile_with_vjp(
+    topology,
+    lambda *x: deep.run_memory(x[0], *x[1], x[2], cfg).outputs,
+    deep.Weights(_array(HEADS, DIM, DIM), _array(HEADS, DIM, DIM)),
+    (_array(1, HEADS, TOKENS, DIM),) * 3,
+    deep.Gates(*(_array(1, HEADS, TOKENS),) * 3),
+  )
+  assert compiled.as_text().count('"tpu_custom_call"') == 2
+
+
+@pytest.mark.parametrize(
+  "topology",
+  ["v5e:2x2", *(pytest.param(t, marks=pytest.mark.slow) for t in TPUS[1:])],
+)
+def test_projections_compile_for_tpus(topology, monkeypatch):
+  monkeypatch.setattr(fused, "INTERPRET", False)
+  cfg = MemoryConfig(implementation="pallas_tpu", projection_chunk_length=256)
+  compiled = _compile_with_vjp(
+    topology,
+    lambda *x: self_modifying.run_projections(*x, cfg)[0],
+    self_modifying.Boxes(
+      _array(HEADS, 4 * DIM, DIM),
+      _array(HEADS, 2, DIM, DIM),
+      _array(HEADS, 2, 1, DIM),
+    ),
+    self_modifying.Slow(
+      *(_array(1, HEADS, TOKENS, DIM),) * 3, *(_array(1, HEADS, TOKENS),) * 3
+    ),
+  )
   assert compiled.as_text().count('"tpu_custom_call"') == 2
