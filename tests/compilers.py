@@ -15,12 +15,8 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-_WITHOUT_TPU = {
-  "TPU_SKIP_MDS_QUERY": "1",
-  "TPU_WORKER_HOSTNAMES": "localhost",
-  "TPU_ACCELERATOR_TYPE": "v5p-8",
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+from hope_jax.training import topology
+
 _H200 = pathlib.Path(__file__).with_name("h200.txtpb")
 
 
@@ -35,22 +31,19 @@ def _find(module: str) -> None:
 def tpu(name: str) -> list[jax.Device]:
   """The devices of a topology, e.g. "v5e:2x2"; skips without libtpu."""
   _find("libtpu")
-  os.environ.update(_WITHOUT_TPU)
-  return topologies.get_topology_desc(
-    platform="tpu", topology_name=name
-  ).devices
+  return topology.tpu_devices(name)
 
 
 def h200() -> jax.Device:
   """One H200; skips without the plugin."""
   _find("jax_cuda13_plugin")
-  topology = topologies.get_topology_desc(
+  found = topologies.get_topology_desc(
     platform="cuda",
     topology_name="h200",
     topology="1x1x1",
     target_config=_H200.read_text(),
   )
-  return topology.devices[0]
+  return found.devices[0]
 
 
 def compile_for(device: jax.Device, function, *args):

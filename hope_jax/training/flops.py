@@ -49,11 +49,13 @@ def count(function: Any, *args: Any) -> float:
 def per_token(config: Config, params: Any = None) -> float:
   """FLOPs of loss and gradient per token, nothing recomputed counted twice.
 
-  Recomputation (remat) is switched off for the count: it is the chip's work,
-  not the model's.  `params` (shapes are enough) saves tracing the model's
+  Recomputation (remat, kernels) is left out of the count: it is the chip's
+  work, not the model's.  `params` (shapes are enough) saves tracing the model's
   initialisation.
   """
-  memory = dataclasses.replace(config.model.memory, remat="none")
+  memory = dataclasses.replace(
+    config.model.memory, remat="none", implementation="xla"
+  )
   model = LanguageModel(
     dataclasses.replace(config.model, remat="none", memory=memory)
   )

@@ -1,6 +1,10 @@
 """Memories in the kernels (interpret mode) = memories in XLA."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +12,7 @@ import numpy as np
 import pytest
 
 from hope_jax.config import MemoryConfig
-from hope_jax.memory import chunks, deep, fused, self_modifying
+from hope_jax.memory import chunks, deep, fused, rules, self_modifying
 from tests import compilers
 from tests.memory.test_deep import (
   B,
@@ -124,6 +128,59 @@ def test_projections_in_kernels_equal_xla_values_and_vjps(options):
   initial, p = random_boxes(cfg)
   p = jax.tree.map(lambda x: x[:, :, :20], p)
   _check(_boxes, cfg, (initial, p, _moved(initial, cfg)), SEGMENTS)
+
+
+def test_projections_in_kernels_in_pieces(monkeypatch):
+  """A long chunk's rule is solved in pieces, of two tokens here."""
+  monkeypatch.setattr(rules, "PIECE_LENGTH", 2)
+  cfg = MemoryConfig(**KERNELS, adaptive=("k", "eta"))
+  initial, p = random_boxes(cfg)
+  p = jax.tree.map(lambda x: x[:, :, :8], p)
+  _check(_boxes, cfg, (initial, p, _moved(initial, cfg)))
+
+
+EIGHT = """
+import dataclasses, json
+import jax, numpy as np
+from hope_jax.config import MemoryConfig, MeshConfig
+from hope_jax.memory import deep, fused
+from hope_jax.training import sharding
+from tests.memory import test_deep
+
+fused.INTERPRET = True
+cfg = MemoryConfig(implementation="pallas_tpu", chunk_length=4)
+test_deep.B, test_deep.H = 4, 2
+initial, sequence, gates = test_deep.random_memory(length=12)
+
+def loss(initial, sequence, gates):
+  return deep.run_memory(initial, *sequence, gates, cfg).outputs.sum()
+
+def gradients(data, fsdp, tensor, count):
+  mesh = sharding.make_mesh(
+    MeshConfig(data, fsdp, tensor), jax.devices()[:count])
+  with sharding.activate(mesh):
+    found = jax.jit(jax.grad(loss, (0, 1, 2)))(initial, sequence, gates)
+  return [np.asarray(x) for x in jax.tree.leaves(found)]
+
+one, eight, odd = gradients(1, 1, 1, 1), gradients(2, 2, 2, 8), gradients(
+  1, 2, 4, 8)  # two heads do not divide over four devices
+worst = lambda a: max(float(np.abs(x - y).max()) for x, y in zip(a, one))
+print(json.dumps([worst(eight), worst(odd)]))
+"""
+
+
+def test_kernels_run_on_every_device_of_a_mesh():
+  flags = "--xla_force_host_platform_device_count=8"
+  child = subprocess.run(
+    [sys.executable, "-c", EIGHT],
+    env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+  assert child.returncode == 0, child.stderr[-3000:]
+  assert max(json.loads(child.stdout.splitlines()[-1])) < 1e-4
 
 
 def test_kernels_with_an_incomplete_last_chunk():
