@@ -65,8 +65,9 @@ XLA = Arithmetic()
 class Mix(NamedTuple):
   """How a state sees the writes of the chunk and its first state.
 
-  Of all tokens' states: pair [..., C, C], start [..., C]; of one state: without
-  the first C. Columns of dead tokens are zero in `pair`: they write nothing.
+  Of all tokens' states: pair [..., C, C], start [..., C]; of one state: pair
+  [..., C], start [..., 1]. Columns of dead tokens are zero in `pair`: they
+  write nothing.
   """
 
   pair: jax.Array  # A
@@ -87,7 +88,7 @@ class ChunkDecays(NamedTuple):
   after: Mix | None  # of those after it; None unless they are read
   end: Mix  # of the chunk's last state
   momentum_pair_end: Any = None  # last row of B, [..., C]
-  momentum_start_end: Any = None  # b_C, [...]
+  momentum_start_end: Any = None  # b_C, [..., 1]
 
 
 def chunk_decays(
@@ -175,13 +176,16 @@ class _Products:
       self._before(x, up_to, arithmetic)
       for x, up_to in zip(terms, self.sums, strict=True)
     ]
-    self.totals = [jnp.sum(x, -1, keepdims=True) for x in terms]
+    self.totals = [
+      self._all(x, up_to, arithmetic)
+      for x, up_to in zip(terms, self.sums, strict=True)
+    ]
     self.resets: Any = None
     self.all_resets: Any = None
     if reset is not None:
       reset = reset.astype(factor.dtype)
       self.resets = self._up_to(reset, arithmetic)
-      self.all_resets = jnp.sum(reset, -1, keepdims=True)
+      self.all_resets = self._all(reset, self.resets, arithmetic)
 
   def _up_to(self, x: jax.Array, arithmetic: Arithmetic) -> jax.Array:
     if not arithmetic.in_kernel:
@@ -194,6 +198,13 @@ class _Products:
     if not arithmetic.in_kernel:
       return jnp.pad(up_to[..., :-1], [(0, 0)] * (x.ndim - 1) + [(1, 0)])
     return jnp.sum(jnp.where(self.later, x[..., None, :], 0), -1)
+
+  def _all(
+    self, x: jax.Array, up_to: jax.Array, arithmetic: Arithmetic
+  ) -> jax.Array:
+    if not arithmetic.in_kernel:
+      return up_to[..., -1:]
+    return jnp.sum(x, axis=-1, keepdims=True)
 
   def _product(self, sums, mask=None) -> jax.Array:
     """exp of a sum of logs, with its number and sum of zeros."""
