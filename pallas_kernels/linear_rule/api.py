@@ -102,9 +102,7 @@ def linear_rule(
   dtype = reference.state_dtype(x, u, arguments)
   arguments |= dict(read=read)
   if implementation is None:
-    implementation = _best_implementation(
-      jax.default_backend(), dtype, x.shape[-1], u.shape[-1]
-    )
+    implementation = _best_implementation(dtype, x.shape[-1], u.shape[-1])
   _validate_choice("implementation", implementation, Implementation)
   if implementation == "reference":
     return reference.linear_rule_reference(x, u, **arguments)
@@ -121,18 +119,22 @@ def linear_rule(
   return kernel[implementation](x, u, **arguments)
 
 
-@functools.cache
 def _best_implementation(
-  backend: str, dtype: jnp.dtype, key_dim: int, value_dim: int
+  dtype: jnp.dtype, key_dim: int, value_dim: int
 ) -> Implementation:
-  best = "chunked"
+  backend, best = jax.default_backend(), "chunked"
   if dtype == jnp.float32 and backend == "tpu":
     best = "pallas_tpu"
   if dtype == jnp.float32 and backend == "gpu":
     can_tile = pallas_gpu.can_tile(key_dim, value_dim)
     best = "pallas_gpu" if can_tile else "chunked"
-  logging.info('linear_rule: implementation=None uses "%s".', best)
+  _log_choice(best)
   return best
+
+
+@functools.cache
+def _log_choice(name: str) -> None:
+  logging.info(f'linear_rule: implementation=None uses "{name}".')
 
 
 def _validate_choice(name, value, choices):

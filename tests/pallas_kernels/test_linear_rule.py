@@ -282,7 +282,7 @@ def test_linear_rule_rejects(name, change, message):
 def test_default_implementation_is_logged_once(monkeypatch):
   messages = []
   monkeypatch.setattr(api.logging, "info", messages.append)
-  api._best_implementation.cache_clear()
+  api._log_choice.cache_clear()
   for _ in range(2):
     jax.eval_shape(
       functools.partial(call, chunk_length=4), random_inputs((1, 2, 6, 5, 3))
