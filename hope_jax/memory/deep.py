@@ -95,24 +95,15 @@ def run_memory(
   slow, state, origin = anchored(initial, state, cfg)
   gates = gates._replace(retention=rules.retained(gates.retention, cfg))
   docs = chunks.documents(segments, layout, origin)
-  if (
-    layout.offset is None
-    and not with_dynamics
-    and fused.is_chosen(cfg.implementation)
-  ):
-    outputs, now = fused.run(
-      fused_chunk,
-      initial,
-      state.now,
-      (keys, values, queries, gates),
-      cfg,
-      chunk_length=cfg.chunk_length,
-      begins=None if docs is None else docs.begins,
-      name="memory",
+  how: dict[str, Any] = dict(
+    chunk_length=cfg.chunk_length, continued=continued, docs=docs
+  )
+  if fused.can_run(cfg, layout) and not with_dynamics:
+    tokens = keys, values, queries, gates
+    outputs, state = fused.run(
+      fused_chunk, initial, state, tokens, cfg, name="memory", **how
     )
-    after = chunks.ChunkState(now, None, None) if continued else None
-    return MemoryOutput(outputs, difference(initial, after, cfg), None)
-  xs = _by_chunk(slow, keys, values, queries, gates, layout, cfg)
+    return MemoryOutput(outputs, difference(initial, state, cfg), None)
 
   def step(start, now, inputs, _):
     (k, v, query, gates), decays = inputs
@@ -123,15 +114,9 @@ def run_memory(
       dynamics = dynamics_of(initial, after, gates, k, cfg, slow, loss)
     return after, (read, dynamics)
 
+  xs = _by_chunk(slow, keys, values, queries, gates, layout, cfg)
   (read, dynamics), state = chunks.scan_chunks(
-    step,
-    state,
-    xs,
-    layout,
-    chunk_length=cfg.chunk_length,
-    policy=cfg.remat,
-    continued=continued,
-    docs=docs,
+    step, state, xs, layout, policy=cfg.remat, **how
   )
   if dynamics is not None:
     dynamics = summarize(dynamics)

@@ -19,12 +19,18 @@ from absl import logging
 from jax.sharding import PartitionSpec
 
 from hope_jax.config import MemoryConfig
+from hope_jax.memory import chunks
 from pallas_kernels import fused_scan
 from pallas_kernels.linear_rule import chunk as chunk_lib
 
 # As of `pl.pallas_call`: for tests on other backends.
 INTERPRET: Any = False
 KERNEL = chunk_lib.Arithmetic(in_kernel=True)
+
+
+def can_run(cfg: MemoryConfig, layout: chunks.Layout) -> bool:
+  """Whether the kernels are chosen, and the tokens are whole chunks."""
+  return layout.offset is None and is_chosen(cfg.implementation)
 
 
 @functools.cache
@@ -80,22 +86,23 @@ class _Step:
 def run(
   function: Callable,
   initial: Any,
-  now: dict[str, Any],
+  state: chunks.ChunkState,
   tokens: Any,
   cfg: MemoryConfig,
   *,
   chunk_length: int,
-  begins: jax.Array | None,
+  continued: bool,
+  docs: chunks.Documents | None,
   name: str,
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[Any, chunks.ChunkState | None]:
   """(outputs, state after) of whole chunks from a chunk's border.
 
   Args:
     function: of one chunk of one head, see `_Step`; a module's function.
     initial: M_0, any tree of [H, ...].
-    now: {"weight", "momentum"}, what the rule acts on, [B, H, ...].
+    state: what the rule acts on, [B, H, ...].
     tokens: any tree of [B, H, T, ...].
-    begins: [N, B], the chunks with which a new document begins.
+    continued, docs: as in `chunks.scan_chunks`.
     name: of the kernels.
   """
   num_tokens = jax.tree.leaves(tokens)[0].shape[2]
@@ -127,7 +134,9 @@ def run(
     ys = jax.tree.map(lambda y: by_token(y)[:, :, :num_tokens], ys)
     return ys, jax.tree.map(split, state)
 
-  return _per_device(run_here)(initial, now, tokens, begins)
+  begins = None if docs is None else docs.begins
+  ys, now = _per_device(run_here)(initial, state.now, tokens, begins)
+  return ys, chunks.ChunkState(now, None, None) if continued else None
 
 
 def _per_device(run):

@@ -268,28 +268,15 @@ def run_projections(
     state = chunks.fresh(deep.zero_state(initial, p.k.shape[0], cfg))
   slow, state, origin = deep.anchored(initial, state, cfg)
   docs = chunks.documents(segments, layout, origin)
-  if (
-    layout.offset is None
-    and not (frozen or with_dynamics)
-    and fused.is_chosen(cfg.implementation)
-  ):
-    made, now = fused.run(
-      fused_chunk,
-      initial,
-      state.now,
-      p,
-      cfg,
-      chunk_length=chunk_length,
-      begins=None if docs is None else docs.begins,
-      name="projections",
-    )
-    after = chunks.ChunkState(now, None, None) if continued else None
-    return made, deep.difference(initial, after, cfg), {}
-  inputs = slow_hidden(slow, p, cfg)
-  xs = (
-    jax.tree.map(lambda x: layout.split(x, axis=2), p),
-    jax.tree.map(lambda x: layout.split(x, axis=3), inputs),
+  how: dict[str, Any] = dict(
+    chunk_length=chunk_length, continued=continued, docs=docs
   )
+  if fused.can_run(cfg, layout) and not (frozen or with_dynamics):
+    made, state = fused.run(
+      fused_chunk, initial, state, p, cfg, name="projections", **how
+    )
+    return made, deep.difference(initial, state, cfg), {}
+  xs = _by_chunk(slow, p, cfg, layout)
 
   def step(start, now, xs, live):
     made = project(slow, start, xs[0], xs[1], cfg)
@@ -309,18 +296,21 @@ def run_projections(
     return after, (made, dynamics)
 
   (made, dynamics), state = chunks.scan_chunks(
-    step,
-    state,
-    xs,
-    layout,
-    chunk_length=chunk_length,
-    policy=cfg.remat,
-    continued=continued,
-    docs=docs,
+    step, state, xs, layout, policy=cfg.remat, **how
   )
   made = jax.tree.map(lambda x: layout.merge(x, axis=2), made)
   dynamics = {name: deep.summarize(d) for name, d in dynamics.items()}
   return made, deep.difference(initial, state, cfg), dynamics
+
+
+def _by_chunk(
+  slow: Boxes | None, p: Slow, cfg: MemoryConfig, layout: chunks.Layout
+) -> tuple[Slow, Any]:
+  """The scan's inputs: p, and what `slow_hidden` makes of it."""
+  return (
+    jax.tree.map(lambda x: layout.split(x, axis=2), p),
+    jax.tree.map(lambda x: layout.split(x, axis=3), slow_hidden(slow, p, cfg)),
+  )
 
 
 def fused_chunk(
@@ -348,12 +338,7 @@ def _slow_projections(initial: Boxes, p: Slow, cfg: MemoryConfig) -> Projected:
   """The twin: every box at M_0, chunk by chunk as the live ones, so that it
   is the live model with all rates 0 bit for bit."""
   layout = chunks.plan(p.k.shape[2], cfg.projection_chunk_length, None)
-  xs = (
-    jax.tree.map(lambda x: layout.split(x, axis=2), p),
-    jax.tree.map(
-      lambda x: layout.split(x, axis=3), slow_hidden(initial, p, cfg)
-    ),
-  )
+  xs = _by_chunk(initial, p, cfg, layout)
   made = jax.lax.map(lambda xs: project(initial, None, xs[0], xs[1], cfg), xs)
   return jax.tree.map(lambda x: layout.merge(x, axis=2), made)
 

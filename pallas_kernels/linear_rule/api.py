@@ -108,15 +108,17 @@ def linear_rule(
     return reference.linear_rule_reference(x, u, **arguments)
   arguments |= dict(chunk_length=chunk_length)
   if implementation == "chunked":
-    return chunked.linear_rule_chunked(x, u, **arguments, checkpoint=checkpoint)
-  if dtype != jnp.float32:
+    arguments |= dict(checkpoint=checkpoint)
+  elif dtype != jnp.float32:
     raise NotImplementedError(
       f'{implementation!r} computes in float32, not {dtype}: use "chunked".'
     )
-  kernel = dict(
-    pallas_tpu=pallas_tpu.linear_rule_tpu, pallas_gpu=pallas_gpu.linear_rule_gpu
-  )
-  return kernel[implementation](x, u, **arguments)
+  run = {
+    "chunked": chunked.linear_rule_chunked,
+    "pallas_tpu": pallas_tpu.linear_rule_tpu,
+    "pallas_gpu": pallas_gpu.linear_rule_gpu,
+  }
+  return run[implementation](x, u, **arguments)
 
 
 def _best_implementation(
