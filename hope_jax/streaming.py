@@ -20,7 +20,7 @@ Legend: B batch, T tokens, V vocab, L layers.
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import flax.struct
 import jax
@@ -41,6 +41,8 @@ from hope_jax.models import language_model
 from hope_jax.models.block import BlockState
 from hope_jax.models.language_model import ModelOutput
 from hope_jax.training import sharding
+
+State = TypeVar("State")
 
 PIECE = 4096  # tokens of the largest piece, a power of two
 RATIO = 8  # of a piece's size to the next smaller one's
@@ -83,7 +85,7 @@ def start(config: ModelConfig, batch_size: int = 1) -> StreamState:
   return copy(state)  # zeros may be shared, but what is used up may not
 
 
-def copy(state: StreamState) -> StreamState:
+def copy(state: State) -> State:
   """The same state once more, for `extend` to use up."""
   return jax.tree.map(jnp.copy, state)
 

@@ -23,6 +23,7 @@ of a group.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,6 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import refs, scan
 
 # v5e, v5p and v6e have 128 MiB of VMEM per core, of which the compiler gives a
 # kernel 16 unless asked.  States and blocks take at most a quarter of what is
@@ -74,16 +77,8 @@ def fused_scan(
   """
   num_chunks = jax.tree.leaves(xs)[0].shape[1]
   chunks = chunks_per_step(num_chunks, state, xs)
-  steps = -(-num_chunks // chunks)
-  padding = steps * chunks - num_chunks
-
-  def group(x):
-    if padding:
-      widths = [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)
-      x = jnp.pad(x, widths)
-    return x.reshape(x.shape[0], steps, chunks, *x.shape[2:])
-
-  if padding:
+  group = lambda x: scan.fold_chunks(x, chunks, 1)
+  if num_chunks % chunks:
     step = _Until(step, num_chunks)
   ys, state = _differentiable(
     state, jax.tree.map(group, xs), shared, step, Options(name, interpret)
@@ -117,24 +112,11 @@ def chunks_per_step(num_chunks: int, state: Any, xs: Any) -> int:
 def _tiled_bytes(shape: tuple[int, ...]) -> int:
   """Of a float32 array in VMEM, in tiles of 8 x 128."""
   *outer, rows, columns = (1, 1, *shape)
-  size = -(-rows // 8) * 8 * -(-columns // 128) * 128
-  for axis in outer:
-    size *= axis
-  return 4 * size
+  tiles = -(-rows // 8) * -(-columns // 128)
+  return 4 * 8 * 128 * tiles * math.prod(outer)
 
 
 # ----------------------------------------------------------------- kernels
-
-
-def _load(refs: Any, index: Any = ...) -> Any:
-  return jax.tree.map(lambda ref: ref[index], refs)
-
-
-def _store(refs: Any, index: Any, values: Any) -> None:
-  def write(ref, value):
-    ref[index] = value.astype(ref.dtype)
-
-  jax.tree.map(write, refs, values)
 
 
 def _forward_kernel(
@@ -144,23 +126,23 @@ def _forward_kernel(
 
   @pl.when(group == 0)
   def _():
-    _store(state, ..., _load(initial))
+    refs.store(state, ..., refs.load(initial))
 
   if saved is not None:
-    _store(saved, ..., _load(state))
+    refs.store(saved, ..., refs.load(state))
 
   def run(i, _):
     y, after = step(
-      _load(shared), _load(state), _load(xs, i), group * chunks + i
+      refs.load(shared), refs.load(state), refs.load(xs, i), group * chunks + i
     )
-    _store(ys, i, y)
-    _store(state, ..., after)
+    refs.store(ys, i, y)
+    refs.store(state, ..., after)
 
   jax.lax.fori_loop(0, chunks, run, None)
 
   @pl.when(group == pl.num_programs(1) - 1)
   def _():
-    _store(final, ..., _load(state))
+    refs.store(final, ..., refs.load(state))
 
 
 def _backward_kernel(
@@ -183,15 +165,15 @@ def _backward_kernel(
 
   @pl.when(group == last)
   def _():
-    _store(d_state, ..., _load(d_final))
-    _store(d_shared, ..., jax.tree.map(jnp.zeros_like, _load(d_shared)))
+    refs.store(d_state, ..., refs.load(d_final))
+    refs.store(d_shared, ..., jax.tree.map(jnp.zeros_like, refs.load(d_shared)))
 
-  _store(states, 0, _load(saved))
+  refs.store(states, 0, refs.load(saved))
 
   def recompute(i, _):
-    now = _load(states, i), _load(xs, i)
-    _, after = step(_load(shared), *now, group * chunks + i)
-    _store(states, i + 1, after)
+    now = refs.load(states, i), refs.load(xs, i)
+    _, after = step(refs.load(shared), *now, group * chunks + i)
+    refs.store(states, i + 1, after)
 
   jax.lax.fori_loop(0, chunks - 1, recompute, None)
 
@@ -199,21 +181,21 @@ def _backward_kernel(
     i = chunks - 1 - back
     _, vjp = jax.vjp(
       lambda *args: step(*args, group * chunks + i),
-      _load(shared),
-      _load(states, i),
-      _load(xs, i),
+      refs.load(shared),
+      refs.load(states, i),
+      refs.load(xs, i),
     )
-    d_of_shared, d_before, d_x = vjp((_load(d_ys, i), _load(d_state)))
-    _store(d_xs, i, d_x)
-    _store(d_state, ..., d_before)
-    total = jax.tree.map(jnp.add, _load(d_shared), d_of_shared)
-    _store(d_shared, ..., total)
+    d_of_shared, d_before, d_x = vjp((refs.load(d_ys, i), refs.load(d_state)))
+    refs.store(d_xs, i, d_x)
+    refs.store(d_state, ..., d_before)
+    total = jax.tree.map(jnp.add, refs.load(d_shared), d_of_shared)
+    refs.store(d_shared, ..., total)
 
   jax.lax.fori_loop(0, chunks, run, None)
 
   @pl.when(group == 0)
   def _():
-    _store(d_initial, ..., _load(d_state))
+    refs.store(d_initial, ..., refs.load(d_state))
 
 
 # ------------------------------------------------------------------- calls
@@ -244,14 +226,6 @@ def _by_group(tree: Any, *, last_first: bool = False) -> Any:
     )
 
   return jax.tree.map(block, tree)
-
-
-def _like(tree: Any, *axes: int) -> Any:
-  """Shapes and dtypes of arrays [S, ...], with more axes after the first."""
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((x.shape[0], *axes, *x.shape[1:]), x.dtype),
-    tree,
-  )
 
 
 def _scratch(state: Any, *axes: int) -> Any:
@@ -298,7 +272,7 @@ def _num_shared(shared: Any) -> int:
 def _forward(state, xs, shared, step, options, *, save):
   _, groups, chunks = jax.tree.leaves(xs)[0].shape[:3]
   ys = _shape_of_ys(step, state, xs, shared)
-  saved = _like(state, groups) if save else None
+  saved = refs.like(state, groups) if save else None
   return _call(
     functools.partial(_forward_kernel, step=step, chunks=chunks),
     xs,
@@ -310,7 +284,7 @@ def _forward(state, xs, shared, step, options, *, save):
       _by_sequence(shared, _num_shared(shared)),
     ),
     out_specs=(_by_group(ys), _by_sequence(state), _by_group(saved)),
-    out_shape=(ys, _like(state), saved),
+    out_shape=(ys, refs.like(state), saved),
     scratch_shapes=(_scratch(state),),
   )(state, xs, shared)
 
@@ -345,7 +319,7 @@ def _gradients(step, options, residuals, cotangents):
       _by_sequence(d_final),
     ),
     out_specs=(_by_sequence(d_final), last_first(xs), _by_sequence(d_shared)),
-    out_shape=(_like(d_final), _like(xs), d_shared),
+    out_shape=(refs.like(d_final), refs.like(xs), d_shared),
     scratch_shapes=(_scratch(d_final, chunks), _scratch(d_final)),
   )(xs, shared, saved, d_ys, d_final)
   d_shared = jax.tree.map(

@@ -72,23 +72,28 @@ def checkpointed_scan(
   return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ys, ys_rest)
 
 
-def split_chunks(
-  x: jax.Array, chunk_length: int, axis: int = 2, *, pad_value=0
+def fold_chunks(
+  x: jax.Array, chunk_length: int, axis: int, *, pad_value=0
 ) -> jax.Array:
-  """Cuts an axis into chunks and puts them first: [B,H,T,...] -> [N,B,H,C,...].
+  """Cuts an axis into chunks: [..., T, ...] -> [..., N, C, ...].
 
   The last chunk is filled up with `pad_value`.
   """
-  length = x.shape[axis]
-  num_chunks = -(-length // chunk_length)
-  padding = num_chunks * chunk_length - length
+  axis %= x.ndim
+  padding = -x.shape[axis] % chunk_length
   if padding:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, padding)
     x = jnp.pad(x, widths, constant_values=pad_value)
-  axis %= x.ndim
-  shape = (*x.shape[:axis], num_chunks, chunk_length, *x.shape[axis + 1 :])
-  return jnp.moveaxis(x.reshape(shape), axis, 0)
+  return x.reshape(*x.shape[:axis], -1, chunk_length, *x.shape[axis + 1 :])
+
+
+def split_chunks(
+  x: jax.Array, chunk_length: int, axis: int = 2, *, pad_value=0
+) -> jax.Array:
+  """`fold_chunks` with the chunks first: [B,H,T,...] -> [N,B,H,C,...]."""
+  folded = fold_chunks(x, chunk_length, axis, pad_value=pad_value)
+  return jnp.moveaxis(folded, axis % x.ndim, 0)
 
 
 def merge_chunks(x: jax.Array, length: int, axis: int = 2) -> jax.Array:

@@ -243,8 +243,8 @@ def read(
   rows, count = tokens_BN.shape
   if count % piece:
     raise ConfigError(f"{count} tokens are not whole pieces of {piece}")
-  state = language_model.init_state(config, rows, piece)
-  state = jax.tree.map(jnp.copy, state)  # zeros may be shared: see donation
+  # Zeros may be shared, but what is used up may not.
+  state = streaming.copy(language_model.init_state(config, rows, piece))
   ends, kept = [], None
   for first in range(0, count, piece):
     tokens = jnp.asarray(tokens_BN[:, first : first + piece])

@@ -9,6 +9,7 @@ Legend: B batch, H heads, T tokens, N chunks, C chunk length.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from hope_jax.config import MemoryConfig
 from hope_jax.memory import chunks
-from pallas_kernels import fused_scan
+from pallas_kernels import fused_scan, scan
 from pallas_kernels.linear_rule import chunk as chunk_lib
 
 # As of `pl.pallas_call`: for tests on other backends.
@@ -64,8 +65,7 @@ class _Step:
       now = self._restart(initial, now, begins)
     live = None
     if self.num_tokens % self.length:
-      place = jax.lax.broadcasted_iota(jnp.int32, (self.length,), 0)
-      live = index * self.length + place < self.num_tokens
+      live = chunk_lib.live_tokens(index, self.length, self.num_tokens)
     return self.function(initial, now, tokens, live, self.cfg)
 
   def _restart(
@@ -115,9 +115,7 @@ def run(
 
     def by_chunk(x):
       """[B, H, T, ...] -> [B H, N, C, ...]."""
-      x = x.reshape(-1, *x.shape[2:])
-      widths = [(0, 0), (0, -num_tokens % length)] + [(0, 0)] * (x.ndim - 2)
-      return jnp.pad(x, widths).reshape(x.shape[0], -1, length, *x.shape[2:])
+      return scan.fold_chunks(x.reshape(-1, *x.shape[2:]), length, 1)
 
     if begins is not None:
       begins = jnp.repeat(begins.T, heads, axis=0)[..., None]
@@ -165,7 +163,4 @@ def _per_device(run):
 def _ways(mesh: Any, axis: Any) -> int:
   """Over how many devices a mesh axis, or several, splits an array."""
   names = axis if isinstance(axis, tuple) else (axis,)
-  ways = 1
-  for name in names:
-    ways *= 1 if name is None else mesh.shape[name]
-  return ways
+  return math.prod(mesh.shape[name] for name in names if name is not None)

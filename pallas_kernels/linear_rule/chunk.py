@@ -148,6 +148,12 @@ def chunk_decays(
   return ChunkDecays(before, after, end, pair_end, moved.start_end())
 
 
+def live_tokens(index: jax.Array, length: int, num_tokens: int) -> jax.Array:
+  """Which places of chunk `index` hold one of `num_tokens` tokens, [C]."""
+  place = jax.lax.broadcasted_iota(jnp.int32, (length,), 0)
+  return index * length + place < num_tokens
+
+
 class _Products:
   """Products of a factor over the tokens between two, zeros and resets apart.
 

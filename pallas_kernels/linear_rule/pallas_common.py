@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import scan
 from pallas_kernels.linear_rule import chunk as chunk_lib
 from pallas_kernels.linear_rule import reference
 
@@ -52,11 +53,13 @@ class Step:
     self, shared: None, state: State, tokens: Tokens, index: jax.Array
   ) -> tuple[Any, State]:
     del shared
-    rates = tokens.rates
+    rates, live = tokens.rates, None
+    if self.is_padded:
+      live = chunk_lib.live_tokens(index, tokens.x.shape[0], self.num_tokens)
     decays = chunk_lib.chunk_decays(
       rates["retention"],
       rates.get("momentum_decay"),
-      live=self._live(index, tokens.x.shape[0]),
+      live=live,
       reset=rates.get("reset"),
       read="pre" if tokens.queries is None else self.read,
       arithmetic=self.arithmetic,
@@ -78,13 +81,6 @@ class Step:
       outputs = outputs.astype(tokens.u.dtype)
     return outputs, State(out.weight, out.momentum)
 
-  def _live(self, index: jax.Array, length: int) -> jax.Array | None:
-    """Which tokens of the chunk exist, [C]; None where all always do."""
-    if not self.is_padded:
-      return None
-    place = jax.lax.broadcasted_iota(jnp.int32, (length,), 0)
-    return index * length + place < self.num_tokens
-
 
 def enter(
   x: jax.Array,
@@ -101,11 +97,7 @@ def enter(
 
   def by_chunk(array: jax.Array) -> jax.Array:
     array = array.reshape(-1, *array.shape[2:])
-    padding = -array.shape[1] % chunk_length
-    if padding:
-      widths = [(0, 0), (0, padding)] + [(0, 0)] * (array.ndim - 2)
-      array = jnp.pad(array, widths)
-    return array.reshape(array.shape[0], -1, chunk_length, *array.shape[2:])
+    return scan.fold_chunks(array, chunk_length, 1)
 
   tokens = Tokens(
     x=by_chunk(x),

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from pallas_kernels import refs, scan
 from pallas_kernels.linear_rule import chunk, tuning
 from pallas_kernels.linear_rule import pallas_common as common
 from pallas_kernels.linear_rule.pallas_common import State, Tokens
@@ -59,13 +60,9 @@ def linear_rule_gpu(
     x, u, chunk_length=blocks.chunk_length, **arguments
   )
 
-  def group(array: jax.Array) -> jax.Array:
-    """[B H, N, C, ...] -> [B H, G, n, C, ...]."""
-    count, num_chunks, *rest = array.shape
-    padding = blocks.groups * blocks.chunks - num_chunks
-    array = jnp.pad(array, [(0, 0), (0, padding)] + [(0, 0)] * len(rest))
-    return array.reshape(count, blocks.groups, blocks.chunks, *rest)
-
+  tokens = jax.tree.map(
+    lambda array: scan.fold_chunks(array, blocks.chunks, 1), tokens
+  )
   step = common.Step(
     read,
     x.shape[2],
@@ -73,7 +70,7 @@ def linear_rule_gpu(
     chunk.Arithmetic("highest" if interpret else _PRECISION, in_kernel=True),
   )
   outputs, state = _differentiable(
-    jax.tree.map(group, tokens), state, _Static(step, blocks, interpret)
+    tokens, state, _Static(step, blocks, interpret)
   )
   return common.leave(outputs, state, u)
 
@@ -94,34 +91,23 @@ class _Static(NamedTuple):
 # ----------------------------------------------------------------- kernels
 
 
-def _load(refs: Any, index: Any = ...) -> Any:
-  return jax.tree.map(lambda ref: ref[index], refs)
-
-
-def _store(refs: Any, index: Any, values: Any) -> None:
-  def write(ref, value):
-    ref[index] = value.astype(ref.dtype)
-
-  jax.tree.map(write, refs, values)
-
-
 def _forward_kernel(tokens, initial, outputs, final, saved, *, static):
   groups, chunks = tokens.x.shape[:2]
 
   def run_group(group, state):
     if saved is not None:
-      _store(saved, group, state)
+      refs.store(saved, group, state)
 
     def step(i, state):
-      now = _load(tokens, (group, i))
+      now = refs.load(tokens, (group, i))
       y, after = static.step(None, state, now, group * chunks + i)
-      _store(outputs, (group, i), y)
+      refs.store(outputs, (group, i), y)
       return after
 
     return jax.lax.fori_loop(0, chunks, step, state)
 
-  state = jax.lax.fori_loop(0, groups, run_group, _load(initial))
-  _store(final, ..., state)
+  state = jax.lax.fori_loop(0, groups, run_group, refs.load(initial))
+  refs.store(final, ..., state)
 
 
 def _backward_kernel(
@@ -133,25 +119,25 @@ def _backward_kernel(
     group = groups - 1 - back
 
     def replay(i, state):
-      now = _load(tokens._replace(queries=None), (group, i))
+      now = refs.load(tokens._replace(queries=None), (group, i))
       return static.step(None, state, now, group * chunks + i)[1]
 
     def step(back, d_state):
       i = chunks - 1 - back
-      state = jax.lax.fori_loop(0, i, replay, _load(saved, group))
+      state = jax.lax.fori_loop(0, i, replay, refs.load(saved, group))
       _, vjp = jax.vjp(
         lambda state, now: static.step(None, state, now, group * chunks + i),
         state,
-        _load(tokens, (group, i)),
+        refs.load(tokens, (group, i)),
       )
-      d_state, d_chunk = vjp((_load(d_outputs, (group, i)), d_state))
-      _store(d_tokens, (group, i), d_chunk)
+      d_state, d_chunk = vjp((refs.load(d_outputs, (group, i)), d_state))
+      refs.store(d_tokens, (group, i), d_chunk)
       return d_state
 
     return jax.lax.fori_loop(0, chunks, step, d_state)
 
-  d_state = jax.lax.fori_loop(0, groups, run_group, _load(d_final))
-  _store(d_initial, ..., d_state)
+  d_state = jax.lax.fori_loop(0, groups, run_group, refs.load(d_final))
+  refs.store(d_initial, ..., d_state)
 
 
 # ------------------------------------------------------------------- calls
@@ -189,14 +175,6 @@ def _specs(parts: int, tokens: Tokens, *states: Any) -> tuple[Any, ...]:
   return token_specs, *(jax.tree.map(rows, state) for state in states)
 
 
-def _like(tree: Any, *axes: int) -> Any:
-  """Shapes and dtypes of arrays, with more axes after the first."""
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((x.shape[0], *axes, *x.shape[1:]), x.dtype),
-    tree,
-  )
-
-
 def _options(static: _Static) -> dict[str, Any]:
   return dict(
     compiler_params=pltriton.CompilerParams(
@@ -209,15 +187,15 @@ def _options(static: _Static) -> dict[str, Any]:
 def _forward(tokens: Tokens, state: State, static: _Static, *, save: bool):
   """(outputs [B H, G, n, C, E], final state, states at groups' starts)."""
   parts = static.blocks.parts
-  outputs = None if tokens.queries is None else _like(tokens.u)
-  saved = _like(state, tokens.x.shape[1]) if save else None
+  outputs = None if tokens.queries is None else refs.like(tokens.u)
+  saved = refs.like(state, tokens.x.shape[1]) if save else None
   token_specs, state_specs, saved_specs = _specs(parts, tokens, state, saved)
   return pl.pallas_call(
     functools.partial(_forward_kernel, static=static),
     grid=(tokens.x.shape[0], parts),
     in_specs=(token_specs, state_specs),
     out_specs=(outputs and token_specs.u, state_specs, saved_specs),
-    out_shape=(outputs, _like(state), saved),
+    out_shape=(outputs, refs.like(state), saved),
     name="linear_rule_forward",
     **_options(static),
   )(tokens, state)
@@ -230,21 +208,20 @@ def _backward(
   parts = static.blocks.parts
   token_specs, saved_specs, state_specs = _specs(parts, tokens, saved, d_final)
 
-  def per_part(array):
-    """A gradient of what all parts read: [B H, P, ...] in float32."""
+  def shape_per_part(array):
+    """Of a gradient of what all parts read: [B H, P, ...] in float32."""
+    shape = array.shape[0], parts, *array.shape[1:]
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+  def spec_per_part(array):
     rest = array.shape[1:]
-    shape = jax.ShapeDtypeStruct((array.shape[0], parts, *rest), jnp.float32)
-    spec = pl.BlockSpec(
+    return pl.BlockSpec(
       (None, None, *rest), lambda b, p: (b, p, *(0,) * len(rest))
     )
-    return shape, spec
 
-  made = jax.tree.map(per_part, tokens._replace(u=None))
-  is_pair = lambda pair: isinstance(pair, tuple) and len(pair) == 2
-  shapes, specs = (
-    jax.tree.map(lambda pair, i=i: pair[i], made, is_leaf=is_pair)
-    for i in (0, 1)
-  )
+  shared = tokens._replace(u=None)
+  shapes = jax.tree.map(shape_per_part, shared)
+  specs = jax.tree.map(spec_per_part, shared)
   d_tokens, d_state = pl.pallas_call(
     functools.partial(_backward_kernel, static=static),
     grid=(tokens.x.shape[0], parts),
@@ -256,8 +233,8 @@ def _backward(
     ),
     out_specs=(specs._replace(u=token_specs.u), state_specs),
     out_shape=(
-      shapes._replace(u=_like(tokens.u)),
-      _like(d_final),
+      shapes._replace(u=refs.like(tokens.u)),
+      refs.like(d_final),
     ),
     name="linear_rule_backward",
     **_options(static),
@@ -265,7 +242,7 @@ def _backward(
   summed = jax.tree.map(
     lambda d, x: jnp.sum(d, axis=1).astype(x.dtype),
     d_tokens._replace(u=None),
-    tokens._replace(u=None),
+    shared,
   )
   return summed._replace(u=d_tokens.u), d_state
 
