@@ -16,6 +16,7 @@ Legend: B batch, N chunks, C chunk length, T tokens.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,22 @@ def zeros(initial: Any, batch_size: int) -> Any:
   return jax.tree.map(
     lambda w: jnp.zeros((batch_size, *w.shape), w.dtype), initial
   )
+
+
+def per_sequence(
+  initial: Any, batch_size: int, axes: tuple[str | None, ...]
+) -> Any:
+  """[B, *M_0]: M_0 for a scan over chunks, any tree; `axes`: M_0's first ones.
+
+  The outer gradient of an M_0 that all sequences share would be summed over
+  them, and over the devices that hold them, in every chunk; so it is once.
+  """
+
+  def copy(weight: jax.Array) -> jax.Array:
+    copies = jnp.broadcast_to(weight, (batch_size, *weight.shape))
+    return nn.with_logical_constraint(copies, ("batch", *axes))
+
+  return jax.tree.map(copy, initial)
 
 
 def fresh(

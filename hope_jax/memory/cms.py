@@ -25,6 +25,7 @@ Legend: B batch, T tokens, C chunk length, D model, F hidden.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -44,8 +45,8 @@ class Rule(NamedTuple):
   """How a level learns.
 
   Attributes:
-    learn_rate: eta, a scalar.
-    log_retention: log alpha per token, a scalar; None: nothing is forgotten.
+    learn_rate: eta, a scalar; in `learn_chunk` one per sequence.
+    log_retention: log alpha per token, as eta; None: nothing is forgotten.
     chunk_length: tokens between updates; the step is divided by it.
     error_clip: largest norm of an error; 0 does not clip.
   """
@@ -84,13 +85,39 @@ class Trace(NamedTuple):
 
 def zero_state(slow: LevelWeights, batch_size: int) -> dict[str, Any]:
   """D = 0 for every sequence."""
-  return {"weight": chunks.zeros(slow, batch_size)}
+  zeros = jax.tree.map(jnp.zeros_like, slow)
+  return {"weight": _per_sequence(zeros, batch_size)}
 
 
 def slow_products(slow: LevelWeights, n: jax.Array) -> Inputs:
   """n [B, T, D] with the products that no fast weight changes."""
-  apply = lambda weight: jnp.einsum("BTD,DF->BTF", n, weight)
+  apply = lambda weight: jnp.einsum("...TD,...DF->...TF", n, weight)
   return Inputs(n, apply(slow.gate), apply(slow.up))
+
+
+def _per_sequence(slow: LevelWeights, batch_size: int) -> LevelWeights:
+  """Weights for a scan over chunks, see `chunks.per_sequence`."""
+  copy = lambda w, *axes: chunks.per_sequence(w, batch_size, axes)
+  return LevelWeights(
+    copy(slow.gate, None, "mlp"),
+    copy(slow.up, None, "mlp"),
+    copy(slow.down, "mlp", None),
+  )
+
+
+def _rule_per_sequence(rule: Rule, batch_size: int) -> Rule:
+  scalars = rule.learn_rate, rule.log_retention
+  scalars = jax.tree.map(jnp.asarray, scalars)
+  learn_rate, log_retention = chunks.per_sequence(scalars, batch_size, ())
+  return rule._replace(learn_rate=learn_rate, log_retention=log_retention)
+
+
+def _whole_rows(*arrays: jax.Array | None) -> list[Any]:
+  """[B, T, D] with all of D on a device, not gathered in every chunk."""
+  axes = "batch", "length", "act"
+  return [
+    x if x is None else nn.with_logical_constraint(x, axes) for x in arrays
+  ]
 
 
 def run_level(
@@ -122,6 +149,7 @@ def run_level(
   continued = state is not None
   if state is None:
     state = chunks.fresh(zero_state(slow, inputs.shape[0]))
+  inputs, keys, values = _whole_rows(inputs, keys, values)
   # The slow products of all tokens at once; the scan adds the fast ones.
   reads = slow_products(slow, inputs)
   written = None if keys is None else slow_products(slow, keys)
@@ -131,11 +159,13 @@ def run_level(
   origin = zero_state(slow, inputs.shape[0])
   docs = chunks.documents(segments, layout, origin)
   masks = docs and (docs.inherits, docs.keeps)
+  base = _per_sequence(slow, inputs.shape[0])
+  rates = _rule_per_sequence(rule, inputs.shape[0])
 
   def step(start, now, xs, live):
     tokens, masks = xs
     after, trace = learn_chunk(
-      slow, start, now["weight"], tokens, rule, live, masks
+      base, start, now["weight"], tokens, rates, live, masks
     )
     dynamics = None
     if with_dynamics:
@@ -184,11 +214,13 @@ def learn_chunk(
   def faded(x: jax.Array, age: jax.Array) -> jax.Array:
     if rule.log_retention is None:
       return x
-    return x * jnp.exp(rule.log_retention * age)
+    log_retention = rule.log_retention.reshape(-1, *(1,) * (x.ndim - 1))
+    return x * jnp.exp(log_retention * age)
 
   def write(weight, layer_input, layer_error):
     square = jnp.sum(jnp.square(layer_input), axis=-1)
-    rate = rule.learn_rate / (1.0 + rule.learn_rate * square)
+    learn_rate = rule.learn_rate[:, None]
+    rate = learn_rate / (1.0 + learn_rate * square)
     step = faded(rate / rule.chunk_length, later[None])
     if masks is not None:
       step = step * masks[1]
@@ -220,7 +252,7 @@ def forward(
   up = x.up + apply("BCD,BDF->BCF", x.n, fast.up)
   activated, slope = architectures.activate(gate, "silu")
   hidden = activated * up
-  y = jnp.einsum("BCF,FD->BCD", hidden, slow.down)
+  y = jnp.einsum("...CF,...FD->...CD", hidden, slow.down)
   y = y + apply("BCF,BFD->BCD", hidden, fast.down)
   return Trace(hidden, activated, slope, up, y)
 
@@ -238,7 +270,7 @@ def _errors(
   through = jnp.einsum("BCD,BFD->BCF", error, fast.down)
   if inherits is not None:
     through = through * inherits[..., None]
-  back = jnp.einsum("BCD,FD->BCF", error, slow.down) + through
+  back = jnp.einsum("...CD,...FD->...CF", error, slow.down) + through
   return LevelWeights(
     rules.clip_norm(back * trace.up * trace.slope, bound),
     rules.clip_norm(back * trace.activated, bound),
@@ -294,6 +326,12 @@ def run_nested(
   docs = chunks.documents(segments, layout, origin)
   borders = _borders(layout, state, lengths)
   nothing = ((origin["weight"],) * 2,) * len(levels)
+  base = _per_sequence(slow, x.shape[0])
+  rates = [_rule_per_sequence(level.rule, x.shape[0]) for level in levels]
+  scales = chunks.per_sequence(
+    [level.scale for level in levels], x.shape[0], ("act",)
+  )
+  x, keys, values = _whole_rows(x, keys, values)
 
   def body(carry, inputs):
     (x, values, keys), live, borders, flags = inputs
@@ -302,12 +340,14 @@ def run_nested(
       begins, masks = flags[0], flags[1:]
       carry = chunks.choose(begins, nothing, carry)
     carry = _restart(carry, borders, levels)
-    written = None if keys is None else slow_products(slow, keys)
+    written = None if keys is None else slow_products(base, keys)
     after, dynamics = [], []
-    for level, (start, now) in zip(levels, carry, strict=True):
-      n = architectures.rms_normalize(x) * level.scale[None, None]
-      tokens = Tokens(slow_products(slow, n), written, values)
-      new, read = learn_chunk(slow, start, now, tokens, level.rule, live, masks)
+    for level, rule, scale, (start, now) in zip(
+      levels, rates, scales, carry, strict=True
+    ):
+      n = architectures.rms_normalize(x) * scale[:, None]
+      tokens = Tokens(slow_products(base, n), written, values)
+      new, read = learn_chunk(base, start, now, tokens, rule, live, masks)
       x = x + read.y
       new = new if level.live else now
       if with_dynamics:

@@ -105,13 +105,15 @@ def run_memory(
     )
     return MemoryOutput(outputs, difference(initial, state, cfg), None)
 
+  base = chunks.per_sequence(slow, keys.shape[0], ("heads",))
+
   def step(start, now, inputs, _):
     (k, v, query, gates), decays = inputs
-    loss = inner_loss(start, slow, k, v, cfg)
+    loss = inner_loss(start, base, k, v, cfg)
     after, read = learn_chunk(start, now, loss, k, query, gates, decays, cfg)
     dynamics = None
     if with_dynamics:
-      dynamics = dynamics_of(initial, after, gates, k, cfg, slow, loss)
+      dynamics = dynamics_of(initial, after, gates, k, cfg, base, loss)
     return after, (read, dynamics)
 
   xs = _by_chunk(slow, keys, values, queries, gates, layout, cfg)

@@ -130,66 +130,25 @@ def _apply(weight: jax.Array, x: jax.Array) -> jax.Array:
   return jnp.einsum("...CF,...EF->...CE", x, weight)
 
 
-def slow_hidden(
-  initial: Boxes | None, p: Slow, cfg: MemoryConfig
-) -> tuple[jax.Array, jax.Array | None]:
-  """The boxes' inputs p [..., G, T, K] and their hidden products with M_0."""
-  inputs = {"k": p.k, "v": p.v, "q": p.q, "eta": p.k, "alpha": p.k}
-  boxes = members(cfg, PROJECTIONS) + members(cfg, GATES)
-  x = jnp.stack([inputs[box] for box in boxes], axis=-3)
-  if initial is None or initial.hidden is None:
-    return x, None
-  return x, _apply(_boxed(initial.hidden, len(boxes)), x)
-
-
-def _boxed(hidden: Any, count: int) -> jax.Array:
-  """[..., G F, K] -> [..., G, F, K]."""
-  return hidden.reshape(*hidden.shape[:-2], count, -1, hidden.shape[-1])
-
-
-def project(
-  slow: Boxes | None,
-  fast: Boxes | None,
-  p: Slow,
-  inputs: tuple[jax.Array, jax.Array | None] | None,
-  cfg: MemoryConfig,
-) -> Projected:
-  """k, v, q and gates at one state of the boxes, W = `slow` + `fast`.
-
-  `inputs` come from `slow_hidden`; None without adaptive boxes.
-  """
+def project(boxes: Boxes | None, p: Slow, cfg: MemoryConfig) -> Projected:
+  """k, v, q and gates at one state of the adaptive boxes (None: there are
+  none), their whole weights M_0 + D."""
   made = {"k": p.k, "v": p.v, "q": p.q, "eta": p.eta, "alpha": p.alpha}
-  if inputs is not None:
+  if boxes is not None:
     projections, gates = members(cfg, PROJECTIONS), members(cfg, GATES)
     split = len(projections)
-    x, z = inputs
+    inputs = {**made, "eta": p.k, "alpha": p.k}
+    x = jnp.stack([inputs[box] for box in projections + gates], axis=-3)
     features = x
-    is_mlp = z is not None or (fast is not None and fast.hidden is not None)
-    if is_mlp:
-      if fast is not None:
-        product = _apply(_boxed(fast.hidden, x.shape[-3]), x)
-        z = product if z is None else z + product
-      assert z is not None
+    if boxes.hidden is not None:
+      z = _apply(_boxed(boxes.hidden, x.shape[-3]), x)
       features = architectures.activate(z, cfg.activation)[0]
-    parts = {
-      "projection": features[..., :split, :, :],
-      "gate": features[..., split:, :, :],
-    }
-
-    def outputs(kind):
-      products = [
-        _apply(getattr(boxes, kind), parts[kind])
-        for boxes in (slow, fast)
-        if boxes is not None
-      ]
-      return sum(products[1:], products[0])
-
     if projections:
-      y = outputs("projection")
-      y = x[..., :split, :, :] + y if is_mlp else y
+      y = _apply(boxes.projection, features[..., :split, :, :])
+      y = y if boxes.hidden is None else x[..., :split, :, :] + y
       made.update({box: y[..., i, :, :] for i, box in enumerate(projections)})
     if gates:
-      y = outputs("gate")
+      y = _apply(boxes.gate, features[..., split:, :, :])
       for i, box in enumerate(gates):
         made[box] = made[box] + y[..., i, :, 0]
   return Projected(
@@ -202,6 +161,11 @@ def project(
       p.beta,
     ),
   )
+
+
+def _boxed(hidden: Any, count: int) -> jax.Array:
+  """[..., G F, K] -> [..., G, F, K]."""
+  return hidden.reshape(*hidden.shape[:-2], count, -1, hidden.shape[-1])
 
 
 class BoxTrace(NamedTuple):
@@ -258,7 +222,7 @@ def run_projections(
     frozen: boxes that are not written to; all of them: the twin.
   """
   if not cfg.adaptive:
-    return project(None, None, p, None, cfg), state, None
+    return project(None, p, cfg), state, None
   chunk_length = cfg.projection_chunk_length
   if all(box in frozen for box in cfg.adaptive):
     return _slow_projections(initial, p, cfg), state, None
@@ -276,11 +240,11 @@ def run_projections(
       fused_chunk, initial, state, p, cfg, name="projections", **how
     )
     return made, deep.difference(initial, state, cfg), {}
-  xs = _by_chunk(slow, p, cfg, layout)
+  base = chunks.per_sequence(slow, p.k.shape[0], ("heads",))
 
-  def step(start, now, xs, live):
-    made = project(slow, start, xs[0], xs[1], cfg)
-    start = start if slow is None else architectures.whole(slow, start)
+  def step(start, now, p, live):
+    start = start if base is None else architectures.whole(base, start)
+    made = project(start, p, cfg)
     gates = made.gates._replace(
       retention=rules.retained(made.gates.retention, cfg)
     )
@@ -290,27 +254,22 @@ def run_projections(
     dynamics = {}
     if with_dynamics:
       final = after["weight"]
-      final = final if slow is None else architectures.whole(slow, final)
+      final = final if base is None else architectures.whole(base, final)
       later = forward(final, made.k, cfg)
       dynamics = _dynamics(initial, final, gates, trace, later, targets, cfg)
     return after, (made, dynamics)
 
   (made, dynamics), state = chunks.scan_chunks(
-    step, state, xs, layout, policy=cfg.remat, **how
+    step, state, _split(p, layout), layout, policy=cfg.remat, **how
   )
   made = jax.tree.map(lambda x: layout.merge(x, axis=2), made)
   dynamics = {name: deep.summarize(d) for name, d in dynamics.items()}
   return made, deep.difference(initial, state, cfg), dynamics
 
 
-def _by_chunk(
-  slow: Boxes | None, p: Slow, cfg: MemoryConfig, layout: chunks.Layout
-) -> tuple[Slow, Any]:
-  """The scan's inputs: p, and what `slow_hidden` makes of it."""
-  return (
-    jax.tree.map(lambda x: layout.split(x, axis=2), p),
-    jax.tree.map(lambda x: layout.split(x, axis=3), slow_hidden(slow, p, cfg)),
-  )
+def _split(p: Slow, layout: chunks.Layout) -> Slow:
+  """The scan's inputs: every chunk's p."""
+  return jax.tree.map(lambda x: layout.split(x, axis=2), p)
 
 
 def fused_chunk(
@@ -321,10 +280,10 @@ def fused_chunk(
   cfg: MemoryConfig,
 ) -> tuple[Projected, dict[str, Any]]:
   """One chunk of one head in a kernel: (k, v, q and gates, state after)."""
-  slow = None if cfg.retention == "zero" else initial
   start = now["weight"]
-  made = project(slow, start, p, slow_hidden(slow, p, cfg), cfg)
-  start = start if slow is None else architectures.whole(slow, start)
+  if cfg.retention != "zero":
+    start = architectures.whole(initial, start)
+  made = project(start, p, cfg)
   gates = made.gates._replace(
     retention=rules.retained(made.gates.retention, cfg)
   )
@@ -335,11 +294,10 @@ def fused_chunk(
 
 
 def _slow_projections(initial: Boxes, p: Slow, cfg: MemoryConfig) -> Projected:
-  """The twin: every box at M_0, chunk by chunk as the live ones, so that it
-  is the live model with all rates 0 bit for bit."""
+  """The twin: every box at M_0, chunk by chunk as the live ones."""
   layout = chunks.plan(p.k.shape[2], cfg.projection_chunk_length, None)
-  xs = _by_chunk(initial, p, cfg, layout)
-  made = jax.lax.map(lambda xs: project(initial, None, xs[0], xs[1], cfg), xs)
+  base = chunks.per_sequence(initial, p.k.shape[0], ("heads",))
+  made = jax.lax.map(lambda p: project(base, p, cfg), _split(p, layout))
   return jax.tree.map(lambda x: layout.merge(x, axis=2), made)
 
 

@@ -50,6 +50,11 @@ class Arithmetic(NamedTuple):
   def matmul(self, a: jax.Array, b: jax.Array) -> jax.Array:
     return _einsum("...ij,...jk->...ik", a, b, precision=self.precision)
 
+  def matvec(self, a: jax.Array, b: jax.Array) -> jax.Array:
+    if self.in_kernel:
+      return jnp.sum(a * b[..., None, :], axis=-1)
+    return _einsum("...ij,...j->...i", a, b, precision=self.precision)
+
   def vecmat(self, a: jax.Array, b: jax.Array) -> jax.Array:
     if self.in_kernel:
       return jnp.sum(a[..., :, None] * b, axis=-2)
@@ -130,7 +135,7 @@ def chunk_decays(
       pair,
       start,
       arithmetic.matmul(pair, moved_pair),
-      jnp.sum(pair * moved.start()[..., None, :], axis=-1),
+      arithmetic.matvec(pair, moved.start()),
     )
 
   before = rows(kept.pair_before(), kept.start_before())

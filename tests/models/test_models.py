@@ -119,7 +119,7 @@ def without_rates(params):
     ("hope_attention", "token_pre"),
   ],
 )
-def test_rates_zero_is_the_twin_bit_for_bit(name, read):
+def test_rates_zero_is_the_twin(name, read):
   config = make(name)
   memory = dataclasses.replace(config.memory, read=read)
   config = dataclasses.replace(config, memory=memory)
@@ -132,7 +132,10 @@ def test_rates_zero_is_the_twin_bit_for_bit(name, read):
     ).logits
     for c in (config, twin)
   ]
-  np.testing.assert_array_equal(*logits)
+  if name == "hope":  # its boxes read M_0 + D in one product
+    np.testing.assert_allclose(*logits, atol=5e-7)
+  else:
+    np.testing.assert_array_equal(*logits)
 
 
 @pytest.mark.parametrize("name", ["titans", "hope"])

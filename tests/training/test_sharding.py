@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hope_jax.config import (
+  CMSConfig,
   Config,
   ConfigError,
   DataConfig,
@@ -139,27 +140,24 @@ def report(folder, compilation_cache):
     data=DataConfig(sequence_length=32, batch_size=8),
     train=TrainConfig(carry_state=True),
   )
+  configs = [json.dumps(dataclasses.asdict(c)) for c in (config, carrying)]
+  done = child(EIGHT, [*configs, str(folder)], compilation_cache)
+  return json.loads(done.stdout.splitlines()[-1]) | {"stderr": done.stderr}
+
+
+def child(program, arguments, environment):
+  """Runs a program on 8 fake devices."""
   flags = "--xla_force_host_platform_device_count=8"
-  child = subprocess.run(
-    [
-      sys.executable,
-      "-c",
-      textwrap.dedent(EIGHT),
-      json.dumps(dataclasses.asdict(config)),
-      json.dumps(dataclasses.asdict(carrying)),
-      str(folder),
-    ],
-    env=os.environ
-    | compilation_cache
-    | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+  done = subprocess.run(
+    [sys.executable, "-c", textwrap.dedent(program), *arguments],
+    env=os.environ | environment | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
     capture_output=True,
     text=True,
     timeout=400,
     check=False,
   )
-  assert child.returncode == 0, child.stderr[-3000:]
-  found = json.loads(child.stdout.splitlines()[-1])
-  return found | {"stderr": child.stderr}
+  assert done.returncode == 0, done.stderr[-3000:]
+  return done
 
 
 def check_eight_equal_one(eight):
@@ -226,3 +224,52 @@ def test_eight_devices(tmp_path, compilation_cache, subtests):
   ):
     with subtests.test(check.__name__):
       check(eight)
+
+
+LOOPS = """
+import json, re, sys
+import jax, jax.numpy as jnp
+from hope_jax import config as config_lib
+from hope_jax.training import sharding, step
+
+config = config_lib.from_config_dict(json.loads(sys.argv[1]))
+mesh = sharding.make_mesh(config.mesh)
+compiled = step.build(config, mesh)
+shape = config.data.batch_size, config.data.sequence_length
+rows = sharding.batch_sharding(mesh)
+batch = {
+  name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+  for name, dtype in (
+    ("tokens", jnp.int32), ("targets", jnp.int32), ("weights", jnp.float32))}
+with sharding.activate(mesh):
+  step = compiled.train_step.lower(compiled.abstract_state, batch).compile()
+lines = step.as_text().splitlines()
+chunks = re.compile(r"(mixer|cms/level.*)/while/body")
+inside = [line for line in lines if chunks.search(line)]
+collective = re.compile(" (all-|reduce-scatter|collective-)[a-z-]+[(]")
+found = [line for line in inside if collective.search(line)]
+print(json.dumps([len(inside), found]))
+"""
+
+
+@pytest.mark.parametrize("connection", ["sequential", "nested"])
+def test_devices_do_not_talk_inside_the_chunk_loops(connection):
+  """Gradients of M_0 and W_0 are summed over the devices once a sequence."""
+  config = Config(
+    model=ModelConfig(
+      sequence_layer="hope",
+      vocab_size=64,
+      width=16,
+      num_layers=2,
+      num_heads=2,
+      memory=MemoryConfig(chunk_length=8, projection_chunk_length=16),
+      cms=CMSConfig(
+        hidden=(8, 8, 16), chunk_lengths=(8, 16, 0), connection=connection
+      ),
+    ),
+    data=DataConfig(sequence_length=64, batch_size=8),
+    mesh=MeshConfig(data=4, fsdp=2),
+  )
+  found = child(LOOPS, [json.dumps(dataclasses.asdict(config))], {})
+  inside, collectives = json.loads(found.stdout.splitlines()[-1])
+  assert inside > 100 and not collectives
