@@ -3,13 +3,15 @@
 python -m scripts.benchmark [--models=titans,hope] [--rounds=15]
 
 One step is loss, gradient and AdamW update at 3.9M parameters (width 256, 4
-layers, 4 heads, equal parameters), 8 sequences of 512 tokens.  All models
+layers, 4 heads, equal parameters), 8 sequences of 1,024 tokens.  All models
 are compiled first (without the persistent cache: cold), then take a step
 each in turn, so that whatever else the machine does hits all of them; speed
 is from the median step.  FLOPs are counted from the jaxpr, loss and gradient.
+`scripts/benchmark_memory.py` times memories and kernels by themselves.
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Sequence
@@ -19,7 +21,7 @@ import jax
 import numpy as np
 
 from configs import _base, _models
-from experiments import tables
+from experiments import tables, timing
 from hope_jax.config import Config, from_config_dict
 from hope_jax.training import flops, sharding, step
 
@@ -75,14 +77,14 @@ def build(config: Config, mesh: Any) -> Entry:
 def measure(entries: dict[str, Entry], rounds: int) -> dict[str, list[float]]:
   """Seconds per step, the models taking turns; the first round warms up."""
   states = {name: entry.state for name, entry in entries.items()}
-  seconds: dict[str, list[float]] = {name: [] for name in entries}
-  for _ in range(rounds + 1):
-    for name, entry in entries.items():
-      start = time.perf_counter()
-      states[name], metrics = entry.run(states[name], entry.batch)
-      jax.block_until_ready(metrics)
-      seconds[name].append(time.perf_counter() - start)
-  return {name: times[1:] for name, times in seconds.items()}
+
+  def advance(name: str) -> Any:
+    entry = entries[name]
+    states[name], metrics = entry.run(states[name], entry.batch)
+    return metrics
+
+  calls = {name: functools.partial(advance, name) for name in entries}
+  return timing.in_turn(calls, rounds)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -94,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   parser.add_argument("--rounds", type=int, default=15)
   parser.add_argument("--batch", type=int, default=8)
-  parser.add_argument("--length", type=int, default=512)
+  parser.add_argument("--length", type=int, default=1024)
   parser.add_argument("--memory_chunk", type=int, default=16)
   parser.add_argument("--projection_chunk", type=int, default=64)
   parser.add_argument("--dtype", default="float32")

@@ -1,15 +1,24 @@
 """The measuring scripts measure what they say."""
 
+import importlib.util
+
+import jax
 import pytest
 
-from scripts import backward_memory
+from experiments import timing
+from scripts import (
+  backward_memory,
+  benchmark_memory,
+  benchmark_titans_pytorch,
+)
 
 
 @pytest.mark.parametrize("policy", ["chunk", "sqrt"])
 def test_saved_states_of_a_real_memory_follow_the_policy(policy):
   # 128 chunks of 64 tokens: 10 groups of 12, and 8 chunks by themselves; M_0,
-  # which has no momentum, is half a state.
-  expected = {"chunk": 128.5, "sqrt": 10 + 8.5}
+  # which has no momentum, is half a state, and a scan holds it twice: shared,
+  # and per sequence.
+  expected = {"chunk": 129.0, "sqrt": 10 + 9.0}
   assert backward_memory.saved_states(8192, policy) == expected[policy]
 
 
@@ -21,3 +30,96 @@ def test_backward_memory_prints_a_table_and_plots(
   shown = capsys.readouterr().out.splitlines()
   assert [line.split("|")[1].strip() for line in shown[2:4]] == ["128", "256"]
   assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_calls_take_turns_and_warm_up():
+  made = []
+  calls = {name: lambda name=name: made.append(name) for name in "ab"}
+  seconds = timing.in_turn(calls, 2)
+  assert made == list("ababab")
+  assert {name: len(times) for name, times in seconds.items()} == dict(a=2, b=2)
+
+
+SMALL = ["--lengths=48", "--chunks=16", "--tokens=96", "--heads=1", "--dim=8"]
+
+
+def test_benchmark_memory_times_every_layer(monkeypatch, capsys):
+  rates = benchmark_memory.Rates(1e9, 1e9)
+  monkeypatch.setattr(benchmark_memory, "measure_rates", lambda *_: rates)
+  benchmark_memory.main([*SMALL, "--rounds=1"])
+  shown = capsys.readouterr().out.splitlines()
+  cells = [[c.strip() for c in line.split("|")[1:-1]] for line in shown[2:7]]
+  assert tuple(row[0] for row in cells) == benchmark_memory.LAYERS
+  assert all(row[2] == "2 x 48" and float(row[4]) > 0 for row in cells)
+
+
+def test_benchmark_memory_leaves_out_what_does_not_fit(monkeypatch, capsys):
+  rates = benchmark_memory.Rates(1e9, 1e9)
+  monkeypatch.setattr(benchmark_memory, "measure_rates", lambda *_: rates)
+  benchmark_memory.main([*SMALL, "--gib=0", "--layers=attention"])
+  assert capsys.readouterr().out.count("memory") == 2
+
+
+def test_benchmark_memory_rejects_an_unknown_layer(capsys):
+  with pytest.raises(SystemExit):
+    benchmark_memory.main(["--layers=titan"])
+  assert "titan is not one of titans, hope" in capsys.readouterr().err
+
+
+def test_floor_is_the_dearer_of_products_and_bytes():
+  x = benchmark_memory.make_tokens(2, 1, 32, 8)
+  variant = benchmark_memory.Variant("attention", "xla", 0)
+  floors = [
+    benchmark_memory.floor_seconds(variant, x, benchmark_memory.Rates(*rates))
+    for rates in ((1.0, float("inf")), (float("inf"), 1.0))
+  ]
+  product = 2 * 2 * 32 * 32 * 8  # of all rows with all keys
+  assert [floor["forward"] for floor in floors] == [
+    2 * product,
+    4 * (4 * 2 * 32 * 8 + 3 * 2 * 32),  # q, k, v, o and the gates, which
+  ]  # attention is given too
+  assert floors[0]["both"] == 6 * product
+  assert floors[1]["both"] == 2 * floors[1]["forward"]
+
+
+@pytest.mark.parametrize(
+  ("backend", "platform", "call"),
+  [("tpu", "tpu", "tpu_custom_call"), ("gpu", "cuda", "triton")],
+)
+def test_variants_of_a_backend_are_its_kernels(backend, platform, call):
+  chosen = benchmark_memory.variants(benchmark_memory.LAYERS, [16], backend)
+  kernels = [v for v in chosen if v.implementation != "xla"]
+  assert {v.layer for v in kernels} == set(benchmark_memory.KERNELS[backend])
+  x = benchmark_memory.make_tokens(1, 1, 32, 16)
+  for variant in kernels:
+    run = jax.jit(benchmark_memory.make_layer(*variant))
+    initial = benchmark_memory.initial_state(variant.layer, 1, 16)
+    traced = run.trace(initial, x)
+    assert call in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec("torch") is not None, reason="torch is installed"
+)
+def test_comparison_says_what_to_install(capsys):
+  with pytest.raises(SystemExit):
+    benchmark_titans_pytorch.main([])
+  assert "pip install '.[bench]'" in capsys.readouterr().err
+
+
+def test_comparison_runs_where_torch_is_installed(capsys):
+  pytest.importorskip("titans_pytorch")
+  small = ["--length=32", "--batch=1", "--rounds=1", "--chunks=16"]
+  benchmark_titans_pytorch.main(small)
+  assert capsys.readouterr().out.count("titans-pytorch") == 2
+
+
+@pytest.mark.parametrize("name", ["hope_jax", "chunk reads"])
+def test_our_side_of_the_comparison_is_a_whole_layer(name):
+  config = benchmark_titans_pytorch.make_config(16)
+  if name == "chunk reads":
+    config = benchmark_titans_pytorch.chunk_reads(config)
+    assert (config.conv_window, config.memory.read) == (0, "chunk")
+  loss, grads = benchmark_titans_pytorch.ours(config, (1, 32, 256))()
+  assert loss > 0 and grads[1].shape == (1, 32, 256)
+  assert {"projections", "gates", "initial", "readout"} == set(grads[0])
