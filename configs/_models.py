@@ -11,9 +11,25 @@ what the sequence layers differ in; a continuum memory system (paper section
   titans            Titans (LMM): one deep memory per head
   hope              self-modifying Titans, then CMS
   hope_attention    attention (no convolution), then CMS
+  retnet, deltanet, gated_deltanet, comba, mamba2
+                    linear baselines, `hope_jax/models/linear.py`; Mamba2 has
+                    no FFN and more layers instead
 """
 
-NAMES = ("transformer", "transformer_conv", "titans", "hope", "hope_attention")
+NAMES = (
+  "transformer",
+  "transformer_conv",
+  "titans",
+  "hope",
+  "hope_attention",
+  "retnet",
+  "deltanet",
+  "gated_deltanet",
+  "comba",
+  "mamba2",
+)
+
+WITHOUT_CONVOLUTION = ("transformer", "hope_attention", "retnet")
 
 SIZES = {
   "tiny": {
@@ -22,6 +38,11 @@ SIZES = {
     "titans": 352,
     "hope": (64, 64, 96),
     "hope_attention": (128, 128, 192),
+    "retnet": 288,
+    "deltanet": 448,
+    "gated_deltanet": 448,
+    "comba": 448,
+    "mamba2": {"ffn_hidden": 0, "num_layers": 7},
   },
   "3p9m": {  # scripts/benchmark.py
     "shape": {"width": 256, "num_layers": 4, "num_heads": 4},
@@ -29,6 +50,11 @@ SIZES = {
     "titans": 768,
     "hope": (160, 160, 288),
     "hope_attention": (256, 256, 384),
+    "retnet": 576,
+    "deltanet": 896,
+    "gated_deltanet": 736,
+    "comba": 736,
+    "mamba2": {"ffn_hidden": 0, "num_layers": 8},
   },
   "340m": {
     "shape": {"width": 1024, "num_layers": 24, "num_heads": 8},
@@ -36,6 +62,11 @@ SIZES = {
     "titans": 2304,
     "hope": (512, 512, 1024),
     "hope_attention": (768, 768, 1280),
+    "retnet": 1408,
+    "deltanet": 2816,
+    "gated_deltanet": 2048,
+    "comba": 2048,
+    "mamba2": {"ffn_hidden": 0, "num_layers": 47},
   },
   "760m": {
     "shape": {"width": 1536, "num_layers": 24, "num_heads": 12},
@@ -43,6 +74,11 @@ SIZES = {
     "titans": 3712,
     "hope": (896, 896, 1664),
     "hope_attention": (1024, 1024, 2304),
+    "retnet": 2304,
+    "deltanet": 4352,
+    "gated_deltanet": 3328,
+    "comba": 3328,
+    "mamba2": {"ffn_hidden": 0, "num_layers": 48},
   },
   "1p3b": {
     "shape": {"width": 2048, "num_layers": 24, "num_heads": 16},
@@ -50,6 +86,11 @@ SIZES = {
     "titans": 4864,
     "hope": (1152, 1152, 2304),
     "hope_attention": (1408, 1408, 2816),
+    "retnet": 2944,
+    "deltanet": 5632,
+    "gated_deltanet": 4224,
+    "comba": 4224,
+    "mamba2": {"ffn_hidden": 0, "num_layers": 48},
   },
 }
 
@@ -89,7 +130,7 @@ def model(
   row = SIZES[size]
   group = {
     "sequence_layer": sequence_layer,
-    "conv_window": 0 if name in ("transformer", "hope_attention") else 4,
+    "conv_window": 0 if name in WITHOUT_CONVOLUTION else 4,
     "memory": {
       "chunk_length": memory_chunks[0],
       "projection_chunk_length": memory_chunks[1],
@@ -98,6 +139,8 @@ def model(
     **row["shape"],
   }
   hidden = row[sequence_layer]
+  if isinstance(hidden, dict):
+    return {**group, **hidden, **fields}
   if isinstance(hidden, int):
     return {**group, "ffn_hidden": hidden, **fields}
   group["cms"] = {

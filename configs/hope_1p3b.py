@@ -3,8 +3,8 @@
 Paper: Table 2 (1.3B / 100B).
 Command: python -m hope_jax.train --config=configs/hope_1p3b.py:hope \
   --config.data.path=FOLDER --workdir=runs/hope-1p3b
-Modes: hope, titans, transformer, transformer_conv, hope_attention; with
-  `smoke` four steps of the tiny model on the embedded text.
+Modes: the models of `_models.py`; with `smoke` four steps of the tiny model on
+  the embedded text.
 Data: FOLDER holds train.txt, valid.txt and test.txt.  Text is read as bytes
   so far; the vocabulary of 32,000 subwords is the recipe's.
 Hardware: an accelerator pod; the mesh by --config.mesh.fsdp, .tensor.

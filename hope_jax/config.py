@@ -203,12 +203,19 @@ class CMSConfig:
     return tuple(c for c in lengths if c)
 
 
+# Sequence layers by what they remember with.
+ATTENTION_LAYERS = ("transformer", "hope_attention")
+MEMORY_LAYERS = ("titans", "hope")
+LINEAR_LAYERS = "retnet", "deltanet", "gated_deltanet", "comba", "mamba2"
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A language model: `sequence_layer` + FFN (or CMS) blocks.
 
   Attributes:
     inner_rates: `off` makes the twin: the same model, no inner learning.
+    ffn_hidden: hidden width of the FFN; 0: blocks have none.
     frozen_levels: fast levels whose writes are switched off (`memory`, `k`,
       `v`, `q`, `eta`, `alpha`, `cms_0`, `cms_1` ...).
     conv_window: of the causal convolution on q, k and v; 0: none.
@@ -233,16 +240,13 @@ class ModelConfig:
   remat: str = "none"
 
   def __post_init__(self):
-    check_choice(
-      self.sequence_layer,
-      "model.sequence_layer",
-      ("transformer", "titans", "hope", "hope_attention"),
-    )
+    known = ATTENTION_LAYERS + MEMORY_LAYERS + LINEAR_LAYERS
+    check_choice(self.sequence_layer, "model.sequence_layer", known)
     check_choice(self.inner_rates, "model.inner_rates", ("on", "off"))
     check_choice(self.dtype, "model.dtype", ("float32", "bfloat16"))
     check_choice(self.remat, "model.remat", ("none", "full", "dots"))
     sizes = "vocab_size", "width", "num_layers", "num_heads"
-    positive = (*sizes, "ffn_hidden", "context_length", "rope_base")
+    positive = (*sizes, "context_length", "rope_base")
     check_numbers(self, "model", positive)
     if self.conv_window == 1:
       raise ConfigError("model.conv_window=1 mixes nothing: 0 (none) or >= 2")
@@ -251,10 +255,16 @@ class ModelConfig:
         f"model.num_heads={self.num_heads} does not divide"
         f" model.width={self.width}"
       )
-    if self.has_attention and self.head_dim % 2:
+    has_positions = self.has_attention or self.sequence_layer == "retnet"
+    if has_positions and self.head_dim % 2:
       raise ConfigError(
         f"model.width={self.width} and num_heads={self.num_heads} make heads of"
         f" {self.head_dim}: rotary positions need an even width"
+      )
+    if self.is_linear and self.cms.fast_lengths:
+      raise ConfigError(
+        f"model.sequence_layer={self.sequence_layer} has no keys and values of"
+        " the model's width for a CMS: leave cms.hidden empty"
       )
     names = self.fast_levels
     for level in self.frozen_levels:
@@ -270,12 +280,17 @@ class ModelConfig:
 
   @property
   def has_attention(self) -> bool:
-    return self.sequence_layer in ("transformer", "hope_attention")
+    return self.sequence_layer in ATTENTION_LAYERS
+
+  @property
+  def is_linear(self) -> bool:
+    """Whether it is a linear baseline (`models/linear.py`)."""
+    return self.sequence_layer in LINEAR_LAYERS
 
   @property
   def memory_chunks(self) -> tuple[int, ...]:
     """Chunk lengths at whose multiples a document has to begin."""
-    if self.has_attention:
+    if self.sequence_layer not in MEMORY_LAYERS:
       return ()
     memory = self.memory
     if memory.adaptive:
@@ -286,7 +301,7 @@ class ModelConfig:
   def fast_levels(self) -> tuple[str, ...]:
     """Names of everything that learns inside the sequence, fastest first."""
     levels = ()
-    if self.sequence_layer in ("titans", "hope"):
+    if self.sequence_layer in MEMORY_LAYERS:
       levels += ("memory", *self.memory.adaptive)
     fast = len(self.cms.fast_lengths)
     return levels + tuple(f"cms_{i}" for i in range(fast))
@@ -461,7 +476,7 @@ class Config:
     if carries and (self.model.has_attention or self.data.kind == "mqar"):
       raise ConfigError(
         f"train.carry_state: {self.model.sequence_layer} on {self.data.kind}"
-        " has nothing to carry; it is for titans and hope on documents"
+        " has nothing to carry; it is for memories on documents"
       )
     if self.model.cms.signal == "next_token" and self.model.has_attention:
       if self.data.kind == "records":

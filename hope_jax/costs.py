@@ -74,7 +74,8 @@ def owner(path: str, model: ModelConfig) -> str:
     if match := re.search(pattern, path):
       name = match.expand(name)
       is_slow_gate = name in GATES and name not in model.memory.adaptive
-      return "memory" if is_slow_gate else name
+      is_position = name == "attention" and model.is_linear
+      return "memory" if is_slow_gate or is_position else name
   return "rest"
 
 
@@ -127,7 +128,7 @@ def count_flops(
   if model.cms.signal == "next_token":  # it computes a part once more
     frozen += tuple(fast)
     given = scopes(replace(model, frozen_levels=frozen))
-  frozen += () if model.has_attention else ("memory",)
+  frozen += ("memory",) if "memory" in model.fast_levels else ()
   no_memory = scopes(replace(model, frozen_levels=frozen))
   learning: list[Share] = [
     (sum(live.values()) - sum(given.values()), dict.fromkeys(fast, 1)),
@@ -136,6 +137,8 @@ def count_flops(
     (given["nested"] - twin["nested"], dict.fromkeys(fast, 1)),
     *((given[name] - twin[name], {name: 1}) for name in fast),
   ]
+  if model.is_linear:  # it has no twin: all it does is to write and read
+    learning.append((twin.pop("mixer"), {"memory": 1}))
   pools = {"mixer": starts or {"attention": 1}, "nested": dict.fromkeys(cms, 1)}
   read: list[Share] = [
     (n, pools.get(name, {name: 1})) for name, n in twin.items()

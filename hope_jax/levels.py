@@ -47,6 +47,15 @@ CMS_PAIRS = {  # what a level learns: key -> value
   "mixer_pair": ("RMS(k)", "RMS(v)"),
 }
 
+DOT, L2 = "-⟨S k, v⟩", "1/2 ‖S k - v‖²"
+LINEAR_RULES = {  # objective and rule, `models/linear.py`
+  "retnet": (DOT, "GD, step 1, decay per head"),
+  "deltanet": (L2, "GD, step b"),
+  "gated_deltanet": (L2, "GD, step b, on the decayed state"),
+  "comba": (L2, "GD, step b, decay; erases c b"),
+  "mamba2": (DOT, "GD, step dt, decay exp(-dt A)"),
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Component:
@@ -96,7 +105,10 @@ def components(config: Config) -> list[Component]:
 
 def inside_sequence(model: ModelConfig) -> list[Component]:
   """Attention, and everything that learns inside the sequence or could."""
-  found = [attention(model)] if model.has_attention else memories(model)
+  if model.has_attention:
+    found = [attention(model)]
+  else:
+    found = [linear(model)] if model.is_linear else memories(model)
   found += [cms_level(model, i) for i in range(len(model.cms.fast_lengths))]
   freeze = functools.partial(
     replace,
@@ -106,8 +118,10 @@ def inside_sequence(model: ModelConfig) -> list[Component]:
     rule="not written: stays at its start",
     transfer=META,
   )
-  is_live = lambda c: c.name == "attention" or model.is_live(c.name)
-  return [c if is_live(c) else freeze(c) for c in found]
+  is_frozen = lambda c: (
+    c.name in model.fast_levels and not model.is_live(c.name)
+  )
+  return [freeze(c) if is_frozen(c) else c for c in found]
 
 
 def attention(model: ModelConfig) -> Component:
@@ -119,6 +133,19 @@ def attention(model: ModelConfig) -> Component:
     objective="sum_i exp(q·k_i / sqrt(d)) ‖v_i - o‖²",
     rule="non-parametric: solved exactly at every token",
     transfer="direct conditioning: q, k, v by slow projections",
+  )
+
+
+def linear(model: ModelConfig) -> Component:
+  """A matrix memory that is written and read at every token (section 3.1)."""
+  objective, rule = LINEAR_RULES[model.sequence_layer]
+  return Component(
+    name="memory",
+    frequency=Fraction(1),
+    context="(k, v) of the last token",
+    objective=objective,
+    rule=f"{rule}; momentum: none; retention: zero; read: token_post",
+    transfer="starts at zero; q, k, v and gates by slow projections",
   )
 
 
@@ -232,7 +259,7 @@ def slow_weights(config: Config) -> list[Component]:
     use[f"cms_{i}"] = "what the fast levels pass on"
   what = "start" if cms.connection == "nested" else "values"
   use["cms_shared"] = f"{what} of the CMS levels"
-  if not cms.levels:
+  if not cms.levels and config.model.ffn_hidden:
     use["ffn"] = "what the sequence layer passes on"
   use |= {"embedding": "tokens and logits", "rest": "what is none of these"}
   tokens = data.batch_size * data.sequence_length

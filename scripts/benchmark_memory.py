@@ -110,7 +110,7 @@ def attention(x: Tokens) -> jax.Array:
   return jax.nn.dot_product_attention(q, k, v, is_causal=True)
 
 
-def linear_rule(x: Tokens, chunk: int, name: Any, remat: Any) -> jax.Array:
+def linear_rule(x: Tokens, chunk: int, name: Any, remat: Any) -> Any:
   """A gated delta rule with momentum on a matrix memory."""
   batch, heads, _, dim = x.k.shape
   zero = jnp.zeros((batch, heads, dim, dim))
@@ -155,7 +155,7 @@ def variants(
 def passes(run: Callable[[Any, Tokens], Any]) -> dict[str, Callable]:
   """Forward, and forward + backward, of (M_0, tokens)."""
 
-  def total(initial: Any, x: Tokens) -> jax.Array:
+  def total(initial: Any, x: Tokens) -> Any:
     return sum(jnp.sum(y) for y in jax.tree.leaves(run(initial, x)))
 
   return {"forward": run, "both": jax.value_and_grad(total, argnums=(0, 1))}

@@ -21,6 +21,7 @@ Ratios are of tokens/s, to `titans-pytorch`.  Needs the extra `bench`.
 import argparse
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,6 +50,11 @@ def chunk_reads(config: ModelConfig) -> ModelConfig:
   return dataclasses.replace(config, memory=memory, conv_window=0)
 
 
+def optional(name: str) -> Any:
+  """A module of the extra `bench`."""
+  return importlib.import_module(name)
+
+
 def ours(config: ModelConfig, shape: tuple[int, ...]) -> Callable[[], Any]:
   """Compiles loss and gradients of one layer."""
   layer = titans.SelfModifyingTitans(config)
@@ -56,7 +62,8 @@ def ours(config: ModelConfig, shape: tuple[int, ...]) -> Callable[[], Any]:
   params = nn.unbox(jax.jit(layer.init)(jax.random.key(1), x)["params"])
 
   def loss(params: Any, x: jax.Array) -> jax.Array:
-    return jnp.mean(jnp.square(layer.apply({"params": params}, x).y))
+    out: Any = layer.apply({"params": params}, x)
+    return jnp.mean(jnp.square(out.y))
 
   step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
   return functools.partial(step.lower(params, x).compile(), params, x)
@@ -66,9 +73,7 @@ def theirs(
   config: ModelConfig, shape: tuple[int, ...], batch_size: int | None
 ) -> Callable[[], Any]:
   """The same of NeuralMemory; it has no residual and no norm in its memory."""
-  import titans_pytorch
-  import torch
-
+  torch, titans_pytorch = optional("torch"), optional("titans_pytorch")
   dim = config.head_dim
   layer = titans_pytorch.NeuralMemory(
     dim=config.width,
@@ -101,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--rounds", type=int, default=7)
   flags = parser.parse_args(argv)
   try:
-    import torch
+    torch = optional("torch")
   except ImportError:
     parser.error("titans-pytorch is not installed: pip install '.[bench]'")
   lines = []

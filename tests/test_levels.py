@@ -23,8 +23,9 @@ from hope_jax.config import (
   MemoryConfig,
   ModelConfig,
 )
-from hope_jax.models import language_model
+from hope_jax.models import language_model, linear
 from hope_jax.training import flops, step
+from pallas_kernels.linear_rule import linear_rule
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 LENGTH = 64
@@ -58,6 +59,8 @@ CONFIGS = {
     "hope_attention", cms=dataclasses.replace(CMS, signal="next_token")
   ),
   "transformer": make("transformer"),
+  "comba": make("comba"),
+  "retnet": make("retnet"),
 }
 
 
@@ -103,11 +106,39 @@ def test_parameters_and_bytes_add_up_to_the_real_ones(case):
   bytes_of = {c.name: c.state_bytes for c in components}
   for name, of_level in getattr(state, "cms", {}).items():
     assert bytes_of[name] == size(of_level)
-  if not config.model.has_attention:
+  if config.model.is_linear:
+    matrix = size((state.mixer["memory"], state.mixer["position"]))
+    assert bytes_of["memory"] == matrix
+  elif not config.model.has_attention:
     assert bytes_of["memory"] == size(state.mixer["memory"])
     boxes = sum(bytes_of[b] for b in config.model.memory.adaptive)
     assert boxes == size(state.mixer["boxes"])
   assert "rest" not in bytes_of
+
+
+def linear_rule_flops(model):
+  """Those of both layers' matrix memories."""
+  shape = linear.layout(model)
+  array = lambda *sizes: jax.ShapeDtypeStruct((1, shape.heads, *sizes), float)
+  k, v = array(LENGTH, shape.key_dim), array(LENGTH, shape.value_dim)
+  gate, matrix = array(LENGTH), array(shape.value_dim, shape.key_dim)
+
+  def run(k, v, gate, matrix):
+    return linear_rule(
+      k,
+      v,
+      weight=matrix,
+      momentum=None,
+      retention=gate,
+      momentum_decay=None,
+      learn_rate=gate,
+      erase=None if model.sequence_layer == "retnet" else gate,
+      queries=k,
+      read="post",
+      chunk_length=model.memory.chunk_length,
+    ).outputs
+
+  return model.num_layers * flops.count(run, k, v, gate, matrix)
 
 
 def test_flops_add_up_to_the_counted_ones(case):
@@ -124,8 +155,10 @@ def test_flops_add_up_to_the_counted_ones(case):
   total = LENGTH * sum(c.flops for c in components)
   np.testing.assert_allclose(total, live)
   learning = {c.name: LENGTH * c.learn_flops for c in components}
+  if config.model.is_linear:  # all of its recurrence
+    twin = live - linear_rule_flops(config.model)
   np.testing.assert_allclose(sum(learning.values()), live - twin)
-  if "memory" in learning:
+  if "memory" in config.model.fast_levels:
     for name in ("memory", "cms_0"):
       frozen = (*config.model.frozen_levels, name)
       without = dataclasses.replace(config.model, frozen_levels=frozen)
@@ -133,7 +166,8 @@ def test_flops_add_up_to_the_counted_ones(case):
   for c in components:
     writes = 0 < c.frequency < math.inf
     assert (learning[c.name] > 0) == writes, c.name
-    assert c.flops > c.learn_flops or c.name.startswith(("adamw", "cms_sh"))
+    reads = c.parameters and not c.name.startswith(("adamw", "cms_sh"))
+    assert c.flops > c.learn_flops or not reads
 
 
 def test_levels_of_hope_are_in_the_order_of_their_frequency(found):

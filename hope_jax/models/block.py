@@ -1,9 +1,9 @@
 """The residual block of every model: sequence layer, then FFN or CMS.
 
-  x <- x + mixer(RMS(x));  x <- x + FFN(RMS(x))  or  x <- CMS(x)
+  x <- x + mixer(RMS(x));  x <- x + FFN(RMS(x))  or  x <- CMS(x)  or neither
 
-(paper eq. 94-97 for Hope; Transformer++ and Titans are the same block with
-another mixer and one slow FFN level.)
+(paper eq. 94-97 for Hope; the baselines are the same block with another mixer
+and one slow FFN level.)
 """
 
 from typing import Any
@@ -12,8 +12,8 @@ import flax.linen as nn
 import flax.struct
 import jax
 
-from hope_jax.config import ModelConfig
-from hope_jax.models import attention, cms, layers, titans
+from hope_jax.config import LINEAR_LAYERS, ModelConfig
+from hope_jax.models import attention, cms, layers, linear, titans
 
 # name -> (sequence layer, its init_state)
 SEQUENCE_LAYERS = {
@@ -21,6 +21,7 @@ SEQUENCE_LAYERS = {
   "hope_attention": (attention.Attention, attention.init_state),
   "titans": (titans.SelfModifyingTitans, titans.init_state),
   "hope": (titans.SelfModifyingTitans, titans.init_state),
+  **dict.fromkeys(LINEAR_LAYERS, (linear.LinearMemory, linear.init_state)),
 }
 
 
@@ -72,7 +73,7 @@ class Block(nn.Module):
       x_BTD, cms_state = cms.ContinuumMemory(cfg, name="cms")(
         x_BTD, mixed, state.cms if state else None, segments
       )
-    else:
+    elif cfg.ffn_hidden:
       normed = layers.rms_norm(cfg, "norm_ffn")(x_BTD)
       x_BTD = x_BTD + layers.SwiGLU(cfg, cfg.ffn_hidden, name="ffn")(normed)
     x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act"))

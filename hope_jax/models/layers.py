@@ -50,7 +50,7 @@ def rms_norm(config: ModelConfig, name: str) -> nn.RMSNorm:
 
 
 class ShortConv(nn.Module):
-  """Causal depthwise convolution: y_t = sum_j kernel_j x_{t-j}, j < window.
+  """Causal depthwise convolution: y_t = sum_j kernel_j x_{t-j} (+ bias).
 
   The state is the last window - 1 inputs, [B, W-1, D], of the last document.
   Taps that reach across a segment border read zero; the state's inputs belong
@@ -59,6 +59,7 @@ class ShortConv(nn.Module):
 
   window: int
   dtype: Any
+  use_bias: bool = False
 
   @nn.compact
   def __call__(
@@ -94,6 +95,10 @@ class ShortConv(nn.Module):
         same = segments == number[:, start : start + length]
         tap_BTD = jnp.where(same[:, :, None], tap_BTD, 0)
       y_BTD = y_BTD + tap_BTD * kernel_WD[back][None, None]
+    if self.use_bias:
+      init = nn.with_logical_partitioning(nn.initializers.zeros, ("heads",))
+      bias: Any = self.param("bias", init, (width,))
+      y_BTD = y_BTD + bias.astype(self.dtype)[None, None]
     last = padded[:, length:]
     if number is not None:
       same = number[:, length:] == number[:, -1:]

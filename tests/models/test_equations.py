@@ -101,6 +101,87 @@ def memory_layer(p, n, config):
   return y, *(jnp.hstack(list(x)) for x in made)
 
 
+def linear_head(name, q, k, v, at):
+  """One head of a linear baseline, one token after the other (spec 03)."""
+  size = k.shape[1]
+
+  def token(state, x):
+    q, k, v, at = x
+    if name == "mamba2":
+      decay = jnp.exp(-at["s"] * at["rate"])
+      state = decay * state + at["s"] * jnp.outer(v, k)
+      return state, state @ q + at["skip"] * v
+    if name == "retnet":
+      state = at["gamma"] * state + jnp.outer(v, k)
+    elif name == "deltanet":
+      state = state + at["b"] * jnp.outer(v - state @ k, k)
+    elif name == "gated_deltanet":
+      state = at["alpha"] * state
+      state = state + at["b"] * jnp.outer(v - state @ k, k)
+    else:
+      feedback = at["c"] * at["b"] * jnp.outer(k, k)
+      state = state @ (at["alpha"] * jnp.eye(size) - feedback)
+      state = state + at["b"] * jnp.outer(v, k)
+      q = unit(q - at["d"] * at["c"] * k)
+    return state, state @ q / size**0.5
+
+  return jax.lax.scan(token, jnp.zeros((v.shape[1], size)), (q, k, v, at))[1]
+
+
+def mamba2_layer(p, n, config):
+  """SSD with one B and C for heads of 64, twice the width: y."""
+  heads, r = 2 * config.width // 64, p["readout"]
+  c, b, x = (
+    jax.nn.silu(slow_projection(p, name, n) + p[f"conv_{name}"]["bias"])
+    for name in ("query", "key", "value")
+  )
+  g, tile = p["gates"], lambda x: jnp.tile(x[:, None], (1, len(n)))
+  at = {
+    "s": jax.nn.softplus(n @ g["step"]["kernel"] + g["step_bias"]).T,
+    "rate": tile(jnp.exp(g["log_decay_rate"])),
+    "skip": tile(r["norm_skip"]),
+  }
+  run = jax.vmap(functools.partial(linear_head, "mamba2"), (None, None, 0, 0))
+  y = jnp.hstack(list(run(c, b, jnp.stack(jnp.split(x, heads, 1)), at)))
+  y = rms(y * jax.nn.silu(n @ r["gate"]["kernel"]), r["norm_scale"])
+  return y @ r["output"]["kernel"], None, None
+
+
+def linear_layer(p, n, config):
+  """RetNet, DeltaNet, Gated DeltaNet or Comba: y, and no keys and values."""
+  name, tokens = config.sequence_layer, len(n)
+  heads = config.num_heads
+  if name in ("gated_deltanet", "comba"):
+    heads = max(1, 3 * heads // 4)
+  slow = [slow_projection(p, x, n) for x in ("query", "key", "value")]
+  if config.conv_window:
+    slow = map(jax.nn.silu, slow)
+  q, k, v = (jnp.stack(jnp.split(x, heads, axis=1)) for x in slow)
+  if name == "retnet":
+    turn = jax.vmap(functools.partial(rotary, base=config.rope_base))
+    q, k = turn(q), turn(k)
+    gamma = 1 - 2.0 ** -jnp.arange(5, 5 + heads)
+    at = {"gamma": jnp.tile(gamma[:, None], (1, tokens))}
+  else:
+    q, k, g = unit(q), unit(k), p["gates"]
+    at = {"b": jax.nn.sigmoid(n @ g["rate"]["kernel"]).T}
+  if name in ("gated_deltanet", "comba"):
+    step = jax.nn.softplus(n @ g["step"]["kernel"] + g["step_bias"]).T
+    at["alpha"] = jnp.exp(-jnp.exp(g["log_decay_rate"])[:, None] * step)
+  if name == "comba":
+    per_head = {"c": jax.nn.sigmoid(g["feedback"]), "d": g["correction"]}
+    at |= {x: jnp.tile(y[:, None], (1, tokens)) for x, y in per_head.items()}
+  run = jax.vmap(functools.partial(linear_head, name))
+  outputs = run(q, k, v, at)
+  if name == "retnet":
+    outputs -= outputs.mean(axis=2, keepdims=True)
+  y = jnp.hstack(list(rms(outputs, p["readout"]["norm_scale"])))
+  if name != "deltanet":
+    gate = jax.nn.sigmoid if name == "comba" else jax.nn.silu
+    y = y * gate(n @ p["readout"]["gate"]["kernel"])
+  return y @ p["readout"]["output"]["kernel"], None, None
+
+
 def feed_forward(p, n):
   names = ("gate", "up", "down")
   return oracle.feed_forward([p[name]["kernel"] for name in names], n)
@@ -161,14 +242,19 @@ def nested(p, x, value, config, keys):
 
 def plain_model(params, tokens, config):
   """Logits [T, V] of one sequence."""
-  is_attention = config.sequence_layer in ("transformer", "hope_attention")
-  mixer = attention if is_attention else memory_layer
+  mixer = memory_layer
+  if config.has_attention or config.is_linear:
+    mixer = linear_layer if config.is_linear else attention
+  if config.sequence_layer == "mamba2":
+    mixer = mamba2_layer
 
   def block(x, p):
     mixed = mixer(p["mixer"], rms(x, p["norm_mixer"]["scale"]), config)
     x = x + mixed[0]
     if config.cms.hidden:
       return continuum(p["cms"], x, mixed, config), None
+    if not config.ffn_hidden:
+      return x, None
     return x + feed_forward(p["ffn"], rms(x, p["norm_ffn"]["scale"])), None
 
   embedding = params["embed"]["embedding"]
@@ -176,7 +262,7 @@ def plain_model(params, tokens, config):
   return rms(x, params["norm_out"]["scale"]) @ embedding.T
 
 
-MOVED = ("scale", "gates", "share", "forget", "learn_rate")
+MOVED = ("scale", "skip", "bias", "gates", "share", "forget", "learn_rate")
 
 
 def perturbed(params, seed=0):
@@ -207,6 +293,11 @@ def perturbed(params, seed=0):
     ("hope_attention", {"cms": MIXER_PAIR}),
     ("hope_attention", {"cms": NESTED}),
     ("hope_attention", {"cms": INDEPENDENT}),
+    ("retnet", {"conv_window": 0}),
+    ("deltanet", {}),
+    ("gated_deltanet", {"num_heads": 4}),
+    ("comba", {}),
+    ("mamba2", {"ffn_hidden": 0, "width": 64}),
   ],
   ids=str,
 )

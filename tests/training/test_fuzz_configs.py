@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from hope_jax import generate
-from hope_jax.config import ConfigError, from_config_dict
+from hope_jax.config import LINEAR_LAYERS, ConfigError, from_config_dict
 from hope_jax.generation import Sampling
 from hope_jax.training import loop, metrics
 from tests.training.test_loop import Killed, kill_at
@@ -44,8 +44,9 @@ def draw(rng):
     "remat": pick(["none", "chunk", "sqrt"]),
   }
   layers = ["transformer", "titans", "hope", "hope", "hope_attention"]
+  layer = pick([*layers, *LINEAR_LAYERS])
   model = {
-    "sequence_layer": pick(layers),
+    "sequence_layer": layer,
     "width": heads * head_dim,
     "num_layers": pick([1, 2]),
     "num_heads": heads,
@@ -53,7 +54,7 @@ def draw(rng):
     "conv_window": pick([0, 2, 4]),
     "context_length": 64,
     "memory": memory,
-    "cms": cms if rng.random() < 0.5 else {},
+    "cms": cms if rng.random() < 0.5 and layer in layers else {},
     "inner_rates": pick(["on", "on", "on", "off"]),
     "dtype": pick(["float32", "bfloat16"]),
     "remat": pick(["none", "full", "dots"]),

@@ -8,6 +8,8 @@ import optax
 import pytest
 
 from hope_jax.config import (
+  LINEAR_LAYERS,
+  MEMORY_LAYERS,
   CMSConfig,
   DataConfig,
   MemoryConfig,
@@ -84,10 +86,14 @@ def test_train_step_does_not_recompile(tiny):
 def test_train_step_keeps_the_types_of_the_state(tiny, name):
   """Or the second step compiles again."""
   config = carrying(tiny, slowest=16)
-  carries = name in ("titans", "hope")
+  carries = name in (*MEMORY_LAYERS, *LINEAR_LAYERS)
   config = dataclasses.replace(
     config,
-    model=dataclasses.replace(config.model, sequence_layer=name),
+    model=dataclasses.replace(
+      config.model,
+      sequence_layer=name,
+      cms=CMSConfig() if name in LINEAR_LAYERS else config.model.cms,
+    ),
     train=dataclasses.replace(config.train, carry_state=carries),
   )
   compiled, mesh, source = build(config)
