@@ -186,6 +186,19 @@ NEGATIVE = {"setting": "negative_eigenvalues"}
   ("fields", "message"),
   [
     ({"model": {"conv_window": 1}}, "mixes nothing"),
+    (
+      {
+        "model": {
+          "sequence_layer": "mamba2",
+          "cms": {"hidden": (8, 8), "chunk_lengths": (16, 0)},
+        }
+      },
+      "mamba2 has no keys and values of the model's width for a CMS",
+    ),
+    (
+      {"model": {"sequence_layer": "retnet", "width": 18, "num_heads": 2}},
+      "rotary positions need an even width",
+    ),
     ({"model": {"width": 15, "num_heads": 3}}, "need an even width"),
     ({"opt": {"b2": 1.0}}, "opt.b2=1.0 must be below 1"),
     ({"memory": {}}, "unknown field 'memory'"),
