@@ -71,7 +71,7 @@ def main() -> None:
   args = flags.FLAGS
   jax.config.update("jax_enable_compilation_cache", False)
   config = command.read_config()
-  if not config.model.memory_chunks:
+  if config.model.has_attention:
     raise ConfigError(f"{config.model.sequence_layer} has no memories")
   devices = topology.tpu_devices(args.topology)
   lines = []

@@ -133,29 +133,34 @@ def run(
     return ys, jax.tree.map(split, state)
 
   begins = None if docs is None else docs.begins
-  ys, now = _per_device(run_here)(initial, state.now, tokens, begins)
+  run_here = per_device(run_here, ("H", "BH", "BH", "NB"))
+  ys, now = run_here(initial, state.now, tokens, begins)
   return ys, chunks.ChunkState(now, None, None) if continued else None
 
 
-def _per_device(run):
-  """Kernels are not partitioned automatically: every device runs its rows and
-  heads, where the mesh divides them."""
+def per_device(run: Callable, axes: tuple[str, ...]) -> Callable:
+  """`run` by every device on its rows and heads, where the mesh divides them.
+
+  Kernels are not partitioned automatically.  `axes`: the first axes of each
+  argument of `run`, any trees: B and H are split, others not ("BH", "NB");
+  results are [B, H, ...].
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return run
 
-  def sharded(initial, now, tokens, begins):
-    batch, heads = jax.tree.leaves(tokens)[0].shape[:2]
-    axes = nn.logical_to_mesh_axes(("batch", "heads")) or (None, None)
-    rows, columns = (
-      axis if size % _ways(mesh, axis) == 0 else None
-      for axis, size in zip(axes, (batch, heads), strict=True)
-    )
-    both = PartitionSpec(rows, columns)
-    in_specs = PartitionSpec(columns), both, both, PartitionSpec(None, rows)
+  def sharded(*arguments):
+    batch, heads = jax.tree.leaves(arguments[axes.index("BH")])[0].shape[:2]
+    rules = nn.logical_to_mesh_axes(("batch", "heads")) or (None, None)
+    split = {
+      letter: axis if size % _ways(mesh, axis) == 0 else None
+      for letter, axis, size in zip("BH", rules, (batch, heads), strict=True)
+    }
+    spec = lambda letters: PartitionSpec(*map(split.get, letters))
+    in_specs, out_specs = tuple(map(spec, axes)), spec("BH")
     return jax.shard_map(
-      run, in_specs=in_specs, out_specs=both, check_vma=False
-    )(initial, now, tokens, begins)
+      run, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )(*arguments)
 
   return sharded
 

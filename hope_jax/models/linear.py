@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from hope_jax.config import ModelConfig
+from hope_jax.memory import fused
 from hope_jax.memory.architectures import l2_normalize, rms_normalize
 from hope_jax.models import attention, layers
 from hope_jax.models.interface import MixerOutput
@@ -207,20 +208,14 @@ class LinearMemory(nn.Module):
     reset = None
     if segments is not None:
       reset = document_starts(segments)[:, None].repeat(shape.heads, 1)
-    out: Any = linear_rule(
+    out = run_rule(
+      cfg,
       k,
-      -v,
-      weight=start["memory"],
-      momentum=None,
-      retention=rule.retention,
-      momentum_decay=None,
-      learn_rate=rule.learn_rate,
-      erase=rule.erase,
-      queries=q if is_mamba else q * shape.key_dim**-0.5,
-      read="post",
-      reset=reset,
-      chunk_length=cfg.memory.chunk_length,
-      checkpoint=cfg.memory.remat,
+      v,
+      q if is_mamba else q * shape.key_dim**-0.5,
+      rule,
+      start["memory"],
+      reset,
     )
     if state is not None:
       end = start["position"] + x_BTD.shape[1]
@@ -238,6 +233,43 @@ class LinearMemory(nn.Module):
   def _rotate(self, x: jax.Array, position: jax.Array) -> jax.Array:
     base = self.config.rope_base
     return attention.rotate(x.swapaxes(1, 2), position, base).swapaxes(1, 2)
+
+
+IMPLEMENTATIONS = {"auto": None, "xla": "chunked", "pallas_tpu": "pallas_tpu"}
+
+
+def run_rule(
+  config: ModelConfig,
+  keys: jax.Array,
+  values: jax.Array,
+  queries: jax.Array,
+  rule: Rule,
+  weight: jax.Array,
+  reset: jax.Array | None,
+) -> Any:
+  """`linear_rule` from state `weight` [B, H, E, K], on every device's heads."""
+  implementation: Any = IMPLEMENTATIONS[config.memory.implementation]
+
+  def run(keys, values, queries, rule, weight, reset):
+    return linear_rule(
+      keys,
+      -values,
+      weight=weight,
+      momentum=None,
+      retention=rule.retention,
+      momentum_decay=None,
+      learn_rate=rule.learn_rate,
+      erase=rule.erase,
+      queries=queries,
+      read="post",
+      reset=reset,
+      chunk_length=config.memory.chunk_length,
+      implementation=implementation,
+      checkpoint=config.memory.remat,
+    )
+
+  run = fused.per_device(run, ("BH",) * 6)
+  return run(keys, values, queries, rule, weight, reset)
 
 
 class LinearReadOut(nn.Module):
