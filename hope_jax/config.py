@@ -45,7 +45,8 @@ class MemoryConfig:
       of the adaptive projections.
     remat: saved states of the backward pass: `none`, `chunk` or `sqrt`.
     implementation: of whole chunks, `xla` or `pallas_tpu`; `auto` takes the
-      kernels on a TPU.  Pieces of chunks are always XLA's.
+      kernels on a TPU (linear layers': also on a GPU).  Pieces of chunks are
+      always XLA's.
   """
 
   architecture: str = "mlp"

@@ -74,8 +74,7 @@ def owner(path: str, model: ModelConfig) -> str:
     if match := re.search(pattern, path):
       name = match.expand(name)
       is_slow_gate = name in GATES and name not in model.memory.adaptive
-      is_position = name == "attention" and model.is_linear
-      return "memory" if is_slow_gate or is_position else name
+      return "memory" if is_slow_gate else name
   return "rest"
 
 

@@ -106,11 +106,9 @@ def test_parameters_and_bytes_add_up_to_the_real_ones(case):
   bytes_of = {c.name: c.state_bytes for c in components}
   for name, of_level in getattr(state, "cms", {}).items():
     assert bytes_of[name] == size(of_level)
-  if config.model.is_linear:
-    matrix = size((state.mixer["memory"], state.mixer["position"]))
-    assert bytes_of["memory"] == matrix
-  elif not config.model.has_attention:
+  if not config.model.has_attention:
     assert bytes_of["memory"] == size(state.mixer["memory"])
+  if config.model.memory_chunks:
     boxes = sum(bytes_of[b] for b in config.model.memory.adaptive)
     assert boxes == size(state.mixer["boxes"])
   assert "rest" not in bytes_of

@@ -42,18 +42,8 @@ def init_state(
     keys=jnp.zeros(shape, dtype),
     values=jnp.zeros(shape, dtype),
     position=jnp.zeros((), jnp.int32),
-    conv=init_conv_state(config, batch_size, ("query", "key", "value")),
+    conv=layers.init_conv_state(config, batch_size, layers.full_widths(config)),
   )
-
-
-def init_conv_state(
-  config: ModelConfig, batch_size: int, names: tuple[str, ...]
-) -> dict[str, jax.Array]:
-  """The last window - 1 inputs of each named convolution, zeros."""
-  if not config.conv_window:
-    return {}
-  shape = (batch_size, config.conv_window - 1, config.width)
-  return {name: jnp.zeros(shape, jnp.dtype(config.dtype)) for name in names}
 
 
 def rotate(x_BTHK: jax.Array, position_T: jax.Array, base: float) -> jax.Array:
@@ -84,14 +74,14 @@ class Attention(nn.Module):
     cfg = self.config
     batch, length, _ = x_BTD.shape
     heads = (batch, length, cfg.num_heads, cfg.head_dim)
-    projected, conv_state = {}, {}
-    for name in ("query", "key", "value"):
-      p = layers.dense(cfg.width, cfg, ("embed", "heads"), name)(x_BTD)
-      if cfg.conv_window:
-        p, conv_state[name] = layers.ShortConv(
-          cfg.conv_window, p.dtype, name=f"conv_{name}"
-        )(p, state.conv[name] if state else None, segments)
-      projected[name] = p.reshape(heads)
+    projected, conv_state = layers.projections(
+      x_BTD,
+      layers.full_widths(cfg),
+      cfg,
+      state.conv if state else None,
+      segments,
+    )
+    projected = {name: p.reshape(heads) for name, p in projected.items()}
     start = state.position if state else jnp.zeros((), jnp.int32)
     position = start + jnp.arange(length)
     q = rotate(projected["query"], position, cfg.rope_base)

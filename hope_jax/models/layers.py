@@ -9,6 +9,7 @@ Legend: B batch, T tokens, D model, F hidden, W window.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -104,6 +105,55 @@ class ShortConv(nn.Module):
       same = number[:, length:] == number[:, -1:]
       last = jnp.where(same[:, :, None], last, 0)
     return y_BTD, last
+
+
+def full_widths(config: ModelConfig) -> dict[str, int]:
+  """Query, key and value of the model's width."""
+  return dict.fromkeys(("query", "key", "value"), config.width)
+
+
+def projections(
+  x_BTD: jax.Array,
+  widths: Mapping[str, int],
+  config: ModelConfig,
+  state: Mapping[str, jax.Array] | None,
+  segments: jax.Array | None,
+  *,
+  use_bias: bool = False,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+  """A linear map to each width, then a causal convolution where configured.
+
+  Returns the projections [B, T, width] and the convolutions' new states.
+  """
+  projected, new_state = {}, {}
+  for name, width in widths.items():
+    p = dense(width, config, ("embed", "heads"), name)(x_BTD)
+    if config.conv_window:
+      p, new_state[name] = ShortConv(
+        config.conv_window, p.dtype, use_bias, name=f"conv_{name}"
+      )(p, state[name] if state else None, segments)
+    projected[name] = p
+  return projected, new_state
+
+
+def init_conv_state(
+  config: ModelConfig, batch_size: int, widths: Mapping[str, int]
+) -> dict[str, jax.Array]:
+  """The last window - 1 inputs of each projection's convolution, zeros."""
+  if not config.conv_window:
+    return {}
+  dtype, past = jnp.dtype(config.dtype), config.conv_window - 1
+  return {
+    name: jnp.zeros((batch_size, past, width), dtype)
+    for name, width in widths.items()
+  }
+
+
+def split_heads(x_BTD: jax.Array, heads: int) -> jax.Array:
+  """[B, T, H K] -> [B, H, T, K] in float32."""
+  batch, length, width = x_BTD.shape
+  x = x_BTD.reshape(batch, length, heads, width // heads)
+  return x.swapaxes(1, 2).astype(jnp.float32)
 
 
 def silu_gate(gate: jax.Array, up: jax.Array) -> jax.Array:

@@ -75,18 +75,14 @@ def init_state(
 ) -> dict[str, Any]:
   """S = 0, no token read."""
   del piece_length
-  shape, dtype = layout(config), jnp.dtype(config.dtype)
+  shape = layout(config)
   matrix = batch_size, shape.heads, shape.value_dim, shape.key_dim
-  conv = {}
-  if config.conv_window:
-    conv = {
-      name: jnp.zeros((batch_size, config.conv_window - 1, width), dtype)
-      for name, width in _widths(config).items()
-    }
   return {
-    "memory": jnp.zeros(matrix, jnp.float32),
-    "position": jnp.zeros((), jnp.int32),
-    "conv": conv,
+    "memory": {
+      "weight": jnp.zeros(matrix, jnp.float32),
+      "position": jnp.zeros((), jnp.int32),
+    },
+    "conv": layers.init_conv_state(config, batch_size, _widths(config)),
   }
 
 
@@ -180,18 +176,12 @@ class LinearMemory(nn.Module):
     cfg = self.config
     shape, is_mamba = layout(cfg), cfg.sequence_layer == "mamba2"
     start = state or init_state(cfg, x_BTD.shape[0])
-    projected, conv = {}, {}
-    for name, width in _widths(cfg).items():
-      p = layers.dense(width, cfg, ("embed", "heads"), name)(x_BTD)
-      if cfg.conv_window:
-        p, conv[name] = layers.ShortConv(
-          cfg.conv_window,
-          p.dtype,
-          use_bias=is_mamba,
-          name=f"conv_{name}",
-        )(p, start["conv"][name], segments)
-        p = nn.silu(p)
-      projected[name] = p
+    before = start["memory"]
+    projected, conv = layers.projections(
+      x_BTD, _widths(cfg), cfg, start["conv"], segments, use_bias=is_mamba
+    )
+    if cfg.conv_window:
+      projected = {name: nn.silu(p) for name, p in projected.items()}
     rule, correction = LinearGates(cfg, name="gates")(x_BTD)
     q, k = (
       self._heads(projected[name], is_shared=shape.is_shared)
@@ -199,7 +189,7 @@ class LinearMemory(nn.Module):
     )
     v = self._heads(projected["value"])
     if cfg.sequence_layer == "retnet":
-      position = start["position"] + jnp.arange(x_BTD.shape[1])
+      position = before["position"] + jnp.arange(x_BTD.shape[1])
       q, k = (self._rotate(p, position) for p in (q, k))
     elif not is_mamba:
       q, k = l2_normalize(q), l2_normalize(k)
@@ -214,21 +204,22 @@ class LinearMemory(nn.Module):
       v,
       q if is_mamba else q * shape.key_dim**-0.5,
       rule,
-      start["memory"],
+      before["weight"],
       reset,
     )
     if state is not None:
-      end = start["position"] + x_BTD.shape[1]
-      state = {"memory": out.weight, "position": end, "conv": conv}
+      end = before["position"] + x_BTD.shape[1]
+      memory = {"weight": out.weight, "position": end}
+      state = {"memory": memory, "conv": conv}
     y_BTD = LinearReadOut(cfg, name="readout")(x_BTD, out.outputs, v)
     return MixerOutput(y_BTD, projected["key"], projected["value"], state)
 
   def _heads(self, p: jax.Array, *, is_shared: bool = False) -> jax.Array:
     """[B, T, H K], or [B, T, K] for all heads, -> [B, H, T, K] in float32."""
     heads = layout(self.config).heads
-    x = p.reshape(*p.shape[:2], 1 if is_shared else heads, -1)
-    x = jnp.broadcast_to(x, (*p.shape[:2], heads, x.shape[-1]))
-    return x.swapaxes(1, 2).astype(jnp.float32)
+    if not is_shared:
+      return layers.split_heads(p, heads)
+    return layers.split_heads(p, 1).repeat(heads, 1)
 
   def _rotate(self, x: jax.Array, position: jax.Array) -> jax.Array:
     base = self.config.rope_base

@@ -24,17 +24,8 @@ from hope_jax.config import ModelConfig
 from hope_jax.memory import chunks, deep, rules, self_modifying
 from hope_jax.memory.architectures import Weights, rms_normalize
 from hope_jax.memory.self_modifying import Boxes
-from hope_jax.models import attention, layers
+from hope_jax.models import layers
 from hope_jax.models.interface import MixerOutput
-
-NAMES = ("query", "key", "value")
-
-
-def split_heads(x_BTD: jax.Array, heads: int) -> jax.Array:
-  """[B, T, H K] -> [B, H, T, K] in float32."""
-  batch, length, width = x_BTD.shape
-  x = x_BTD.reshape(batch, length, heads, width // heads)
-  return x.swapaxes(1, 2).astype(jnp.float32)
 
 
 class SlowProjections(nn.Module):
@@ -45,14 +36,13 @@ class SlowProjections(nn.Module):
   @nn.compact
   def __call__(self, x_BTD, conv_state, segments):
     cfg = self.config
-    projected, new_state = {}, {}
-    for name in NAMES:
-      p = layers.dense(cfg.width, cfg, ("embed", "heads"), name)(x_BTD)
-      if cfg.conv_window:
-        p, new_state[name] = layers.ShortConv(
-          cfg.conv_window, p.dtype, name=f"conv_{name}"
-        )(p, conv_state[name] if conv_state else None, segments)
-      projected[name] = split_heads(nn.silu(p), cfg.num_heads)
+    projected, new_state = layers.projections(
+      x_BTD, layers.full_widths(cfg), cfg, conv_state, segments
+    )
+    projected = {
+      name: layers.split_heads(nn.silu(p), cfg.num_heads)
+      for name, p in projected.items()
+    }
     return projected, new_state
 
 
@@ -197,7 +187,9 @@ def init_state(
   return {
     "memory": zero(memory, cfg.chunk_length),
     "boxes": zero(boxes, cfg.projection_chunk_length),
-    "conv": attention.init_conv_state(config, batch_size, NAMES),
+    "conv": layers.init_conv_state(
+      config, batch_size, layers.full_widths(config)
+    ),
   }
 
 

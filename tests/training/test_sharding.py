@@ -246,7 +246,7 @@ with sharding.activate(mesh):
 lines = step.as_text().splitlines()
 chunks = re.compile(r"(mixer|cms/level.*)/while/body")
 inside = [line for line in lines if chunks.search(line)]
-collective = re.compile(" (all-|reduce-scatter|collective-)[a-z-]+[(]")
+collective = re.compile(" (all-|reduce-scatter|collective-)[a-z-]*[(]")
 found = [line for line in inside if collective.search(line)]
 print(json.dumps([len(inside), found]))
 """
