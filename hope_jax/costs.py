@@ -16,8 +16,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hope_jax.config import Config, ModelConfig
+from hope_jax.config import Config
 from hope_jax.memory.self_modifying import GATES, PROJECTIONS, members
+from hope_jax.model_config import ModelConfig
 from hope_jax.models import language_model
 from hope_jax.optim import adamw
 from hope_jax.training import flops as flops_lib

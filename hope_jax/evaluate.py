@@ -19,8 +19,9 @@ from absl import flags
 from etils import epath
 
 from hope_jax import files
-from hope_jax.config import Config, ConfigError, ModelConfig
+from hope_jax.config import Config, ConfigError
 from hope_jax.data import pipeline
+from hope_jax.model_config import ModelConfig
 from hope_jax.training import (
   checkpoints,
   command,

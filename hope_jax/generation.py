@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hope_jax import streaming
-from hope_jax.config import ConfigError, ModelConfig
+from hope_jax.config import ConfigError
+from hope_jax.model_config import ModelConfig
 from hope_jax.models import language_model, next_token
 
 PIECE = streaming.PIECE  # tokens of prefill at a time

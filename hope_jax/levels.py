@@ -28,8 +28,9 @@ from absl import flags
 from etils import epath
 
 from hope_jax import costs, files
-from hope_jax.config import Config, ConfigError, MemoryConfig, ModelConfig
+from hope_jax.config import Config, ConfigError
 from hope_jax.costs import COUNTED
+from hope_jax.model_config import MemoryConfig, ModelConfig
 from hope_jax.training import command
 from hope_jax.training import workdir as workdir_lib
 

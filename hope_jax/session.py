@@ -39,10 +39,11 @@ from jax.sharding import Mesh
 
 from hope_jax import config as config_lib
 from hope_jax import files, generate, generation, streaming
-from hope_jax.config import Config, ConfigError, MeshConfig, ModelConfig
+from hope_jax.config import Config, ConfigError, MeshConfig
 from hope_jax.data import pipeline
 from hope_jax.data.tokenizer import Bytes, Tokenizer
 from hope_jax.generation import Sampling
+from hope_jax.model_config import ModelConfig
 from hope_jax.streaming import StreamState
 from hope_jax.training import checkpoints, command, sharding
 from hope_jax.training import step as step_lib

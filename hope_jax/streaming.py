@@ -31,12 +31,13 @@ from jax.sharding import Mesh
 from jax.tree_util import DictKey
 
 from hope_jax import files
-from hope_jax.config import ConfigError, MemoryConfig, ModelConfig
+from hope_jax.config import ConfigError
 from hope_jax.data import text as text_lib
 from hope_jax.data.tokenizer import Tokenizer
 from hope_jax.memory import deep, self_modifying
 from hope_jax.memory.chunks import ChunkState
 from hope_jax.memory.self_modifying import Boxes
+from hope_jax.model_config import MemoryConfig, ModelConfig
 from hope_jax.models import language_model
 from hope_jax.models.block import BlockState
 from hope_jax.models.language_model import ModelOutput

@@ -12,15 +12,8 @@ import numpy as np
 import pytest
 
 from hope_jax import evaluate, generate, generation
-from hope_jax.config import (
-  CMSConfig,
-  Config,
-  ConfigError,
-  DataConfig,
-  EvalConfig,
-  MemoryConfig,
-  ModelConfig,
-)
+from hope_jax.config import Config, ConfigError, DataConfig, EvalConfig
+from hope_jax.model_config import CMSConfig, MemoryConfig, ModelConfig
 from hope_jax.training import checkpoints, sharding, step, workdir
 
 pytestmark = pytest.mark.optimized

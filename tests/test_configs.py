@@ -12,6 +12,7 @@ import pytest
 
 from configs import _base, _models, shakespeare
 from hope_jax import config as config_lib
+from hope_jax.model_config import ModelConfig
 from hope_jax.models import language_model
 
 MODES = {
@@ -45,7 +46,7 @@ def _load(name: str, mode: str | None) -> config_lib.Config:
 
 
 @functools.cache
-def _parameters(config: config_lib.ModelConfig) -> int:
+def _parameters(config: ModelConfig) -> int:
   tokens = jax.ShapeDtypeStruct((1, 256), jnp.int32)
   shapes = jax.eval_shape(
     language_model.LanguageModel(config).init, jax.random.key(0), tokens

@@ -12,14 +12,9 @@ from etils import epath
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from hope_jax.config import (
-  Config,
-  ConfigError,
-  DataConfig,
-  ModelConfig,
-  to_dict,
-)
+from hope_jax.config import Config, ConfigError, DataConfig, to_dict
 from hope_jax.data import documents, pipeline, prepare, text, tokenizer
+from hope_jax.model_config import ModelConfig
 from hope_jax.training import exchange, metrics, workdir
 
 TEXTS = ["To be, or not to be.", "That is the question.", "Whether 'tis nobler"]

@@ -16,13 +16,8 @@ import numpy as np
 import pytest
 
 from hope_jax import levels
-from hope_jax.config import (
-  CMSConfig,
-  Config,
-  DataConfig,
-  MemoryConfig,
-  ModelConfig,
-)
+from hope_jax.config import Config, DataConfig
+from hope_jax.model_config import CMSConfig, MemoryConfig, ModelConfig
 from hope_jax.models import language_model, linear
 from hope_jax.training import flops, step
 from pallas_kernels.linear_rule import linear_rule

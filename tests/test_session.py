@@ -15,14 +15,9 @@ import safetensors.numpy
 from etils import epath
 
 from hope_jax import session, streaming
-from hope_jax.config import (
-  Config,
-  ConfigError,
-  DataConfig,
-  MemoryConfig,
-  ModelConfig,
-)
+from hope_jax.config import Config, ConfigError, DataConfig
 from hope_jax.data.tokenizer import Bytes
+from hope_jax.model_config import MemoryConfig, ModelConfig
 from hope_jax.training import checkpoints, sharding, step, workdir
 from scripts import stream_book
 

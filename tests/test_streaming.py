@@ -13,8 +13,9 @@ from etils import epath
 from hypothesis import strategies as st
 
 from hope_jax import streaming
-from hope_jax.config import CMSConfig, ConfigError, ModelConfig
+from hope_jax.config import ConfigError
 from hope_jax.data.tokenizer import Bytes
+from hope_jax.model_config import CMSConfig, ModelConfig
 from hope_jax.models import language_model
 from tests.models.test_models import B, make
 from tests.pallas_kernels.testing import fast_jit

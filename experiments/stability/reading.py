@@ -21,10 +21,11 @@ from etils import epath
 
 from experiments.trials import Trial, resolve
 from hope_jax import streaming
-from hope_jax.config import Config, ConfigError, MeshConfig, ModelConfig
+from hope_jax.config import Config, ConfigError, MeshConfig
 from hope_jax.data import text as text_lib
 from hope_jax.data import tokenizer
 from hope_jax.memory import self_modifying
+from hope_jax.model_config import ModelConfig
 from hope_jax.models import language_model
 from hope_jax.training import checkpoints, sharding
 from hope_jax.training import step as step_lib

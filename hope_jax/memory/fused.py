@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import PartitionSpec
 
-from hope_jax.config import MemoryConfig
 from hope_jax.memory import chunks
+from hope_jax.model_config import MemoryConfig
 from pallas_kernels import fused_scan, scan
 from pallas_kernels.linear_rule import chunk as chunk_lib
 

@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from hope_jax.config import ModelConfig
+from hope_jax.model_config import ModelConfig
 from hope_jax.models import layers
 from hope_jax.models.interface import MixerOutput
 

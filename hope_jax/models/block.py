@@ -12,7 +12,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 
-from hope_jax.config import LINEAR_LAYERS, ModelConfig
+from hope_jax.model_config import LINEAR_LAYERS, ModelConfig
 from hope_jax.models import attention, cms, layers, linear, titans
 
 # name -> (sequence layer, its init_state)

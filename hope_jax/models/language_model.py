@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hope_jax.config import ModelConfig
+from hope_jax.model_config import ModelConfig
 from hope_jax.models import block, cms, layers, next_token
 
 

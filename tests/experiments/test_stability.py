@@ -14,7 +14,8 @@ from etils import epath
 
 from experiments.stability import battery, rates, reading, run
 from hope_jax import config as config_lib
-from hope_jax.config import ConfigError, ModelConfig
+from hope_jax.config import ConfigError
+from hope_jax.model_config import ModelConfig
 from hope_jax.models import language_model
 from hope_jax.training import checkpoints
 from hope_jax.training import workdir as workdir_lib

@@ -5,10 +5,10 @@ from hope_jax.config import (
   Config,
   DataConfig,
   EvalConfig,
-  ModelConfig,
   OptConfig,
   TrainConfig,
 )
+from hope_jax.model_config import ModelConfig
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from hope_jax.config import CMSConfig, MemoryConfig, MeshConfig
+from hope_jax.config import MeshConfig
+from hope_jax.model_config import CMSConfig, MemoryConfig
 from hope_jax.training import dynamics, sharding, step
 
 

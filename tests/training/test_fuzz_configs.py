@@ -7,8 +7,9 @@ import pytest
 from etils import epath
 
 from hope_jax import generate
-from hope_jax.config import LINEAR_LAYERS, ConfigError, from_config_dict
+from hope_jax.config import ConfigError, from_config_dict
 from hope_jax.generation import Sampling
+from hope_jax.model_config import LINEAR_LAYERS
 from hope_jax.training import loop, metrics
 from tests.training.test_loop import Killed, kill_at
 

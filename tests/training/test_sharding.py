@@ -10,16 +10,14 @@ import numpy as np
 import pytest
 
 from hope_jax.config import (
-  CMSConfig,
   Config,
   ConfigError,
   DataConfig,
   EvalConfig,
-  MemoryConfig,
   MeshConfig,
-  ModelConfig,
   TrainConfig,
 )
+from hope_jax.model_config import CMSConfig, MemoryConfig, ModelConfig
 from hope_jax.training import sharding
 
 ONE = jax.devices()[:1]

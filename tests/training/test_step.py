@@ -7,16 +7,15 @@ import numpy as np
 import optax
 import pytest
 
-from hope_jax.config import (
+from hope_jax.config import DataConfig, MeshConfig
+from hope_jax.data import pipeline
+from hope_jax.model_config import (
   LINEAR_LAYERS,
   MEMORY_LAYERS,
   CMSConfig,
-  DataConfig,
   MemoryConfig,
-  MeshConfig,
   ModelConfig,
 )
-from hope_jax.data import pipeline
 from hope_jax.models import language_model
 from hope_jax.models.block import SEQUENCE_LAYERS
 from hope_jax.training import sharding, step

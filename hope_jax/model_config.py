@@ -1,0 +1,309 @@
+"""The model group of the configuration: memories, CMS, blocks (`config.py`).
+
+The paper's symbols become words here:
+
+  learn_rate = eta, retention = alpha, momentum_decay = beta (spec: the inner
+  rule), half life = log(1/2) / log(alpha) in tokens.
+"""
+
+import dataclasses
+import itertools
+from typing import Literal
+
+from hope_jax.fields import ConfigError, check_choice, check_numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+  """One learning rule for fast weights (paper section 8, eq. 83-90).
+
+  Attributes:
+    architecture: `mlp` is M(x) = x + W1 act(W2 x) (eq. 89), `matrix` W x.
+    hidden: hidden width of the MLP per head; 0 means the head width.
+    adaptive: which projections are memories themselves (Hope); none: Titans.
+    target: `self`: vhat = M(v) (eq. 87); `shared`: v.
+    setting: `chunk_l2` takes an L2 gradient at the chunk's first state (B);
+      `token_exact` a dot-product objective on the residual target, exact
+      inside the chunk (A; the output layer and the memory box only);
+      `negative_eigenvalues` is A with steps up to 2, so that one token can
+      turn around what is stored (parity).
+    delta_rule: `proximal` erases with alpha eta', `literal` with eta',
+      `none` does not erase (Titans).
+    momentum: `averaged` scales the step by 1 - beta, `sum` is literal.
+    retention: forgetting returns to the learned start (`start`), to zero
+      (`zero`, literal eq. 88), or does not happen (`none`).
+    step_scale: `mean` divides step and erase by the chunk length.
+    proximal: step eta' = eta / (1 + eta |x|^2); off: eta' = eta.
+    loss_factor: inner loss is loss_factor |M(k) - vhat|^2.
+    error_clip: largest norm of a layer's error; 0 does not clip.
+    target_clip: the same for M_0(k) - vhat in the exact settings; without it a
+      self-generated vhat, which D is part of, may grow from chunk to chunk.
+    chunk_length, projection_chunk_length: tokens per chunk of the memory and
+      of the adaptive projections.
+    remat: saved states of the backward pass: `none`, `chunk` or `sqrt`.
+    implementation: of whole chunks, `xla` or `pallas_tpu`; `auto` takes the
+      kernels on a TPU (linear layers': also on a GPU).  Pieces of chunks are
+      always XLA's.
+  """
+
+  architecture: str = "mlp"
+  hidden: int = 0
+  activation: str = "silu"
+  adaptive: tuple[str, ...] = ("k", "v", "eta", "alpha")
+  target: str = "self"
+  setting: str = "chunk_l2"
+  delta_rule: str = "proximal"
+  momentum: str = "averaged"
+  retention: str = "start"
+  step_scale: str = "mean"
+  proximal: bool = True
+  loss_factor: float = 0.5
+  error_clip: float = 1.0
+  target_clip: float = 4.0
+  read: str = "token_pre"
+  chunk_length: int = 64
+  projection_chunk_length: int = 256
+  half_life_min: float = 64.0
+  half_life_max: float = 16384.0
+  initial_learn_rate: float = 0.7
+  initial_momentum: float = 0.88
+  remat: Literal["none", "chunk", "sqrt"] = "sqrt"
+  implementation: str = "auto"
+
+  def __post_init__(self):
+    implementations = "auto", "xla", "pallas_tpu"
+    check_choice(self.implementation, "memory.implementation", implementations)
+    check_choice(self.architecture, "memory.architecture", ("mlp", "matrix"))
+    check_choice(self.activation, "memory.activation", ("silu", "gelu"))
+    for box in self.adaptive:
+      check_choice(box, "memory.adaptive", ("k", "v", "q", "eta", "alpha"))
+    check_choice(self.target, "memory.target", ("self", "shared"))
+    settings = "chunk_l2", "token_exact", "negative_eigenvalues"
+    check_choice(self.setting, "memory.setting", settings)
+    check_choice(
+      self.delta_rule, "memory.delta_rule", ("proximal", "literal", "none")
+    )
+    check_choice(self.momentum, "memory.momentum", ("none", "averaged", "sum"))
+    check_choice(self.retention, "memory.retention", ("start", "zero", "none"))
+    check_choice(self.step_scale, "memory.step_scale", ("mean", "sum"))
+    check_choice(self.read, "memory.read", ("chunk", "token_pre", "token_post"))
+    check_choice(self.remat, "memory.remat", ("none", "chunk", "sqrt"))
+    lengths = "chunk_length", "projection_chunk_length"
+    half_lives = "half_life_min", "half_life_max"
+    rates = "initial_learn_rate", "initial_momentum"
+    positive = (*lengths, *half_lives, *rates, "loss_factor")
+    check_numbers(self, "memory", positive, ("initial_momentum",))
+    if self.half_life_min > self.half_life_max:
+      raise ConfigError(
+        f"memory.half_life_min={self.half_life_min} must not be above"
+        f" memory.half_life_max={self.half_life_max}"
+      )
+    if self.setting == "negative_eigenvalues":
+      if self.read == "chunk" or self.delta_rule == "none":
+        raise ConfigError(
+          "memory.setting=negative_eigenvalues needs a token's erase before"
+          " the next one's read: memory.read=token_pre or token_post, and a"
+          f" memory.delta_rule; got {self.read} and {self.delta_rule}"
+        )
+      if self.initial_learn_rate >= 2:
+        raise ConfigError(
+          f"memory.initial_learn_rate={self.initial_learn_rate} must be below 2"
+          " with memory.setting=negative_eigenvalues"
+        )
+
+  @property
+  def is_exact(self) -> bool:
+    """Whether the output layer learns by setting A, exact in the chunk."""
+    return self.setting != "chunk_l2"
+
+
+@dataclasses.dataclass(frozen=True)
+class CMSConfig:
+  """Continuum memory system (paper section 7): k blocks split the FFN.
+
+  Attributes:
+    hidden: hidden width per level, fastest first; empty: as connection=none.
+    chunk_lengths: tokens between updates of a level; 0 never (the last).
+    connection: `sequential`, `nested` or `independent`, see `models/cms.py`;
+      `none`: a plain FFN of model.ffn_hidden instead.
+    signal: `associative` (a level answers a value) or `next_token` (it follows
+      the gradient of the model's loss, `models/next_token.py`).
+    value: wiring of the associative signal, see `models/cms.py`.
+    learning_share: share of the layers, from the last one down, that learn by
+      the next-token signal.
+    outer_order: 2 differentiates through the next-token signal's gradient, 1
+      takes it for a constant.
+    half_life: tokens after which half of D is forgotten, where it starts
+      (learned per level); 0: nothing is forgotten.
+  """
+
+  hidden: tuple[int, ...] = ()
+  chunk_lengths: tuple[int, ...] = ()
+  connection: str = "sequential"
+  signal: str = "associative"
+  value: str = "mixer_pair"
+  learning_share: float = 0.25
+  outer_order: int = 2
+  half_life: float = 0.0
+  initial_learn_rate: float = 0.1
+  error_clip: float = 1.0
+
+  def __post_init__(self):
+    if len(self.hidden) != len(self.chunk_lengths):
+      raise ConfigError(
+        f"cms.hidden has {len(self.hidden)} levels and cms.chunk_lengths"
+        f" {len(self.chunk_lengths)}: give one chunk length per level"
+      )
+    fast = [c for c in self.chunk_lengths if c]
+    if fast != sorted(fast) or any(self.chunk_lengths[len(fast) :]):
+      raise ConfigError(
+        "cms.chunk_lengths must grow from level to level, 0 (never) last;"
+        f" got {self.chunk_lengths}"
+      )
+    positive = "hidden", "initial_learn_rate", "learning_share"
+    check_numbers(self, "cms", positive)
+    connections = "sequential", "nested", "independent", "none"
+    check_choice(self.connection, "cms.connection", connections)
+    wirings = "mixer_linear", "mixer_value", "mixer_pair"
+    check_choice(self.value, "cms.value", wirings)
+    check_choice(self.signal, "cms.signal", ("associative", "next_token"))
+    if self.outer_order not in (1, 2):
+      raise ConfigError(f"cms.outer_order={self.outer_order} must be 1 or 2")
+    if self.learning_share > 1:
+      raise ConfigError(
+        f"cms.learning_share={self.learning_share} must not be above 1"
+      )
+    self._check_lengths(fast)
+
+  def _check_lengths(self, fast: list[int]):
+    together = self.connection == "nested" or self.signal == "next_token"
+    for faster, slower in itertools.pairwise(fast if together else []):
+      if slower % faster:
+        raise ConfigError(
+          f"cms.chunk_lengths: {faster} does not divide {slower}, which"
+          f" cms.connection={self.connection} with signal={self.signal} needs"
+        )
+    if self.signal == "next_token" and (not fast or fast[0] & (fast[0] - 1)):
+      raise ConfigError(
+        "cms.signal=next_token: the shortest of cms.chunk_lengths must be a"
+        f" power of two; got {self.chunk_lengths}"
+      )
+
+  @property
+  def levels(self) -> int:
+    """Number of levels, fast and slow; 0: a plain FFN."""
+    return 0 if self.connection == "none" else len(self.hidden)
+
+  @property
+  def fast_lengths(self) -> tuple[int, ...]:
+    """Chunk lengths of the levels that learn inside the sequence."""
+    lengths = self.chunk_lengths if self.levels else ()
+    return tuple(c for c in lengths if c)
+
+
+# Sequence layers by what they remember with.
+ATTENTION_LAYERS = ("transformer", "hope_attention")
+MEMORY_LAYERS = ("titans", "hope")
+LINEAR_LAYERS = "retnet", "deltanet", "gated_deltanet", "comba", "mamba2"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A language model: `sequence_layer` + FFN (or CMS) blocks.
+
+  Attributes:
+    inner_rates: `off` makes the twin: the same model, no inner learning.
+    ffn_hidden: hidden width of the FFN; 0: blocks have none.
+    frozen_levels: fast levels whose writes are switched off (`memory`, `k`,
+      `v`, `q`, `eta`, `alpha`, `cms_0`, `cms_1` ...).
+    conv_window: of the causal convolution on q, k and v; 0: none.
+    context_length: positions of attention's cache when generating.
+    remat: what the outer backward pass keeps of a block.
+  """
+
+  sequence_layer: str = "transformer"
+  vocab_size: int = 256
+  width: int = 128
+  num_layers: int = 4
+  num_heads: int = 2
+  ffn_hidden: int = 448
+  conv_window: int = 4
+  context_length: int = 4096
+  rope_base: float = 10000.0
+  memory: MemoryConfig = MemoryConfig()
+  cms: CMSConfig = CMSConfig()
+  inner_rates: str = "on"
+  frozen_levels: tuple[str, ...] = ()
+  dtype: str = "float32"
+  remat: str = "none"
+
+  def __post_init__(self):
+    known = ATTENTION_LAYERS + MEMORY_LAYERS + LINEAR_LAYERS
+    check_choice(self.sequence_layer, "model.sequence_layer", known)
+    check_choice(self.inner_rates, "model.inner_rates", ("on", "off"))
+    check_choice(self.dtype, "model.dtype", ("float32", "bfloat16"))
+    check_choice(self.remat, "model.remat", ("none", "full", "dots"))
+    sizes = "vocab_size", "width", "num_layers", "num_heads"
+    positive = (*sizes, "context_length", "rope_base")
+    check_numbers(self, "model", positive)
+    if self.conv_window == 1:
+      raise ConfigError("model.conv_window=1 mixes nothing: 0 (none) or >= 2")
+    if self.width % self.num_heads:
+      raise ConfigError(
+        f"model.num_heads={self.num_heads} does not divide"
+        f" model.width={self.width}"
+      )
+    has_positions = self.has_attention or self.sequence_layer == "retnet"
+    if has_positions and self.head_dim % 2:
+      raise ConfigError(
+        f"model.width={self.width} and num_heads={self.num_heads} make heads of"
+        f" {self.head_dim}: rotary positions need an even width"
+      )
+    if self.is_linear and self.cms.fast_lengths:
+      raise ConfigError(
+        f"model.sequence_layer={self.sequence_layer} has no keys and values of"
+        " the model's width for a CMS: leave cms.hidden empty"
+      )
+    names = self.fast_levels
+    for level in self.frozen_levels:
+      if level not in names:
+        raise ConfigError(
+          f"level {level!r} does not exist in this model; it has"
+          f" {', '.join(names) or 'no fast levels'}"
+        )
+
+  @property
+  def head_dim(self) -> int:
+    return self.width // self.num_heads
+
+  @property
+  def has_attention(self) -> bool:
+    return self.sequence_layer in ATTENTION_LAYERS
+
+  @property
+  def is_linear(self) -> bool:
+    """Whether it is a linear baseline (`models/linear.py`)."""
+    return self.sequence_layer in LINEAR_LAYERS
+
+  @property
+  def memory_chunks(self) -> tuple[int, ...]:
+    """Chunk lengths at whose multiples a document has to begin."""
+    if self.sequence_layer not in MEMORY_LAYERS:
+      return ()
+    memory = self.memory
+    if memory.adaptive:
+      return memory.chunk_length, memory.projection_chunk_length
+    return (memory.chunk_length,)
+
+  @property
+  def fast_levels(self) -> tuple[str, ...]:
+    """Names of everything that learns inside the sequence, fastest first."""
+    levels = ()
+    if self.sequence_layer in MEMORY_LAYERS:
+      levels += ("memory", *self.memory.adaptive)
+    fast = len(self.cms.fast_lengths)
+    return levels + tuple(f"cms_{i}" for i in range(fast))
+
+  def is_live(self, level: str) -> bool:
+    """Whether `level` is written to inside the sequence."""
+    return self.inner_rates == "on" and level not in self.frozen_levels
