@@ -9,6 +9,9 @@ what the sequence layers differ in; a continuum memory system (paper section
   transformer_conv  the same with a causal convolution of 4 on q, k and v,
                     which Titans and Hope have too
   titans            Titans (LMM): one deep memory per head
+  dla, memora       other rules for it, `hope_jax/models/titans.py`
+  ttt_linear, ttt_mlp
+                    test-time training, `hope_jax/models/ttt.py`
   hope              self-modifying Titans, then CMS
   hope_attention    attention (no convolution), then CMS
   retnet, deltanet, gated_deltanet, comba, mamba2
@@ -20,6 +23,10 @@ NAMES = (
   "transformer",
   "transformer_conv",
   "titans",
+  "dla",
+  "memora",
+  "ttt_linear",
+  "ttt_mlp",
   "hope",
   "hope_attention",
   "retnet",
@@ -36,6 +43,10 @@ SIZES = {
     "shape": {"width": 128, "num_layers": 4, "num_heads": 2},
     "transformer": 448,
     "titans": 352,
+    "dla": 224,
+    "memora": 224,
+    "ttt_linear": 416,
+    "ttt_mlp": 288,
     "hope": (64, 64, 96),
     "hope_attention": (128, 128, 192),
     "retnet": 288,
@@ -48,6 +59,10 @@ SIZES = {
     "shape": {"width": 256, "num_layers": 4, "num_heads": 4},
     "transformer": 896,
     "titans": 768,
+    "dla": 640,
+    "memora": 640,
+    "ttt_linear": 864,
+    "ttt_mlp": 736,
     "hope": (160, 160, 288),
     "hope_attention": (256, 256, 384),
     "retnet": 576,
@@ -60,6 +75,10 @@ SIZES = {
     "shape": {"width": 1024, "num_layers": 24, "num_heads": 8},
     "transformer": 2816,
     "titans": 2304,
+    "dla": 2048,
+    "memora": 2048,
+    "ttt_linear": 2688,
+    "ttt_mlp": 2432,
     "hope": (512, 512, 1024),
     "hope_attention": (768, 768, 1280),
     "retnet": 1408,
@@ -72,6 +91,10 @@ SIZES = {
     "shape": {"width": 1536, "num_layers": 24, "num_heads": 12},
     "transformer": 4352,
     "titans": 3712,
+    "dla": 3456,
+    "memora": 3456,
+    "ttt_linear": 4352,
+    "ttt_mlp": 3968,
     "hope": (896, 896, 1664),
     "hope_attention": (1024, 1024, 2304),
     "retnet": 2304,
@@ -84,6 +107,10 @@ SIZES = {
     "shape": {"width": 2048, "num_layers": 24, "num_heads": 16},
     "transformer": 5632,
     "titans": 4864,
+    "dla": 4608,
+    "memora": 4608,
+    "ttt_linear": 5632,
+    "ttt_mlp": 5248,
     "hope": (1152, 1152, 2304),
     "hope_attention": (1408, 1408, 2816),
     "retnet": 2944,
@@ -99,6 +126,13 @@ SIZES = {
 # (eq. 83-90) generate their own values and erase; the main one is thereby exact
 # inside a chunk of any length (setting A): a fact is written at full strength,
 # not at 1 / chunk length, and so is recalled (experiments/mqar).
+WITHOUT_MOMENTUM = {
+  "adaptive": (),
+  "target": "shared",
+  "delta_rule": "none",
+  "momentum": "none",
+  "activation": "gelu",
+}
 MEMORIES = {
   "titans": {"adaptive": (), "target": "shared", "delta_rule": "none"},
   "hope": {
@@ -108,7 +142,14 @@ MEMORIES = {
     "delta_rule": "proximal",
     "initial_learn_rate": 4.0,
   },
+  "dla": {**WITHOUT_MOMENTUM, "setting": "chunk_dot", "error_clip": 0.0},
+  "memora": {**WITHOUT_MOMENTUM, "proximal": False, "step_scale": "sum"},
+  "ttt_linear": {"adaptive": (), "initial_learn_rate": 1.0},
+  "ttt_mlp": {"adaptive": (), "initial_learn_rate": 0.1},
 }
+# Hidden widths of these memories are so many head widths.
+EXPANSION = {"dla": 4, "memora": 4, "ttt_mlp": 4}
+TTT_MINI_BATCH = 16
 
 
 def model(
@@ -128,15 +169,19 @@ def model(
   """
   sequence_layer = name.removesuffix("_conv")
   row = SIZES[size]
+  shape = row["shape"]
+  head_dim = shape["width"] // shape["num_heads"]
+  is_ttt = name.startswith("ttt")
   group = {
     "sequence_layer": sequence_layer,
     "conv_window": 0 if name in WITHOUT_CONVOLUTION else 4,
     "memory": {
-      "chunk_length": memory_chunks[0],
+      "chunk_length": TTT_MINI_BATCH if is_ttt else memory_chunks[0],
       "projection_chunk_length": memory_chunks[1],
+      "hidden": EXPANSION.get(name, 0) * head_dim,
       **MEMORIES.get(name, {}),
     },
-    **row["shape"],
+    **shape,
   }
   hidden = row[sequence_layer]
   if isinstance(hidden, dict):

@@ -30,7 +30,7 @@ from etils import epath
 from hope_jax import costs, files
 from hope_jax.config import Config, ConfigError
 from hope_jax.costs import COUNTED
-from hope_jax.model_config import MemoryConfig, ModelConfig
+from hope_jax.model_config import TTT_LAYERS, MemoryConfig, ModelConfig
 from hope_jax.training import command
 from hope_jax.training import workdir as workdir_lib
 
@@ -108,8 +108,12 @@ def inside_sequence(model: ModelConfig) -> list[Component]:
   """Attention, and everything that learns inside the sequence or could."""
   if model.has_attention:
     found = [attention(model)]
+  elif model.is_linear:
+    found = [linear(model)]
+  elif model.sequence_layer in TTT_LAYERS:
+    found = [test_time_training(model)]
   else:
-    found = [linear(model)] if model.is_linear else memories(model)
+    found = memories(model)
   found += [cms_level(model, i) for i in range(len(model.cms.fast_lengths))]
   freeze = functools.partial(
     replace,
@@ -150,6 +154,20 @@ def linear(model: ModelConfig) -> Component:
   )
 
 
+def test_time_training(model: ModelConfig) -> Component:
+  """TTT's memory (`memory/ttt.py`)."""
+  length = model.memory.chunk_length
+  return Component(
+    name="memory",
+    frequency=Fraction(1, length),
+    context=f"(k, v) of the last {length} tokens",
+    objective="1/2 ‖k + LN(M(k)) - v‖²",
+    rule="GD, step eta by position; momentum: none; retention: none; error"
+    " clip: 0; read: token_post",
+    transfer=f"{META}; q, k, v and eta by slow projections",
+  )
+
+
 def memories(model: ModelConfig) -> list[Component]:
   """The long-term memory (eq. 86-90) and the adaptive projections and gates,
   which are memories themselves (eq. 83-88)."""
@@ -157,7 +175,9 @@ def memories(model: ModelConfig) -> list[Component]:
   inputs = "q, k, v and gates by slow projections"
   if cfg.adaptive:
     inputs += f", but {', '.join(cfg.adaptive)} by memories"
-  found = []
+  prefix, found = "", []
+  if model.sequence_layer == "memora":
+    prefix = "KL to the last weights, in logits "
   for name in ("memory", *cfg.adaptive):
     is_box = name != "memory"
     m = f"M_{name}" if is_box else "M"
@@ -166,6 +186,8 @@ def memories(model: ModelConfig) -> list[Component]:
     loss = f"{Fraction(str(cfg.loss_factor))} ‖{m}(k) - {target}‖²"
     own = ["generates its own targets (self-modifying)"] if is_self else []
     own += [f"generates {name} of all memories" if is_box else inputs]
+    if cfg.setting == "chunk_dot":
+      loss = f"-{Fraction(str(2 * cfg.loss_factor))} ⟨{m}(k), {target}⟩"
     if cfg.is_exact and not is_box:
       hidden = f"; hidden layer {loss}" if cfg.architecture == "mlp" else ""
       loss = f"output layer -⟨D(k), {target} - M_0(k)⟩{hidden}"
@@ -176,7 +198,7 @@ def memories(model: ModelConfig) -> list[Component]:
         frequency=Fraction(1, length),
         context=f"(k, {target}) of the last {length} tokens",
         objective=loss,
-        rule=memory_rule(cfg, is_box),
+        rule=prefix + memory_rule(cfg, is_box),
         transfer="; ".join([META, *own]),
       )
     )

@@ -12,6 +12,8 @@ from typing import Literal
 
 from hope_jax.fields import ConfigError, check_choice, check_numbers
 
+EXACT_SETTINGS = "token_exact", "negative_eigenvalues"
+
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
@@ -23,6 +25,7 @@ class MemoryConfig:
     adaptive: which projections are memories themselves (Hope); none: Titans.
     target: `self`: vhat = M(v) (eq. 87); `shared`: v.
     setting: `chunk_l2` takes an L2 gradient at the chunk's first state (B);
+      `chunk_dot` one of the dot product -<M(k), vhat>;
       `token_exact` a dot-product objective on the residual target, exact
       inside the chunk (A; the output layer and the memory box only);
       `negative_eigenvalues` is A with steps up to 2, so that one token can
@@ -78,7 +81,7 @@ class MemoryConfig:
     for box in self.adaptive:
       check_choice(box, "memory.adaptive", ("k", "v", "q", "eta", "alpha"))
     check_choice(self.target, "memory.target", ("self", "shared"))
-    settings = "chunk_l2", "token_exact", "negative_eigenvalues"
+    settings = "chunk_l2", "chunk_dot", *EXACT_SETTINGS
     check_choice(self.setting, "memory.setting", settings)
     check_choice(
       self.delta_rule, "memory.delta_rule", ("proximal", "literal", "none")
@@ -114,7 +117,7 @@ class MemoryConfig:
   @property
   def is_exact(self) -> bool:
     """Whether the output layer learns by setting A, exact in the chunk."""
-    return self.setting != "chunk_l2"
+    return self.setting in EXACT_SETTINGS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +206,15 @@ class CMSConfig:
 
 # Sequence layers by what they remember with.
 ATTENTION_LAYERS = ("transformer", "hope_attention")
-MEMORY_LAYERS = ("titans", "hope")
+MEMORY_LAYERS = ("titans", "hope", "dla", "memora")
+TTT_LAYERS = ("ttt_linear", "ttt_mlp")
+MEMORA_RULE = {
+  "architecture": "mlp",
+  "adaptive": (),
+  "target": "shared",
+  "delta_rule": "none",
+  "momentum": "none",
+}
 LINEAR_LAYERS = "retnet", "deltanet", "gated_deltanet", "comba", "mamba2"
 
 
@@ -238,7 +249,7 @@ class ModelConfig:
   remat: str = "none"
 
   def __post_init__(self):
-    known = ATTENTION_LAYERS + MEMORY_LAYERS + LINEAR_LAYERS
+    known = ATTENTION_LAYERS + MEMORY_LAYERS + TTT_LAYERS + LINEAR_LAYERS
     check_choice(self.sequence_layer, "model.sequence_layer", known)
     check_choice(self.inner_rates, "model.inner_rates", ("on", "off"))
     check_choice(self.dtype, "model.dtype", ("float32", "bfloat16"))
@@ -253,7 +264,8 @@ class ModelConfig:
         f"model.num_heads={self.num_heads} does not divide"
         f" model.width={self.width}"
       )
-    has_positions = self.has_attention or self.sequence_layer == "retnet"
+    rotary = (*ATTENTION_LAYERS, *TTT_LAYERS, "retnet")
+    has_positions = self.sequence_layer in rotary
     if has_positions and self.head_dim % 2:
       raise ConfigError(
         f"model.width={self.width} and num_heads={self.num_heads} make heads of"
@@ -264,6 +276,7 @@ class ModelConfig:
         f"model.sequence_layer={self.sequence_layer} has no keys and values of"
         " the model's width for a CMS: leave cms.hidden empty"
       )
+    self._check_memory()
     names = self.fast_levels
     for level in self.frozen_levels:
       if level not in names:
@@ -271,6 +284,25 @@ class ModelConfig:
           f"level {level!r} does not exist in this model; it has"
           f" {', '.join(names) or 'no fast levels'}"
         )
+
+  def _check_memory(self):
+    layer, memory = self.sequence_layer, self.memory
+    has_kernel = layer not in ("memora", *TTT_LAYERS)
+    if memory.implementation == "pallas_tpu" and not has_kernel:
+      raise ConfigError(
+        f"memory.implementation=pallas_tpu: {layer} has no kernel, take xla"
+      )
+    needed = MEMORA_RULE if layer == "memora" else {}
+    for field, value in needed.items():
+      if (found := getattr(memory, field)) != value:
+        raise ConfigError(
+          f"memory.{field}={found}: model.sequence_layer=memora needs {value}"
+        )
+    if layer == "memora" and memory.is_exact:
+      raise ConfigError(
+        f"memory.setting={memory.setting}: model.sequence_layer=memora learns"
+        " by gradients at the chunk's first state (chunk_l2)"
+      )
 
   @property
   def head_dim(self) -> int:
@@ -288,10 +320,10 @@ class ModelConfig:
   @property
   def memory_chunks(self) -> tuple[int, ...]:
     """Chunk lengths at whose multiples a document has to begin."""
-    if self.sequence_layer not in MEMORY_LAYERS:
+    if self.sequence_layer not in MEMORY_LAYERS + TTT_LAYERS:
       return ()
     memory = self.memory
-    if memory.adaptive:
+    if memory.adaptive and self.sequence_layer in MEMORY_LAYERS:
       return memory.chunk_length, memory.projection_chunk_length
     return (memory.chunk_length,)
 
@@ -301,6 +333,8 @@ class ModelConfig:
     levels = ()
     if self.sequence_layer in MEMORY_LAYERS:
       levels += ("memory", *self.memory.adaptive)
+    if self.sequence_layer in TTT_LAYERS:
+      levels += ("memory",)
     fast = len(self.cms.fast_lengths)
     return levels + tuple(f"cms_{i}" for i in range(fast))
 

@@ -34,7 +34,8 @@ from hope_jax import files
 from hope_jax.config import ConfigError
 from hope_jax.data import text as text_lib
 from hope_jax.data.tokenizer import Tokenizer
-from hope_jax.memory import deep, self_modifying
+from hope_jax.memory import deep, self_modifying, ttt
+from hope_jax.memory.architectures import Weights
 from hope_jax.memory.chunks import ChunkState
 from hope_jax.memory.self_modifying import Boxes
 from hope_jax.model_config import MemoryConfig, ModelConfig
@@ -313,6 +314,8 @@ def _mixer_level(
   """(M_0, D) of the memory or of a box, layers on axis 0."""
   group = "memory" if level == "memory" else "boxes"
   fast = mixer[group].now["weight"]
+  if isinstance(fast.output, ttt.Layer):
+    fast = Weights(*(layer and layer.weight for layer in fast))
   initial = type(fast)(
     *(slow.get(f"{group}_{name}") for name in type(fast)._fields)
   )

@@ -323,7 +323,12 @@ def dynamics_of(
     "half_life": half_life(gates.retention),
     "relative_change": relative_change(initial, weight, slow is None),
     **loss_dynamics(
-      loss.predictions, later, loss.targets, cfg.loss_factor, cfg.error_clip
+      loss.predictions,
+      later,
+      loss.targets,
+      cfg.loss_factor,
+      cfg.error_clip,
+      is_dot=cfg.setting == "chunk_dot",
     ),
   }
 
@@ -339,16 +344,24 @@ def loss_dynamics(
   targets: jax.Array,
   loss_factor: float,
   error_clip: float,
+  *,
+  is_dot: bool = False,
 ) -> dict[str, jax.Array]:
-  """Inner loss of a chunk at its first and last state, and the clip rate."""
+  """Inner loss of a chunk at its first and last state, and the clip rate.
 
-  def squares(outputs):
+  `is_dot`: the loss is -2 loss_factor <M(k), target>.
+  """
+
+  def loss(outputs):
+    if is_dot:
+      return -2.0 * jnp.sum(outputs * targets, axis=-1)
     return jnp.sum(jnp.square(outputs - targets), axis=-1)
 
-  norm = 2.0 * loss_factor * jnp.sqrt(squares(before))
+  error = targets if is_dot else before - targets
+  norm = 2.0 * loss_factor * jnp.linalg.norm(error, axis=-1)
   return {
-    "loss_before": loss_factor * jnp.mean(squares(before)),
-    "loss_after": loss_factor * jnp.mean(squares(after)),
+    "loss_before": loss_factor * jnp.mean(loss(before)),
+    "loss_after": loss_factor * jnp.mean(loss(after)),
     "clip_rate": jnp.mean(norm > (error_clip or jnp.inf)),
   }
 

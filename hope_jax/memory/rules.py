@@ -103,10 +103,11 @@ def output_error(
 ) -> jax.Array:
   """u of the output layer for loss_factor |M(k) - target|^2, clipped.
 
-  The target is a constant of the inner loss.
+  With setting `chunk_dot` for -2 loss_factor <M(k), target>.  The target is a
+  constant of the inner loss.
   """
-  error = (2.0 * cfg.loss_factor) * (outputs - targets)
-  return clip_norm(error, cfg.error_clip)
+  error = -targets if cfg.setting == "chunk_dot" else outputs - targets
+  return clip_norm((2.0 * cfg.loss_factor) * error, cfg.error_clip)
 
 
 def rule_read(cfg: MemoryConfig) -> chunk_lib.Read:

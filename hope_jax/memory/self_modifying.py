@@ -422,6 +422,7 @@ def _dynamics(initial, final, gates, trace, later, targets, cfg):
         getattr(targets, kind),
         cfg.loss_factor,
         cfg.error_clip,
+        is_dot=cfg.setting == "chunk_dot",
       ),
     }
   return dynamics

@@ -12,15 +12,22 @@ import flax.linen as nn
 import flax.struct
 import jax
 
-from hope_jax.model_config import LINEAR_LAYERS, ModelConfig
-from hope_jax.models import attention, cms, layers, linear, titans
+from hope_jax.model_config import (
+  LINEAR_LAYERS,
+  MEMORY_LAYERS,
+  TTT_LAYERS,
+  ModelConfig,
+)
+from hope_jax.models import attention, cms, layers, linear, titans, ttt
 
 # name -> (sequence layer, its init_state)
 SEQUENCE_LAYERS = {
   "transformer": (attention.Attention, attention.init_state),
   "hope_attention": (attention.Attention, attention.init_state),
-  "titans": (titans.SelfModifyingTitans, titans.init_state),
-  "hope": (titans.SelfModifyingTitans, titans.init_state),
+  **dict.fromkeys(
+    MEMORY_LAYERS, (titans.SelfModifyingTitans, titans.init_state)
+  ),
+  **dict.fromkeys(TTT_LAYERS, (ttt.TestTimeTraining, ttt.init_state)),
   **dict.fromkeys(LINEAR_LAYERS, (linear.LinearMemory, linear.init_state)),
 }
 

@@ -7,7 +7,9 @@
 with M a deep memory per head that learns k -> vhat.  Titans' long-term memory
 (LMM; 2501.00663) is the case without adaptive projections: q, k, v are the
 slow ones (q, k of norm 1) and the gates are slow projections of n.  Hope
-(2512.24695, eq. 83-90) makes some of k, v, q, eta, alpha memories, too.
+(2512.24695, eq. 83-90) makes some of k, v, q, eta, alpha memories, too.  DLA
+(Atlas, 2505.23735) is Titans with a dot product as objective and no momentum;
+Memora has another memory, `memory/memora.py`.
 
 Legend: B batch, T tokens, D model, H heads, K head dim, F memory hidden,
 G memories side by side.
@@ -20,7 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hope_jax.memory import chunks, deep, rules, self_modifying
+from hope_jax.memory import chunks, deep, memora, rules, self_modifying
 from hope_jax.memory.architectures import Weights, rms_normalize
 from hope_jax.memory.self_modifying import Boxes
 from hope_jax.model_config import ModelConfig
@@ -117,13 +119,17 @@ def initial_shapes(config: ModelConfig) -> tuple[Weights, Boxes]:
 
 class InitialWeights(nn.Module):
   """M_0 of every memory: hidden std K^-1/2, output std 0.1 or 0.02, never 0
-  (0 would leave the hidden layer without a gradient)."""
+  (0 would leave the hidden layer without a gradient).  Memora's are logits,
+  with std 1."""
 
   config: ModelConfig
 
   @nn.compact
   def __call__(self) -> tuple[Weights, Boxes]:
     memory, boxes = initial_shapes(self.config)
+    hidden_std, output_std = self.config.head_dim**-0.5, 0.1
+    if self.config.sequence_layer == "memora":
+      hidden_std = output_std = 1.0
 
     def weights(group, shapes, output_std):
       return type(shapes)(
@@ -131,14 +137,14 @@ class InitialWeights(nn.Module):
           shape
           and self._weight(
             f"{group}_{name}",
-            self.config.head_dim**-0.5 if name == "hidden" else output_std,
+            hidden_std if name == "hidden" else output_std,
             shape,
           )
           for name, shape in shapes._asdict().items()
         )
       )
 
-    return weights("memory", memory, 0.1), weights("boxes", boxes, 0.02)
+    return weights("memory", memory, output_std), weights("boxes", boxes, 0.02)
 
   def _weight(self, name, std, shape) -> Any:
     axes = ("heads", *("boxes",) * (len(shape) - 3), "memory_out", "memory_in")
@@ -231,7 +237,8 @@ class SelfModifyingTitans(nn.Module):
     )
     for name, values in (dynamics or {}).items():
       layers.sow_dynamics(self, name, values)
-    out = deep.run_memory(
+    is_memora = cfg.sequence_layer == "memora"
+    out = (memora if is_memora else deep).run_memory(
       memory,
       made.k,
       made.v,

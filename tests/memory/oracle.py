@@ -31,6 +31,8 @@ def errors(weights, initial, k, target, cfg, residual, exact=False):
   """dL/dy of both layers by jax.grad, clipped as the configuration says."""
 
   def output_loss(y):
+    if cfg.setting == "chunk_dot":
+      return -2 * cfg.loss_factor * jnp.vdot(y, target)
     return cfg.loss_factor * jnp.sum((y - target) ** 2)
 
   y = mlp(weights, k, residual)
@@ -58,7 +60,7 @@ def write(
   eta, alpha, beta = gates
   if cfg.retention == "none":
     alpha = jnp.ones_like(alpha)
-  exact = cfg.setting != "chunk_l2" if exact is None else exact
+  exact = cfg.is_exact if exact is None else exact
   inputs = layer_inputs(start, k)
   error = errors(start, initial, k, target, cfg, residual, exact)
   after = {"weight": {}, "momentum": {}}

@@ -104,6 +104,7 @@ OPTIONS = [
   {"delta_rule": "literal", "momentum": "sum", "retention": "none"},
   {"retention": "zero", "step_scale": "sum", "loss_factor": 1.0},
   {"retention": "zero", "setting": "token_exact", "read": "token_post"},
+  {"setting": "chunk_dot", "delta_rule": "none", "momentum": "none"},
   {"setting": "negative_eigenvalues"},
   {"setting": "negative_eigenvalues", "architecture": "matrix"},
   {"architecture": "matrix", "error_clip": 0.0, "proximal": False},
@@ -151,7 +152,7 @@ def test_memory_in_pieces_of_chunks_equals_token_loop(
 RULE = {
   "architecture": ["mlp", "matrix"],
   "target": ["self", "shared"],
-  "setting": ["chunk_l2", "token_exact", "negative_eigenvalues"],
+  "setting": ["chunk_l2", "chunk_dot", "token_exact", "negative_eigenvalues"],
   "delta_rule": ["proximal", "literal", "none"],
   "momentum": ["averaged", "sum", "none"],
   "retention": ["start", "zero", "none"],

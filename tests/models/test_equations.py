@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hope_jax.memory.self_modifying import Boxes
-from tests.memory import oracle
+from tests.memory import baselines, oracle
 from tests.models.test_models import CMS, init, make
 from tests.pallas_kernels.testing import fast_jit
 
@@ -62,7 +62,8 @@ def attention(p, n, config):
 
 def memory_head(weights, boxes, vectors, logits, cfg):
   """Eq. 83-90 for one head: what the memory answers, k and v."""
-  (q, k, v), at = vectors, dict(logits, beta=jax.nn.sigmoid(logits["beta"]))
+  (q, k, v), beta = vectors, logits.get("beta", jnp.zeros(len(vectors[0])))
+  at = dict(logits, beta=jax.nn.sigmoid(beta))
   if boxes:
     slow = {"k": k, "v": v, "q": q, **at}
     (k, v, q, eta, alpha), _ = oracle.run_boxes(boxes, slow, cfg)
@@ -70,6 +71,9 @@ def memory_head(weights, boxes, vectors, logits, cfg):
     k, q = unit(k), unit(q)
     eta = jax.nn.softplus(at["eta"])
     alpha = jnp.exp(-jax.nn.softplus(at["alpha"]))
+  if cfg.activation == "gelu":  # Memora
+    o = baselines.run_memora(weights, k, v, q, (eta, alpha), cfg)
+    return o, k, v
   o, _ = oracle.run_memory(weights, k, v, q, (eta, alpha, at["beta"]), cfg)
   return o, k, v
 
@@ -83,7 +87,7 @@ def memory_layer(p, n, config):
     for name in ("query", "key", "value")
   ]
   logits = {}
-  for gate in ("eta", "alpha", "beta"):
+  for gate in ("eta", "alpha", "beta")[: 2 + (cfg.momentum != "none")]:
     logits[gate] = (gates[f"{gate}_bias"] + n @ gates[gate]["kernel"]).T
   if config.inner_rates == "off":
     logits["eta"] -= 1e9
@@ -99,6 +103,37 @@ def memory_layer(p, n, config):
   gate = jax.nn.silu(n @ p["readout"]["gate"]["kernel"])
   y = (o * gate) @ p["readout"]["output"]["kernel"]
   return y, *(jnp.hstack(list(x)) for x in made)
+
+
+def ttt_layer(p, n, config):
+  """TTT: q and k share a projection, rotary inside a mini-batch: y, k, v."""
+  chunk, base = config.memory.chunk_length, config.rope_base
+  i, r, shared = p["initial"], p["readout"], n @ p["query_key"]["kernel"]
+  split = lambda x: jnp.stack(jnp.split(x, config.num_heads, axis=1))
+
+  def turned(name):
+    p_conv = p[f"conv_{name}"]
+    x = {name: {"kernel": jnp.eye(len(shared[0]))}, f"conv_{name}": p_conv}
+    x = slow_projection(x, name, shared) + p_conv["bias"]
+    parts = [x[j : j + chunk] for j in range(0, len(x), chunk)]
+    heads = [[rotary(h, base) for h in split(part)] for part in parts]
+    return jnp.stack([jnp.concatenate(h) for h in zip(*heads, strict=True)])
+
+  value = n @ p["value"]["kernel"]
+  rate = jax.nn.sigmoid(n @ p["gates"]["kernel"] + p["gates"]["bias"]).T
+  rate *= config.memory.initial_learn_rate / config.head_dim
+  weights = {
+    name: (i[f"memory_{name}"], i[f"bias_{name}"])
+    for name in ("hidden", "output")
+    if f"memory_{name}" in i
+  }
+  run = lambda *a: baselines.run_ttt(*a, i["position"], chunk)
+  norm, k = (i["norm_scale"], i["norm_bias"]), turned("key")
+  o = jax.vmap(run)(weights, norm, k, split(value), turned("query"), rate)
+  o = jax.vmap(baselines.layer_norm)(jnp.hstack(list(o)))
+  gate = jax.nn.gelu(n @ r["gate"]["kernel"])
+  y = (o * r["norm_scale"] + r["norm_bias"]) * gate
+  return y @ r["output"]["kernel"], jnp.hstack(list(k)), value
 
 
 def linear_head(name, q, k, v, at):
@@ -245,8 +280,8 @@ def plain_model(params, tokens, config):
   mixer = memory_layer
   if config.has_attention or config.is_linear:
     mixer = linear_layer if config.is_linear else attention
-  if config.sequence_layer == "mamba2":
-    mixer = mamba2_layer
+  if config.sequence_layer in ("mamba2", "ttt_linear", "ttt_mlp"):
+    mixer = mamba2_layer if config.sequence_layer == "mamba2" else ttt_layer
 
   def block(x, p):
     mixed = mixer(p["mixer"], rms(x, p["norm_mixer"]["scale"]), config)
@@ -262,7 +297,8 @@ def plain_model(params, tokens, config):
   return rms(x, params["norm_out"]["scale"]) @ embedding.T
 
 
-MOVED = ("scale", "skip", "bias", "gates", "share", "forget", "learn_rate")
+MOVED = "scale", "skip", "bias", "gates", "share", "forget", "learn_rate"
+MOVED += ("position",)
 
 
 def perturbed(params, seed=0):
@@ -298,6 +334,10 @@ def perturbed(params, seed=0):
     ("gated_deltanet", {"num_heads": 4}),
     ("comba", {}),
     ("mamba2", {"ffn_hidden": 0, "width": 64}),
+    ("dla", {}),
+    ("memora", {}),
+    ("ttt_linear", {}),
+    ("ttt_mlp", {"cms": MIXER_PAIR}),
   ],
   ids=str,
 )

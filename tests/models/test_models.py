@@ -28,7 +28,21 @@ HOPE = dataclasses.replace(
   delta_rule="proximal",
 )
 CMS = CMSConfig(hidden=(8, 8, 16), chunk_lengths=(4, 8, 0))
-MEMORIES = {"titans": TITANS, "hope": HOPE}
+WITHOUT_MOMENTUM = dataclasses.replace(
+  TITANS, delta_rule="none", momentum="none", hidden=12
+)
+MEMORIES = {
+  "titans": TITANS,
+  "hope": HOPE,
+  "dla": dataclasses.replace(
+    WITHOUT_MOMENTUM, setting="chunk_dot", error_clip=0.0
+  ),
+  "memora": dataclasses.replace(
+    WITHOUT_MOMENTUM, step_scale="sum", proximal=False, activation="gelu"
+  ),
+  "ttt_linear": dataclasses.replace(TITANS, initial_learn_rate=1.0),
+  "ttt_mlp": dataclasses.replace(TITANS, hidden=12, initial_learn_rate=0.4),
+}
 NAMES = tuple(SEQUENCE_LAYERS)
 
 
@@ -103,7 +117,8 @@ def without_rates(params):
 
   def change(path, x):
     name = jax.tree_util.keystr(path)
-    if "eta_bias" in name or "learn_rate" in name:
+    is_bias = "bias" in name and "gates" in name and "alpha" not in name
+    if is_bias or "learn_rate" in name:
       return jnp.full_like(x, -1e9)
     return x
 
@@ -117,6 +132,11 @@ def without_rates(params):
     ("titans", "chunk"),
     ("hope", "token_pre"),
     ("hope_attention", "token_pre"),
+    ("dla", "token_post"),
+    ("memora", "token_pre"),
+    ("memora", "chunk"),
+    ("ttt_linear", "token_post"),
+    ("ttt_mlp", "token_post"),
   ],
 )
 def test_rates_zero_is_the_twin(name, read):
@@ -132,13 +152,13 @@ def test_rates_zero_is_the_twin(name, read):
     ).logits
     for c in (config, twin)
   ]
-  if name == "hope":  # its boxes read M_0 + D in one product
+  if name in ("hope", "memora"):  # they read M_0 + D in one product
     np.testing.assert_allclose(*logits, atol=5e-7)
   else:
     np.testing.assert_array_equal(*logits)
 
 
-@pytest.mark.parametrize("name", ["titans", "hope"])
+@pytest.mark.parametrize("name", MEMORIES)
 def test_every_initial_state_and_gate_gets_a_gradient(name):
   model, params, tokens = init(make(name))
 
@@ -202,7 +222,7 @@ def test_remat_and_dtype_keep_the_function(name):
   assert error < 3e-2
 
 
-@pytest.mark.parametrize("name", ["titans", "hope"])
+@pytest.mark.parametrize("name", MEMORIES)
 def test_dynamics_are_finite_scalars_per_layer(name):
   model, params, tokens = init(make(name))
   collect = fast_jit(lambda *args: model.apply(*args, mutable=["dynamics"])[1])
@@ -213,7 +233,7 @@ def test_dynamics_are_finite_scalars_per_layer(name):
     assert leaf.shape == (2,) and jnp.isfinite(leaf).all()
 
 
-@pytest.mark.parametrize("name", ["titans", "hope"])
+@pytest.mark.parametrize("name", ["titans", "hope", "memora"])
 def test_piece_may_begin_with_a_new_document_anywhere(name):
   """A session goes on with another text, inside a chunk of its memories."""
   config = make(name)
@@ -228,7 +248,7 @@ def test_piece_may_begin_with_a_new_document_anywhere(name):
   np.testing.assert_allclose(ours, expected, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["titans", "hope"])
+@pytest.mark.parametrize("name", ["titans", "hope", "ttt_mlp"])
 @pytest.mark.parametrize("piece_length", [None, 8])
 def test_documents_in_pieces_equal_one_pass(name, piece_length):
   """A long document goes on in the next piece; a new one starts anew."""

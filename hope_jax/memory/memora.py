@@ -1,0 +1,177 @@
+"""Memora: a deep memory whose weights stay on the simplex (Miras).
+
+  M(x) = x + LN(W1 act(W2 x)),  W = K softmax(Z) over its input axis of size K
+  W_t = K softmax(alpha_t log W_{t-1} - eta_t u_t x_t^T)
+
+that is, gradient descent on 1/2 |M(k) - v|^2 with the KL divergence to the last
+weights as retention.  On the logits it is the linear rule (P),
+
+  Z_t = alpha_t Z_{t-1} - eta_t u_t x_t^T,
+
+since what softmax cancels stays a constant along the input axis.  u_t x_t^T is
+the gradient with respect to W at the chunk's first state.
+
+Source: Miras 2504.13173.  Its constant in front of the softmax is not given;
+here it is K, so that the weights' mean is 1.  LN has neither scale nor bias.
+Z_0 is learned and forgetting returns to it (`retention=start`); `zero`, the
+literal form, returns to equal weights, where all hidden units are the same.
+
+Token reads hold the weights of a chunk's tokens, [B, H, C, E, K].
+
+Legend: B batch, H heads, T tokens, C chunk length, K key dim, F hidden,
+E output dim.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hope_jax.memory import architectures, chunks, deep, rules
+from hope_jax.memory.architectures import Weights
+from hope_jax.memory.rules import Gates
+from hope_jax.model_config import MemoryConfig
+from pallas_kernels.linear_rule import chunk as chunk_lib
+
+
+def simplex(logits: Weights) -> Weights:
+  """K softmax(Z), K the size of the last axis."""
+  return jax.tree.map(
+    lambda z: z.shape[-1] * jax.nn.softmax(z, axis=-1), logits
+  )
+
+
+def run_memory(
+  initial: Weights,
+  keys: jax.Array,
+  values: jax.Array,
+  queries: jax.Array,
+  gates: Gates,
+  cfg: MemoryConfig,
+  *,
+  state: chunks.ChunkState | None = None,
+  segments: jax.Array | None = None,
+  live: bool = True,
+  with_dynamics: bool = False,
+) -> deep.MemoryOutput:
+  """As `deep.run_memory`, with Z_0 as `initial`."""
+  if not live:
+    outputs, _ = read_at(simplex(initial), queries, cfg)
+    return deep.MemoryOutput(outputs, state, None)
+  layout = chunks.plan(keys.shape[2], cfg.chunk_length, state)
+  continued = state is not None
+  if state is None:
+    state = chunks.fresh(deep.zero_state(initial, keys.shape[0], cfg))
+  slow, state, origin = deep.anchored(initial, state, cfg)
+  gates = gates._replace(retention=rules.retained(gates.retention, cfg))
+  base = chunks.per_sequence(slow, keys.shape[0], ("heads",))
+
+  def step(start, now, inputs, live):
+    after, read = learn_chunk(
+      _logits(base, start), base, now["weight"], inputs, live, cfg
+    )
+    return {"weight": after, "momentum": None}, read
+
+  xs = jax.tree.map(
+    lambda x: layout.split(x, axis=2), (keys, values, queries, gates)
+  )
+  read, after = chunks.scan_chunks(
+    step,
+    state,
+    xs,
+    layout,
+    chunk_length=cfg.chunk_length,
+    policy=cfg.remat,
+    continued=continued or with_dynamics,
+    docs=chunks.documents(segments, layout, origin),
+  )
+  dynamics = None
+  if with_dynamics:
+    assert after is not None
+    dynamics = {
+      "learn_rate": jnp.mean(gates.learn_rate),
+      "half_life": deep.half_life(gates.retention),
+      "relative_change": deep.relative_change(
+        initial, after.now["weight"], slow is None
+      ),
+    }
+  state = deep.difference(initial, after, cfg) if continued else None
+  return deep.MemoryOutput(layout.merge(read, axis=2), state, dynamics)
+
+
+def _logits(base: Weights | None, difference: Weights) -> Weights:
+  """Z from what the rule acts on."""
+  return difference if base is None else architectures.whole(base, difference)
+
+
+def read_at(
+  weights: Weights, x: jax.Array, cfg: MemoryConfig
+) -> tuple[jax.Array, architectures.Trace]:
+  """M(x), and the trace of the MLP before LN and residual."""
+  z = architectures.apply(x, weights.hidden)
+  features, slope = architectures.activate(z, cfg.activation)
+  before_norm = architectures.apply(features, weights.output)
+  trace = architectures.Trace(Weights(x, features), slope, before_norm)
+  return x + architectures.layer_normalize(before_norm), trace
+
+
+def learn_chunk(
+  start: Weights,
+  base: Weights | None,
+  now: Weights,
+  inputs: tuple[jax.Array, jax.Array, jax.Array, Gates],
+  live: jax.Array | None,
+  cfg: MemoryConfig,
+) -> tuple[Weights, jax.Array]:
+  """One chunk of writes and reads: (`now` after it, o [B, H, C, E]).
+
+  Args:
+    start: Z at the chunk's first state.
+    base: Z_0 where the rule acts on the difference from it, else None.
+    now: what the rule acts on, before the chunk's tokens given here.
+    inputs: keys, values, queries [B, H, C, K], gates [B, H, C].
+    live: [C], which places hold a token.
+  """
+  keys, values, queries, gates = inputs
+  weights = simplex(start)
+  outputs, trace = read_at(weights, keys, cfg)
+  error = rules.output_error(outputs, values, cfg)
+  error = architectures.layer_norm_error(trace.outputs, error)
+  assert trace.slope is not None
+  hidden = architectures.hidden_error(weights.output, error, trace.slope)
+  errors = Weights(rules.clip_norm(hidden, cfg.error_clip), error)
+  when = rules.rule_read(cfg)
+  decays = chunk_lib.chunk_decays(gates.retention, live=live, read=when)
+  mix = decays.before if when == "pre" else decays.after
+
+  def write(index: int) -> tuple[jax.Array, jax.Array | None]:
+    """Z of a layer after the chunk, and at every token [B, H, C, E, K]."""
+    x, u = trace.inputs[index], errors[index]
+    rate, _ = rules.layer_rates(x, gates, cfg, chunk_length=cfg.chunk_length)
+    out = chunk_lib.chunk_rule(
+      x,
+      u,
+      weight=now[index],
+      momentum=None,
+      decays=decays,
+      learn_rate=rate,
+      erase=None,
+    )
+    if cfg.read == "chunk":
+      return out.weight, None
+    assert mix is not None
+    written = (rate[..., None] * u)[..., None] * x[..., None, :]
+    each = mix.start[..., None, None] * now[index][..., None, :, :]
+    each -= jnp.einsum("...CD,...DEK->...CEK", mix.pair, written)
+    return out.weight, each
+
+  (hidden, hidden_each), (output, output_each) = write(0), write(1)
+  after = Weights(hidden, output)
+  if cfg.read == "chunk":
+    return after, read_at(weights, queries, cfg)[0]
+  each: Any = Weights(hidden_each, output_each)
+  if base is not None:
+    each = jax.tree.map(lambda z, b: z + b[..., None, :, :], each, base)
+  # Every token is a chunk of one of its own memory.
+  one_token, _ = read_at(simplex(each), queries[..., None, :], cfg)
+  return after, one_token[..., 0, :]

@@ -1,0 +1,222 @@
+"""TTT-Linear and TTT-MLP: memories with a layer norm, learned in mini-batches.
+
+  f(x) = x + LN(W x + b)                      (linear)
+  f(x) = x + LN(W1 gelu(W2 x + b2) + b1)      (MLP)
+  inner loss 1/2 |f(k) - v|^2, gradients at the mini-batch's first state
+  W_t = W_start + c_t D_t,  D_t = D_{t-1} - eta_t u_t x_t^T,  c_t by position
+  o_t = f(q_t; W_t)
+
+c_t = max(0, 1 / t + learned_t) for position t = 1 .. C belongs to the token
+that reads; the mini-batch ends with c_C.  u is the LN's VJP at LN - (v - k).
+D is the rule (P) with alpha = 1 and no momentum, so that a mini-batch is read
+by masked products (the paper's dual form).
+
+Between two calls `now` holds W_start + D_t, without c_t, which may be 0.
+
+Source: TTT 2407.04620.
+
+Legend: B batch, H heads, T tokens, C mini-batch, K key dim, F hidden.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hope_jax.memory import architectures, chunks, deep
+from hope_jax.memory.architectures import Weights
+from hope_jax.model_config import MemoryConfig
+
+
+class Layer(NamedTuple):
+  """weight [..., F, K], bias [..., F]."""
+
+  weight: Any
+  bias: Any
+
+
+class Norm(NamedTuple):
+  """LN's scale and bias, [H, K]."""
+
+  scale: jax.Array
+  bias: jax.Array
+
+  def __call__(self, z: jax.Array) -> jax.Array:
+    """LN(z), z [B, H, C, K]."""
+    scale, bias = self.scale[None, :, None], self.bias[None, :, None]
+    return architectures.layer_normalize(z) * scale + bias
+
+  def error(self, z: jax.Array, target: jax.Array) -> jax.Array:
+    """d/dz 1/2 |LN(z) - target|^2."""
+    outputs, vjp = jax.vjp(self, z)
+    return vjp(outputs - target)[0]
+
+
+class Tokens(NamedTuple):
+  """What the memory sees: keys, values, queries [B, H, T, K]; eta [B, H, T];
+  c_t, and whether the token is its mini-batch's last (0 or 1), [B, H, T]."""
+
+  keys: jax.Array
+  values: jax.Array
+  queries: jax.Array
+  learn_rate: jax.Array
+  factor: jax.Array
+  is_last: jax.Array
+
+
+def position(length: int, state: chunks.ChunkState | None, cfg: MemoryConfig):
+  """Places of the tokens in their mini-batches, [T] from 0."""
+  first = 0
+  if state is not None and state.position is not None:
+    first = state.position
+  return (first + jnp.arange(length)) % cfg.chunk_length
+
+
+def apply(x: jax.Array, layer: Layer) -> jax.Array:
+  """x W^T + b, x [B, H, C, K]."""
+  return architectures.apply(x, layer.weight) + layer.bias[..., None, :]
+
+
+def run_memory(
+  initial: Weights,
+  norm: Norm,
+  tokens: Tokens,
+  cfg: MemoryConfig,
+  *,
+  state: chunks.ChunkState | None = None,
+  segments: jax.Array | None = None,
+  live: bool = True,
+  with_dynamics: bool = False,
+) -> deep.MemoryOutput:
+  """Reads and writes one memory per head along the sequence.
+
+  Args:
+    initial: `Layer`s hidden (None: linear) and output, with heads first.
+    state: from an earlier call or `chunks.fresh` of `deep.zero_state`.
+    segments: [B, T] document numbers.
+    live: off: nothing is written, o_t = f(q_t; W_0).
+  """
+  batch_size = tokens.keys.shape[0]
+  base = chunks.per_sequence(initial, batch_size, ("heads",))
+  if not live:
+    outputs = _read(norm, base, None, tokens.queries, None)
+    return deep.MemoryOutput(outputs, state, None)
+  layout = chunks.plan(tokens.keys.shape[2], cfg.chunk_length, state)
+  continued = state is not None
+  at_border = state is None or state.position is None
+  if state is None:
+    state = chunks.fresh({"weight": chunks.zeros(initial, batch_size)})
+
+  def step(start, now, inputs, _):
+    written = None  # in this mini-batch, before these tokens
+    if not at_border:
+      written = jax.tree.map(jnp.subtract, now["weight"], start)
+    weights = architectures.whole(base, start)
+    written, outputs = learn_chunk(weights, written, norm, inputs)
+    last = jnp.sum(inputs.is_last, axis=-1)  # of a mini-batch: c_C, else 1
+    end = jnp.sum(inputs.is_last * inputs.factor, axis=-1) + 1.0 - last
+
+    def add(weight, change):
+      return (
+        weight + end.reshape(*end.shape, *(1,) * (change.ndim - 2)) * change
+      )
+
+    return {"weight": jax.tree.map(add, start, written)}, outputs
+
+  origin = jax.tree.map(jnp.zeros_like, state.now)
+  outputs, after = chunks.scan_chunks(
+    step,
+    state,
+    jax.tree.map(lambda x: layout.split(x, axis=2), tokens),
+    layout,
+    chunk_length=cfg.chunk_length,
+    policy=cfg.remat,
+    continued=continued or with_dynamics,
+    docs=chunks.documents(segments, layout, origin),
+  )
+  dynamics = None
+  if with_dynamics:
+    assert after is not None
+    of_weights = lambda tree: [layer.weight for layer in tree if layer]
+    dynamics = {
+      "learn_rate": jnp.mean(tokens.learn_rate),
+      "relative_change": deep.relative_change(
+        of_weights(initial), of_weights(after.now["weight"])
+      ),
+    }
+  return deep.MemoryOutput(
+    layout.merge(outputs, axis=2), after if continued else None, dynamics
+  )
+
+
+class _Writes(NamedTuple):
+  """A mini-batch's writes to a layer: D before it (None: 0), inputs x and
+  scaled errors eta u, both [B, H, C, ...], and c of the readers [B, H, C]."""
+
+  before: Layer | None
+  inputs: jax.Array
+  errors: jax.Array
+  factor: jax.Array
+
+  def read(self, x: jax.Array) -> jax.Array:
+    """c_t (D_t x_t + d_t)."""
+    scores = jnp.einsum("...CK,...DK->...CD", x, self.inputs) + 1.0
+    read = -jnp.einsum("...CD,...DF->...CF", jnp.tril(scores), self.errors)
+    if self.before is not None:
+      read += apply(x, self.before)
+    return self.factor[..., None] * read
+
+  def after(self) -> Layer:
+    """D after the mini-batch."""
+    weight = -jnp.einsum("...CF,...CK->...FK", self.errors, self.inputs)
+    change = Layer(weight, -jnp.sum(self.errors, axis=-2))
+    if self.before is None:
+      return change
+    return jax.tree.map(jnp.add, self.before, change)
+
+
+def learn_chunk(
+  weights: Weights, written: Weights | None, norm: Norm, tokens: Tokens
+) -> tuple[Weights, jax.Array]:
+  """One mini-batch: (D after it, o [B, H, C, K]).
+
+  Args:
+    weights: W_start of the mini-batch.
+    written: D before the tokens given here; None: 0.
+  """
+  features, slope = tokens.keys, None
+  if weights.hidden is not None:
+    features, slope = architectures.activate(
+      apply(tokens.keys, weights.hidden), "gelu"
+    )
+  target = tokens.values - tokens.keys
+  error = norm.error(apply(features, weights.output), target)
+  scale = tokens.learn_rate[..., None]
+  before = written or Weights(None, None)
+  hidden = None
+  if slope is not None:
+    back = architectures.hidden_error(weights.output.weight, error, slope)
+    hidden = _Writes(before.hidden, tokens.keys, scale * back, tokens.factor)
+  output = _Writes(before.output, features, scale * error, tokens.factor)
+  outputs = _read(norm, weights, hidden, tokens.queries, output)
+  return Weights(hidden and hidden.after(), output.after()), outputs
+
+
+def _read(
+  norm: Norm,
+  weights: Weights,
+  hidden: _Writes | None,
+  queries: jax.Array,
+  output: _Writes | None,
+) -> jax.Array:
+  """f(q_t; W_start + c_t D_t); without writes f(q_t; W_start)."""
+  x = queries
+  if weights.hidden is not None:
+    z = apply(x, weights.hidden)
+    if hidden is not None:
+      z += hidden.read(x)
+    x = architectures.ACTIVATIONS["gelu"](z)
+  z = apply(x, weights.output)
+  if output is not None:
+    z += output.read(x)
+  return queries + norm(z)

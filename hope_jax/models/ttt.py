@@ -1,0 +1,190 @@
+"""TTT-Linear and TTT-MLP as sequence layers (2407.04620).
+
+  p = n W_qk;  q, k = rotary(conv_q(p)), rotary(conv_k(p));  v = n W_v
+  eta = base_lr sigmoid(n w + b) / K             per head
+  o = f(q_t; W_t)                                `memory/ttt.py`
+  y = W_o (LN(o) * gelu(n W_g))                  LN over the full width
+
+q and k share a projection, have neither SiLU nor L2 norm, and are turned by
+their position in the mini-batch.  In the config `memory.chunk_length` is the
+mini-batch (published: 16), `memory.initial_learn_rate` base_lr (1.0 linear, 0.1
+MLP) and `memory.hidden` the MLP's hidden width (published: 4 K).
+
+Legend: B batch, T tokens, D model, H heads, K head dim, F memory hidden.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hope_jax.memory import chunks, ttt
+from hope_jax.memory.architectures import Weights, layer_normalize
+from hope_jax.model_config import ModelConfig
+from hope_jax.models import attention, layers
+from hope_jax.models.interface import MixerOutput
+
+
+def initial_shapes(config: ModelConfig) -> Weights:
+  """Shapes of W_0 and b_0."""
+  heads, dim = config.num_heads, config.head_dim
+  if config.sequence_layer == "ttt_linear":
+    return Weights(None, ttt.Layer((heads, dim, dim), (heads, dim)))
+  hidden = config.memory.hidden or 4 * dim
+  return Weights(
+    ttt.Layer((heads, hidden, dim), (heads, hidden)),
+    ttt.Layer((heads, dim, hidden), (heads, dim)),
+  )
+
+
+def _conv_widths(config: ModelConfig) -> dict[str, int]:
+  return {"query": config.width, "key": config.width}
+
+
+def init_state(
+  config: ModelConfig, batch_size: int, piece_length: int | None = None
+) -> dict[str, Any]:
+  """Fast state before the first token: W_t = W_0."""
+  is_shape = lambda x: isinstance(x, tuple) and isinstance(x[0], int)
+  initial = jax.tree.map(jnp.zeros, initial_shapes(config), is_leaf=is_shape)
+  return {
+    "memory": chunks.fresh(
+      {"weight": chunks.zeros(initial, batch_size)},
+      config.memory.chunk_length,
+      piece_length,
+    ),
+    "conv": layers.init_conv_state(config, batch_size, _conv_widths(config)),
+  }
+
+
+class Initial(nn.Module):
+  """W_0 from N(0, 0.02), b_0 = 0, LN's scale 1 and bias 0, and what is learned
+  beside 1 / t, from 0, [C]."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self) -> tuple[Weights, ttt.Norm, jax.Array]:
+    heads, dim = self.config.num_heads, self.config.head_dim
+    normal = nn.initializers.normal(layers.INIT_STD)
+
+    def layer(name: str, shapes: ttt.Layer | None) -> Any:
+      if shapes is None:
+        return None
+      axes = ("heads", "memory_out", "memory_in")
+      return ttt.Layer(
+        self._parameter(f"memory_{name}", normal, shapes.weight, axes),
+        self._parameter(f"bias_{name}", _zeros, shapes.bias, axes[:2]),
+      )
+
+    shapes = initial_shapes(self.config)
+    weights = Weights(*map(layer, shapes._fields, shapes))
+    axes = ("heads", "norm")
+    norm = ttt.Norm(
+      self._parameter("norm_scale", nn.initializers.ones, (heads, dim), axes),
+      self._parameter("norm_bias", _zeros, (heads, dim), axes),
+    )
+    length = (self.config.memory.chunk_length,)
+    position = self._parameter("position", _zeros, length, (None,))
+    return weights, norm, position
+
+  def _parameter(self, name: str, init: Any, shape: Any, axes: Any) -> Any:
+    return self.param(name, nn.with_logical_partitioning(init, axes), shape)
+
+
+_zeros = nn.initializers.zeros
+
+
+class TestTimeTraining(nn.Module):
+  """The sequence layer of both models."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    state: dict[str, Any] | None = None,
+    segments: jax.Array | None = None,
+  ) -> MixerOutput:
+    cfg = self.config
+    dense = lambda name: layers.dense(cfg.width, cfg, ("embed", "heads"), name)
+    shared, value = dense("query_key")(x_BTD), dense("value")(x_BTD)
+    projected, conv = dict.fromkeys(("query", "key"), shared), {}
+    if cfg.conv_window:
+      for name in projected:
+        projected[name], conv[name] = layers.ShortConv(
+          cfg.conv_window, shared.dtype, use_bias=True, name=f"conv_{name}"
+        )(shared, state["conv"][name] if state else None, segments)
+    before = state["memory"] if state else None
+    place = ttt.position(x_BTD.shape[1], before, cfg.memory)
+    q, k = (self._rotate(projected[name], place) for name in ("query", "key"))
+    initial, norm, learned = Initial(cfg, name="initial")()
+    weight = jnp.maximum(0.0, 1.0 / (1 + place) + learned[place])
+    rate = self._learn_rate(x_BTD)
+    per_token = lambda x: jnp.broadcast_to(x[None, None], rate.shape)
+    tokens = ttt.Tokens(
+      keys=k,
+      values=layers.split_heads(value, cfg.num_heads),
+      queries=q,
+      learn_rate=rate,
+      factor=per_token(weight),
+      is_last=per_token((place == cfg.memory.chunk_length - 1) * 1.0),
+    )
+    out = ttt.run_memory(
+      initial,
+      norm,
+      tokens,
+      cfg.memory,
+      state=before,
+      segments=segments,
+      live=cfg.is_live("memory"),
+      with_dynamics=self.is_mutable_collection("dynamics"),
+    )
+    layers.sow_dynamics(self, "memory", out.dynamics)
+    if state is not None:
+      state = {"memory": out.state, "conv": conv}
+    y_BTD = ReadOut(cfg, name="readout")(x_BTD, out.outputs)
+    keys = k.swapaxes(1, 2).reshape(x_BTD.shape)
+    return MixerOutput(y_BTD, keys, value, state)
+
+  def _rotate(self, x_BTD: jax.Array, place: jax.Array) -> jax.Array:
+    """[B, T, D] -> [B, H, T, K], turned by the place in the mini-batch."""
+    x = layers.split_heads(x_BTD, self.config.num_heads).swapaxes(1, 2)
+    return attention.rotate(x, place, self.config.rope_base).swapaxes(1, 2)
+
+  def _learn_rate(self, x_BTD: jax.Array) -> jax.Array:
+    """eta, [B, H, T]."""
+    cfg = self.config
+    logits = nn.Dense(
+      cfg.num_heads,
+      kernel_init=nn.with_logical_partitioning(
+        nn.initializers.normal(layers.INIT_STD), ("embed", "heads")
+      ),
+      bias_init=nn.with_logical_partitioning(_zeros, ("heads",)),
+      name="gates",
+    )(x_BTD.astype(jnp.float32))
+    rate = cfg.memory.initial_learn_rate / cfg.head_dim
+    return rate * nn.sigmoid(logits).swapaxes(1, 2)
+
+
+class ReadOut(nn.Module):
+  """W_o (LN(o) * gelu(n W_g))."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, o_BHTK: jax.Array) -> jax.Array:
+    cfg = self.config
+    o_BTD = layer_normalize(o_BHTK.swapaxes(1, 2).reshape(x_BTD.shape))
+    of_norm = lambda name, init: self.param(
+      name, nn.with_logical_partitioning(init, ("norm",)), (cfg.width,)
+    )
+    scale: Any = of_norm("norm_scale", nn.initializers.ones)
+    bias: Any = of_norm("norm_bias", _zeros)
+    o_BTD = o_BTD * scale[None, None] + bias[None, None]
+    gate = layers.dense(cfg.width, cfg, ("embed", "heads"), "gate")(x_BTD)
+    return layers.dense(
+      cfg.width, cfg, ("heads", "embed"), "output", is_output=True
+    )(o_BTD.astype(gate.dtype) * nn.gelu(gate))
