@@ -313,7 +313,7 @@ def _mixer_level(
 ) -> tuple[Any, Any]:
   """(M_0, D) of the memory or of a box, layers on axis 0."""
   group = "memory" if level == "memory" else "boxes"
-  fast = mixer[group].now["weight"]
+  fast: Any = mixer[group].now["weight"]
   if isinstance(fast.output, ttt.Layer):
     fast = Weights(*(layer and layer.weight for layer in fast))
   initial = type(fast)(
