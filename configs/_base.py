@@ -17,6 +17,7 @@ DEFAULTS = {
     "num_heads": 2,
     "ffn_hidden": 448,
     "conv_window": 4,
+    "attention_window": 0,
     "context_length": 4096,
     "rope_base": 10000.0,
     "memory": {

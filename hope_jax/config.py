@@ -175,17 +175,13 @@ class Config:
         f" data.batch_size={self.data.batch_size}"
       )
     carries = self.train.carry_state
-    if carries and (self.model.has_attention or self.data.kind == "mqar"):
+    is_cache = self.model.has_longest_context
+    if carries and (is_cache or self.data.kind == "mqar"):
       raise ConfigError(
         f"train.carry_state: {self.model.sequence_layer} on {self.data.kind}"
         " has nothing to carry; it is for memories on documents"
       )
-    if self.model.cms.signal == "next_token" and self.model.has_attention:
-      if self.data.kind == "records":
-        raise ConfigError(
-          "model.cms.signal=next_token: attention reads packed documents in one"
-          " pass only; use text, or another sequence layer"
-        )
+    if self.model.cms.signal == "next_token" and is_cache:
       if self.data.sequence_length > self.model.context_length:
         raise ConfigError(
           f"data.sequence_length={self.data.sequence_length} is longer than"

@@ -33,7 +33,7 @@ OWNERS = (
   (r"mixer/gates/(eta|alpha)", r"\1"),
   (r"mixer/(?:gates|memory|initial/memory)", "memory"),
   (r"mixer/(?:boxes|initial/boxes)", "boxes"),
-  (r"mixer/(?:keys|values|position)\b", "attention"),
+  (r"mixer/(?:keys|values|position|first)\b", "attention"),
   (r"norm_mixer|mixer/(?:proj|read|conv|query|key|value|out)", "projections"),
   (r"mixer\b", "mixer"),
   (r"ffn", "ffn"),

@@ -130,7 +130,7 @@ def generate(
   """Up to `count` new tokens for every prompt (of any lengths); options as of
   `go_on`."""
   longest = max(len(prompt) for prompt in prompts) + count
-  if config.has_attention and longest > config.context_length:
+  if config.has_longest_context and longest > config.context_length:
     raise ConfigError(
       f"prompt and continuation have {longest} tokens, but attention's cache"
       f" holds model.context_length={config.context_length}: shorten them, or"

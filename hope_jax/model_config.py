@@ -228,7 +228,10 @@ class ModelConfig:
     frozen_levels: fast levels whose writes are switched off (`memory`, `k`,
       `v`, `q`, `eta`, `alpha`, `cms_0`, `cms_1` ...).
     conv_window: of the causal convolution on q, k and v; 0: none.
-    context_length: positions of attention's cache when generating.
+    attention_window: tokens that a token's attention sees, itself included; 0:
+      all before it.
+    context_length: positions of attention's cache when generating; with a
+      window it has as many as that, and sequences may be of any length.
     remat: what the outer backward pass keeps of a block.
   """
 
@@ -239,6 +242,7 @@ class ModelConfig:
   num_heads: int = 2
   ffn_hidden: int = 448
   conv_window: int = 4
+  attention_window: int = 0
   context_length: int = 4096
   rope_base: float = 10000.0
   memory: MemoryConfig = MemoryConfig()
@@ -311,6 +315,11 @@ class ModelConfig:
   @property
   def has_attention(self) -> bool:
     return self.sequence_layer in ATTENTION_LAYERS
+
+  @property
+  def has_longest_context(self) -> bool:
+    """Whether a sequence may have `context_length` tokens and no more."""
+    return self.has_attention and not self.attention_window
 
   @property
   def is_linear(self) -> bool:

@@ -207,7 +207,7 @@ def extend(
 
 def check_room(config: ModelConfig, position: int, count: int) -> None:
   """`ConfigError` if attention cannot read so many tokens on."""
-  if config.has_attention and position + count > config.context_length:
+  if config.has_longest_context and position + count > config.context_length:
     raise ConfigError(
       f"{position} tokens and {count} more are too many for attention: its"
       f" cache holds model.context_length={config.context_length}"

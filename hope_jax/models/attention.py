@@ -1,9 +1,13 @@
 """Softmax attention with rotary positions (Transformer++, Hope-Attention).
 
 Causal, RoPE on q and k, optional causal depthwise convolution on q, k and v.
-The state is a key / value cache of `config.context_length` positions.
+With `attention_window` W token t sees tokens t - W + 1 .. t only (Samba's
+attention, 2406.07522): blocks of W queries against two blocks of keys, so that
+time and memory grow with T W.  Of a sequence that is read in pieces a cache is
+kept: of `context_length` positions, or of the last W, however long it is.
 
-Legend: B batch, T tokens, L cache positions, H heads, K head dim, D model.
+Legend: B batch, T tokens, L cache places, W window, H heads, K head dim,
+D model.
 """
 
 import flax.linen as nn
@@ -14,15 +18,24 @@ import jax.numpy as jnp
 from hope_jax.model_config import ModelConfig
 from hope_jax.models import layers
 from hope_jax.models.interface import MixerOutput
+from pallas_kernels.scan import fold_chunks
 
 
 @flax.struct.dataclass
 class AttentionState:
-  """Keys and values of all past tokens [B, L, H, K]; position: their count."""
+  """The cache: keys and values [B, L, H, K].
+
+  Attributes:
+    position: how many places are taken, the first ones; with a window always
+      all of them: the last token is in the last place.
+    first: [B] the place where the last token's document begins.
+    keys: with a window not yet rotated, as the places' numbers move on.
+  """
 
   keys: jax.Array
   values: jax.Array
   position: jax.Array
+  first: jax.Array
   conv: dict[str, jax.Array]
 
 
@@ -32,16 +45,14 @@ def init_state(
   """An empty cache."""
   del piece_length
   dtype = jnp.dtype(config.dtype)
-  shape = (
-    batch_size,
-    config.context_length,
-    config.num_heads,
-    config.head_dim,
-  )
+  window = config.attention_window
+  places = window or config.context_length
+  shape = (batch_size, places, config.num_heads, config.head_dim)
   return AttentionState(
     keys=jnp.zeros(shape, dtype),
     values=jnp.zeros(shape, dtype),
-    position=jnp.zeros((), jnp.int32),
+    position=jnp.full((), window, jnp.int32),
+    first=jnp.full(batch_size, window, jnp.int32),
     conv=layers.init_conv_state(config, batch_size, layers.full_widths(config)),
   )
 
@@ -59,6 +70,114 @@ def rotate(x_BTHK: jax.Array, position_T: jax.Array, base: float) -> jax.Array:
   return rotated.astype(x_BTHK.dtype)
 
 
+def document_place(
+  state: AttentionState, segments: jax.Array | None
+) -> jax.Array:
+  """[B]: where the last token's document begins, if tokens with these numbers
+  [B, T] follow the `position` places that are taken."""
+  if segments is None:
+    return state.first
+  is_last = segments == segments[:, -1:]
+  place = state.position + jnp.argmax(is_last, axis=1).astype(jnp.int32)
+  return jnp.where(segments[:, -1] == 0, state.first, place)
+
+
+def cache_numbers(state: AttentionState) -> jax.Array:
+  """Document numbers of the cache's places [B, L]: 0 the last one, -1 others
+  (places behind the last token are 0, too)."""
+  place = jnp.arange(state.keys.shape[1])
+  return jnp.where(place[None] >= state.first[:, None], 0, -1)
+
+
+def full_pass(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segments: jax.Array | None,
+  config: ModelConfig,
+) -> jax.Array:
+  """Causal attention of whole sequences [B, T, H, K]."""
+  position = jnp.arange(q.shape[1])
+  q, k = (rotate(x, position, config.rope_base) for x in (q, k))
+  mask = None
+  if segments is not None:
+    mask = (segments[:, :, None] == segments[:, None, :])[:, None]
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
+
+
+def full_extend(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segments: jax.Array | None,
+  state: AttentionState,
+  config: ModelConfig,
+) -> tuple[jax.Array, AttentionState]:
+  """Causal attention of tokens [B, T, H, K] that follow a cache."""
+  begin, length = state.position, q.shape[1]
+  position = begin + jnp.arange(length)
+  q, k = (rotate(x, position, config.rope_base) for x in (q, k))
+  insert = jax.lax.dynamic_update_slice_in_dim
+  keys = insert(state.keys, k, begin, axis=1)
+  values = insert(state.values, v, begin, axis=1)
+  if segments is None:
+    segments = jnp.zeros(q.shape[:2], jnp.int32)
+  numbers = insert(cache_numbers(state), segments, begin, axis=1)
+  past = jnp.arange(keys.shape[1])[None] <= position[:, None]
+  mask = past[None] & (segments[:, :, None] == numbers[:, None])
+  y = jax.nn.dot_product_attention(q, keys, values, mask=mask[:, None])
+  first = document_place(state, segments)
+  return y, state.replace(
+    keys=keys, values=values, position=begin + length, first=first
+  )
+
+
+def window_extend(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segments: jax.Array | None,
+  state: AttentionState,
+  config: ModelConfig,
+) -> tuple[jax.Array, AttentionState]:
+  """The same with a window: queries in blocks of C = min(W, T), each against
+  its own keys and the W before them."""
+  batch, length, *heads = q.shape
+  window = config.attention_window
+  block = min(window, length)
+  if segments is None:
+    segments = jnp.zeros((batch, length), jnp.int32)
+  keys = jnp.concatenate([state.keys, k], axis=1)
+  values = jnp.concatenate([state.values, v], axis=1)
+  numbers = jnp.concatenate([cache_numbers(state), segments], axis=1)
+  place = jnp.arange(window + length)
+  q = rotate(q, place[window:], config.rope_base)
+  rotated = rotate(keys, place, config.rope_base)
+
+  def overlapping(x: jax.Array) -> jax.Array:
+    """[B, W + T, ...] -> [B N, W + C, ...]."""
+    if length <= window:
+      return x
+    x = fold_chunks(x, window, axis=1)
+    x = jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2)
+    return x.reshape(-1, 2 * window, *x.shape[3:])
+
+  numbers = overlapping(numbers)
+  ahead = jnp.arange(window + block)[None] - jnp.arange(block)[:, None]
+  near = (ahead > 0) & (ahead <= window)
+  mask = near[None] & (numbers[:, window:, None] == numbers[:, None])
+  y = jax.nn.dot_product_attention(
+    fold_chunks(q, block, axis=1).reshape(-1, block, *heads),
+    overlapping(rotated),
+    overlapping(values),
+    mask=mask[:, None],
+  )
+  first = jnp.maximum(document_place(state, segments) - length, 0)
+  return y.reshape(batch, -1, *heads)[:, :length], state.replace(
+    keys=keys[:, length:], values=values[:, length:], first=first
+  )
+
+
 class Attention(nn.Module):
   """Multi-head causal softmax attention."""
 
@@ -74,38 +193,25 @@ class Attention(nn.Module):
     cfg = self.config
     batch, length, _ = x_BTD.shape
     heads = (batch, length, cfg.num_heads, cfg.head_dim)
-    projected, conv_state = layers.projections(
+    projected, conv = layers.projections(
       x_BTD,
       layers.full_widths(cfg),
       cfg,
       state.conv if state else None,
       segments,
     )
-    projected = {name: p.reshape(heads) for name, p in projected.items()}
-    start = state.position if state else jnp.zeros((), jnp.int32)
-    position = start + jnp.arange(length)
-    q = rotate(projected["query"], position, cfg.rope_base)
-    k = rotate(projected["key"], position, cfg.rope_base)
-    v = projected["value"]
-    if state is None:
-      mask = None
-      if segments is not None:
-        mask = (segments[:, :, None] == segments[:, None, :])[:, None]
-      y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
+    q, k, v = (
+      projected[name].reshape(heads) for name in ("query", "key", "value")
+    )
+    if state is None and not 0 < cfg.attention_window < length:
+      y = full_pass(q, k, v, segments, cfg)
     else:
-      cache = [
-        jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
-        for old, new in ((state.keys, k), (state.values, v))
-      ]
-      visible = jnp.arange(cfg.context_length)[None] <= position[:, None]
-      y = jax.nn.dot_product_attention(
-        q, cache[0], cache[1], mask=visible[None, None]
-      )
-      state = AttentionState(cache[0], cache[1], start + length, conv_state)
+      extend = window_extend if cfg.attention_window else full_extend
+      before = state or init_state(cfg, batch)
+      y, after = extend(q, k, v, segments, before, cfg)
+      if state is not None:
+        state = after.replace(conv=conv)
     y_BTD = layers.dense(
       cfg.width, cfg, ("heads", "embed"), "output", is_output=True
     )(y.reshape(x_BTD.shape))
-    keys, values = (
-      projected[name].reshape(x_BTD.shape) for name in ("key", "value")
-    )
-    return MixerOutput(y_BTD, keys, values, state)
+    return MixerOutput(y_BTD, projected["key"], projected["value"], state)
