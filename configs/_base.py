@@ -15,11 +15,20 @@ DEFAULTS = {
     "width": 128,
     "num_layers": 4,
     "num_heads": 2,
+    "num_kv_heads": 0,
     "ffn_hidden": 448,
     "conv_window": 4,
     "attention_window": 0,
     "context_length": 4096,
     "rope_base": 10000.0,
+    "rope_scaling": {
+      "factor": 1.0,
+      "low_frequency_factor": 1.0,
+      "high_frequency_factor": 4.0,
+      "original_context_length": 8192,
+    },
+    "norm_eps": 1e-6,
+    "tied_embeddings": True,
     "memory": {
       "architecture": "mlp",
       "hidden": 0,
@@ -76,6 +85,7 @@ DEFAULTS = {
   "data": {
     "kind": "text",
     "path": "hope_jax/data/tiny_shakespeare.txt",
+    "tokenizer": "bytes",
     "split": (0.9, 0.05),
     "sequence_length": 256,
     "batch_size": 8,

@@ -154,7 +154,9 @@ MEMORIES = {
 }
 # Hidden widths of these memories are so many head widths.
 EXPANSION = {"dla": 4, "memora": 4, "ttt_mlp": 4}
-MINI_BATCH = dict.fromkeys(("memora", "ttt_linear", "ttt_mlp"), 16)
+MINI_BATCH: dict[str, int] = dict.fromkeys(
+  ("memora", "ttt_linear", "ttt_mlp"), 16
+)
 
 
 def model(

@@ -50,6 +50,7 @@ class DataConfig:
       working folder; split by position into train / valid / test.  A folder
       holds `train.txt`, `valid.txt` and `test.txt`.  Of records: a folder or a
       comma-separated list of folders, valid and test from the first.
+    tokenizer: of text: `bytes`, or a tokenizer's file (`data/tokenizer.py`).
     split: fractions of train and valid of a single file; the rest is test.
     weights: of the folders of records, in examples; empty: equal.
     long_share: share of examples with long documents (records prepared with
@@ -67,6 +68,7 @@ class DataConfig:
 
   kind: str = "text"
   path: str = "hope_jax/data/tiny_shakespeare.txt"
+  tokenizer: str = "bytes"
   split: tuple[float, ...] = (0.9, 0.05)
   sequence_length: int = 256
   batch_size: int = 8

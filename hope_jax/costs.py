@@ -37,7 +37,7 @@ OWNERS = (
   (r"norm_mixer|mixer/(?:proj|read|conv|query|key|value|out)", "projections"),
   (r"mixer\b", "mixer"),
   (r"ffn", "ffn"),
-  (r"embed|norm_out", "embedding"),
+  (r"embed|lm_head|norm_out", "embedding"),
 )
 Leaves = Iterable[tuple[str, Any]]  # with their paths
 Share = tuple[float, Mapping[str, int]]  # an amount, weights of its owners

@@ -35,8 +35,8 @@ def export(workdir: epath.Path, folder: epath.Path) -> int:
   words = pipeline.load_tokenizer(config)
   data = {"tokenizer": words.sha256} if words else {}
   workdir_lib.write_json(folder / workdir_lib.DATA, data)
-  if isinstance(words, tokenizer.SentencePiece):
-    (folder / exchange.TOKENIZER).write_bytes(words.model)
+  if words:
+    tokenizer.save(words, folder)
   return step
 
 

@@ -204,6 +204,32 @@ class CMSConfig:
     return tuple(c for c in lengths if c)
 
 
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """Llama 3's stretch of rotary positions to longer contexts.
+
+  A frequency f turns r = original_context_length f / 2 pi times in the context
+  that it was trained for.  It becomes f / factor where r is below
+  low_frequency_factor and stays f above high_frequency_factor; in between it
+  goes over linearly in r.  factor 1: off.
+  """
+
+  factor: float = 1.0
+  low_frequency_factor: float = 1.0
+  high_frequency_factor: float = 4.0
+  original_context_length: int = 8192
+
+  def __post_init__(self):
+    names = tuple(field.name for field in dataclasses.fields(self))
+    check_numbers(self, "model.rope_scaling", names)
+    if self.low_frequency_factor >= self.high_frequency_factor:
+      raise ConfigError(
+        "model.rope_scaling.low_frequency_factor="
+        f"{self.low_frequency_factor} must be below high_frequency_factor="
+        f"{self.high_frequency_factor}"
+      )
+
+
 # Sequence layers by what they remember with.
 ATTENTION_LAYERS = ("transformer", "hope_attention")
 MEMORY_LAYERS = ("titans", "hope", "dla", "memora")
@@ -224,6 +250,8 @@ class ModelConfig:
 
   Attributes:
     inner_rates: `off` makes the twin: the same model, no inner learning.
+    num_kv_heads: heads of attention's keys and values, each shared by a group
+      of num_heads / num_kv_heads query heads; 0: num_heads.
     ffn_hidden: hidden width of the FFN; 0: blocks have none.
     frozen_levels: fast levels whose writes are switched off (`memory`, `k`,
       `v`, `q`, `eta`, `alpha`, `cms_0`, `cms_1` ...).
@@ -232,6 +260,9 @@ class ModelConfig:
       all before it.
     context_length: positions of attention's cache when generating; with a
       window it has as many as that, and sequences may be of any length.
+    norm_eps: added to the mean square in norms with a learned scale.
+    tied_embeddings: logits are read with the embedding; off: with a matrix of
+      their own.
     remat: what the outer backward pass keeps of a block.
   """
 
@@ -240,11 +271,15 @@ class ModelConfig:
   width: int = 128
   num_layers: int = 4
   num_heads: int = 2
+  num_kv_heads: int = 0
   ffn_hidden: int = 448
   conv_window: int = 4
   attention_window: int = 0
   context_length: int = 4096
   rope_base: float = 10000.0
+  rope_scaling: RopeScaling = RopeScaling()
+  norm_eps: float = 1e-6
+  tied_embeddings: bool = True
   memory: MemoryConfig = MemoryConfig()
   cms: CMSConfig = CMSConfig()
   inner_rates: str = "on"
@@ -259,7 +294,7 @@ class ModelConfig:
     check_choice(self.dtype, "model.dtype", ("float32", "bfloat16"))
     check_choice(self.remat, "model.remat", ("none", "full", "dots"))
     sizes = "vocab_size", "width", "num_layers", "num_heads"
-    positive = (*sizes, "context_length", "rope_base")
+    positive = (*sizes, "context_length", "rope_base", "norm_eps")
     check_numbers(self, "model", positive)
     if self.conv_window == 1:
       raise ConfigError("model.conv_window=1 mixes nothing: 0 (none) or >= 2")
@@ -275,6 +310,7 @@ class ModelConfig:
         f"model.width={self.width} and num_heads={self.num_heads} make heads of"
         f" {self.head_dim}: rotary positions need an even width"
       )
+    self._check_attention()
     if self.is_linear and self.cms.fast_lengths:
       raise ConfigError(
         f"model.sequence_layer={self.sequence_layer} has no keys and values of"
@@ -308,9 +344,30 @@ class ModelConfig:
         " by gradients at the chunk's first state (chunk_l2)"
       )
 
+  def _check_attention(self):
+    if self.num_kv_heads and self.num_heads % self.num_kv_heads:
+      raise ConfigError(
+        f"model.num_kv_heads={self.num_kv_heads} does not divide"
+        f" model.num_heads={self.num_heads}"
+      )
+    for name, is_on in (
+      ("num_kv_heads", self.num_kv_heads != 0),
+      ("rope_scaling.factor", self.rope_scaling.factor != 1),
+    ):
+      if is_on and not self.has_attention:
+        raise ConfigError(
+          f"model.{name} is for attention, which model.sequence_layer="
+          f"{self.sequence_layer} does not have: leave it at its default"
+        )
+
   @property
   def head_dim(self) -> int:
     return self.width // self.num_heads
+
+  @property
+  def kv_heads(self) -> int:
+    """Heads of attention's keys and values."""
+    return self.num_kv_heads or self.num_heads
 
   @property
   def has_attention(self) -> bool:

@@ -50,7 +50,7 @@ def fingerprint(config: Config) -> dict[str, str]:
     return records.fingerprint(config.data)
   return {
     "content": text.fingerprint(config.data),
-    "tokenizer": tokenizer.Bytes.sha256,
+    "tokenizer": tokenizer.load(config.data.tokenizer).sha256,
   }
 
 
@@ -58,7 +58,8 @@ def load_tokenizer(config: Config) -> tokenizer.Tokenizer | None:
   """The tokenizer of the data; None for generated data."""
   if config.data.kind == "records":
     return records.load_tokenizer(config.data)
-  return tokenizer.Bytes() if config.data.kind == "text" else None
+  is_text = config.data.kind == "text"
+  return tokenizer.load(config.data.tokenizer) if is_text else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from hope_jax.data import documents, packing, records
 from hope_jax.data import tokenizer as tokenizer_lib
 
 SPLITS = ("train", "valid", "test")
-PARTS, PLAN, TOKENIZER = "parts", "plan.json", "tokenizer.model"
+PARTS, PLAN = "parts", "plan.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +189,7 @@ def prepare(
   """Prepares `inputs` into folder `output`; returns the splits' manifests.
 
   Args:
-    tokenizer: `bytes`, a SentencePiece file, or `sentencepiece:VOCAB_SIZE`:
+    tokenizer: `bytes`, a tokenizer's file, or `sentencepiece:VOCAB_SIZE`:
       trained on the inputs first.
     workers: processes; 0: one per core.
     progress: called with (parts done, parts, bytes done) after every part.
@@ -248,7 +248,7 @@ def _tokenizer(
   """The tokenizer, trained if that is wanted; its model lies in `folder`."""
   if name == tokenizer_lib.BYTES:
     return tokenizer_lib.load(name)
-  path = folder / TOKENIZER
+  path = folder / tokenizer_lib.MODEL
   kind, _, size = name.partition(":")
   if kind == "sentencepiece":
     if not size.isdigit():
@@ -263,18 +263,17 @@ def _tokenizer(
       for part in parts
       for text in documents.read(part, fields)
     )
-    model = tokenizer_lib.train(texts, int(size), options.seed)
-  else:
-    loaded = tokenizer_lib.load(name)
-    assert isinstance(loaded, tokenizer_lib.SentencePiece)
-    model = loaded.model
-    if path.exists() and path.read_bytes() != model:
+    path.write_bytes(tokenizer_lib.train(texts, int(size), options.seed))
+    return tokenizer_lib.load(path)
+  loaded = tokenizer_lib.load(name)
+  for file, content in loaded.files.items():
+    if (folder / file).exists() and (folder / file).read_bytes() != content:
       raise ConfigError(
         f"{folder} holds another tokenizer than --tokenizer={name}: choose"
         " another --output"
       )
-  path.write_bytes(model)
-  return tokenizer_lib.load(path)
+  tokenizer_lib.save(loaded, folder)
+  return tokenizer_lib.load(folder / next(iter(loaded.files)))
 
 
 def _run(

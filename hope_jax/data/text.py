@@ -1,4 +1,4 @@
-"""Text files as bytes: loading, splitting, windows of T + 1 tokens.
+"""Text files: loading, splitting, windows of T + 1 tokens (bytes by default).
 
 A window holds T inputs and, one position later, their T targets.  Windows do
 not overlap, so an epoch predicts every byte once.  Training shuffles them and
@@ -140,18 +140,22 @@ def load(
   config: DataConfig, vocab_size: int
 ) -> dict[str, TrainWindows | EvalWindows]:
   """Example sources of the three splits; `ConfigError` if unusable."""
-  if vocab_size < tokenizer.VOCAB_SIZE:
+  words = tokenizer.load(config.tokenizer)
+  if vocab_size < words.vocab_size:
     raise ConfigError(
-      f"model.vocab_size={vocab_size} is too small for bytes:"
-      f" set it to {tokenizer.VOCAB_SIZE}"
+      f"model.vocab_size={vocab_size} is too small for {words.name}:"
+      f" set it to {words.vocab_size}"
     )
   splits = read_splits(config)
+  if config.tokenizer != tokenizer.BYTES:
+    splits = {name: _encode(part, words) for name, part in splits.items()}
   length = config.sequence_length
   for name, least in (("train", 2 * length), ("valid", 2), ("test", 2)):
     if len(splits[name]) < least:
       raise ConfigError(
-        f"the {name} split of {config.path} has {len(splits[name])} bytes,"
-        f" fewer than the {least} needed (data.sequence_length={length})"
+        f"the {name} split of {config.path} has {len(splits[name])} tokens"
+        f" ({words.name}), fewer than the {least} needed"
+        f" (data.sequence_length={length})"
       )
   return {
     "train": TrainWindows(splits["train"], length, config.seed),
@@ -159,3 +163,8 @@ def load(
     "valid": EvalWindows(splits["valid"], length),
     "test": EvalWindows(splits["test"], length),
   }
+
+
+def _encode(part: np.ndarray, words: tokenizer.Tokenizer) -> np.ndarray:
+  """Bytes -> tokens; of a character that a split cuts nothing is read."""
+  return words.encode(part.tobytes().decode("utf-8", errors="ignore"))

@@ -1,12 +1,14 @@
-"""Text <-> token numbers: bytes (a token is a byte), or a SentencePiece model.
+"""Text <-> token numbers: bytes (a token is a byte), a SentencePiece model, or
+a `tokenizer.json` of Hugging Face (package `tokenizers`, extra `convert`).
 
 A tokenizer is known by its `sha256`, which prepared data and runs record.
 """
 
 import hashlib
 import io
+import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,10 +18,13 @@ from hope_jax.config import ConfigError
 
 BYTES = "bytes"
 VOCAB_SIZE = 256  # of bytes
+MODEL, JSON = "tokenizer.model", "tokenizer.json"
+SETTINGS = "tokenizer_config.json"  # beside the latter
 
 
 class Tokenizer(Protocol):
-  """What both kinds offer; `eos` ends a document, None if there is none."""
+  """What all kinds offer; `eos` ends a document, None if there is none; `files`
+  are what `load` needs, by name, the one to give it first."""
 
   @property
   def name(self) -> str: ...
@@ -32,6 +37,9 @@ class Tokenizer(Protocol):
 
   @property
   def sha256(self) -> str: ...
+
+  @property
+  def files(self) -> Mapping[str, bytes]: ...
 
   def encode(self, text: str) -> np.ndarray: ...
 
@@ -56,6 +64,7 @@ class Bytes:
   vocab_size = VOCAB_SIZE
   eos = None
   sha256 = hashlib.sha256(BYTES.encode()).hexdigest()
+  files: Mapping[str, bytes] = {}
 
   def encode(self, text: str) -> np.ndarray:
     """Text -> uint8 [tokens]."""
@@ -74,6 +83,7 @@ class SentencePiece:
 
     self.model, self.name = model, name
     self.sha256 = hashlib.sha256(model).hexdigest()
+    self.files = {MODEL: model}
     self._processor: Any = sentencepiece.SentencePieceProcessor()
     try:
       self._processor.LoadFromSerializedProto(model)
@@ -106,18 +116,81 @@ class SentencePiece:
     return self._processor.decode(known)
 
 
+class HuggingFace:
+  """A `tokenizer.json`; text that spells one of its special tokens is one.
+
+  `eos` is the name of the end token: its file does not say which that is.
+  """
+
+  def __init__(self, model: bytes, name: str, eos: str | None):
+    try:
+      import tokenizers
+    except ImportError as error:
+      raise ConfigError(
+        f"{name} needs the package tokenizers: install the extra convert"
+      ) from error
+    self.model, self.name, self._eos = model, name, eos
+    self.sha256 = hashlib.sha256(model).hexdigest()
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
+    self.files = {JSON: model, SETTINGS: json.dumps(settings).encode()}
+    try:
+      self._tokenizer = tokenizers.Tokenizer.from_buffer(model)
+    except Exception as error:  # the library raises plain Exception
+      raise ConfigError(f"{name} is not a tokenizer of Hugging Face") from error
+    known = self._tokenizer.get_vocab(with_added_tokens=True)
+    self.vocab_size = max(known.values(), default=-1) + 1
+    self.eos = known.get(eos) if eos else None
+
+  def __reduce__(self):
+    return HuggingFace, (self.model, self.name, self._eos)
+
+  def encode(self, text: str) -> np.ndarray:
+    """Text -> int32 [tokens], none added at the beginning or the end."""
+    utf8(text)
+    found = self._tokenizer.encode(text, add_special_tokens=False)
+    return np.asarray(found.ids, np.int32)
+
+  def decode(self, tokens: np.ndarray) -> str:
+    """Token numbers -> text; numbers outside the vocabulary are left out."""
+    known = [int(t) for t in tokens if t < self.vocab_size]
+    return self._tokenizer.decode(known, skip_special_tokens=False)
+
+
 def load(name: str | pathlib.Path | epath.Path) -> Tokenizer:
-  """`bytes`, or the SentencePiece model in file `name`."""
+  """`bytes`, or the SentencePiece model or `tokenizer.json` in file `name`.
+
+  The latter's end token is what a `tokenizer_config.json` beside it says.
+  """
   if str(name) == BYTES:
     return Bytes()
   path = epath.Path(name)
   try:
-    return SentencePiece(path.read_bytes(), path.name)
+    model = path.read_bytes()
+    if path.suffix == ".json":
+      return HuggingFace(model, path.name, _end_token(path.parent / SETTINGS))
+    return SentencePiece(model, path.name)
   except OSError as error:
     raise ConfigError(
-      f"cannot read the tokenizer {name}: give {BYTES!r} or the file of a"
-      " SentencePiece model"
+      f"cannot read the tokenizer {name}: give {BYTES!r}, or the file of a"
+      " SentencePiece model or a tokenizer.json"
     ) from error
+
+
+def save(words: Tokenizer, folder: epath.Path) -> None:
+  """Writes the tokenizer's files."""
+  for name, content in words.files.items():
+    (folder / name).write_bytes(content)
+
+
+def _end_token(path: epath.Path) -> str | None:
+  """`eos_token` of a tokenizer_config.json, if there is one."""
+  if not path.exists():
+    return None
+  try:
+    token = json.loads(path.read_text()).get("eos_token")
+  except (ValueError, AttributeError) as error:
+    raise ConfigError(f"{path} is not a tokenizer_config.json") from error
+  return token.get("content") if isinstance(token, dict) else token
 
 
 def train(texts: Iterable[str], vocab_size: int, seed: int = 0) -> bytes:

@@ -286,11 +286,13 @@ def _ages(length: int, live: jax.Array | None) -> tuple[jax.Array, jax.Array]:
 
 
 class NestedLevel(NamedTuple):
-  """A level of `run_nested`: its norm's scale [D]; `live` off: D stays 0."""
+  """A level of `run_nested`: its norm's scale [D] and epsilon; `live` off: D
+  stays 0."""
 
   scale: jax.Array
   rule: Rule
   live: bool
+  epsilon: float = 1e-6
 
 
 def run_nested(
@@ -345,7 +347,7 @@ def run_nested(
     for level, rule, scale, (start, now) in zip(
       levels, rates, scales, carry, strict=True
     ):
-      n = architectures.rms_normalize(x) * scale[:, None]
+      n = architectures.rms_normalize(x, level.epsilon) * scale[:, None]
       tokens = Tokens(slow_products(base, n), written, values)
       new, read = learn_chunk(base, start, now, tokens, rule, live, masks)
       x = x + read.y

@@ -1,13 +1,14 @@
 """Softmax attention with rotary positions (Transformer++, Hope-Attention).
 
-Causal, RoPE on q and k, optional causal depthwise convolution on q, k and v.
+Causal, RoPE on q and k, optional causal depthwise convolution on q, k and v;
+groups of query heads may share a head of keys and values (2305.13245).
 With `attention_window` W token t sees tokens t - W + 1 .. t only (Samba's
 attention, 2406.07522): blocks of W queries against two blocks of keys, so that
 time and memory grow with T W.  Of a sequence that is read in pieces a cache is
 kept: of `context_length` positions, or of the last W, however long it is.
 
-Legend: B batch, T tokens, L cache places, W window, H heads, K head dim,
-D model.
+Legend: B batch, T tokens, L cache places, W window, H heads (G of keys and
+values), K head dim, D model.
 """
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from hope_jax.model_config import ModelConfig
+from hope_jax.model_config import ModelConfig, RopeScaling
 from hope_jax.models import layers
 from hope_jax.models.interface import MixerOutput
 from pallas_kernels.scan import fold_chunks
@@ -23,7 +24,7 @@ from pallas_kernels.scan import fold_chunks
 
 @flax.struct.dataclass
 class AttentionState:
-  """The cache: keys and values [B, L, H, K].
+  """The cache: keys and values [B, L, G, K].
 
   Attributes:
     position: how many places are taken, the first ones; with a window always
@@ -39,6 +40,12 @@ class AttentionState:
   conv: dict[str, jax.Array]
 
 
+def widths(config: ModelConfig) -> dict[str, int]:
+  """Widths H K of the queries, G K of keys and values."""
+  of_group = config.kv_heads * config.head_dim
+  return {"query": config.width, "key": of_group, "value": of_group}
+
+
 def init_state(
   config: ModelConfig, batch_size: int, piece_length: int | None = None
 ) -> AttentionState:
@@ -47,20 +54,37 @@ def init_state(
   dtype = jnp.dtype(config.dtype)
   window = config.attention_window
   places = window or config.context_length
-  shape = (batch_size, places, config.num_heads, config.head_dim)
+  shape = (batch_size, places, config.kv_heads, config.head_dim)
   return AttentionState(
     keys=jnp.zeros(shape, dtype),
     values=jnp.zeros(shape, dtype),
     position=jnp.full((), window, jnp.int32),
     first=jnp.full(batch_size, window, jnp.int32),
-    conv=layers.init_conv_state(config, batch_size, layers.full_widths(config)),
+    conv=layers.init_conv_state(config, batch_size, widths(config)),
   )
 
 
-def rotate(x_BTHK: jax.Array, position_T: jax.Array, base: float) -> jax.Array:
-  """Rotary position embedding over halves of the head dim, in float32."""
-  half = x_BTHK.shape[-1] // 2
+def frequencies(
+  half: int, base: float, scaling: RopeScaling | None
+) -> jax.Array:
+  """Radians per token of each of K / 2 rotations."""
   frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  if scaling is None or scaling.factor == 1:
+    return frequency
+  low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+  turns = scaling.original_context_length * frequency / (2 * jnp.pi)
+  kept = jnp.clip((turns - low) / (high - low), 0, 1)
+  return frequency * (kept + (1 - kept) / scaling.factor)
+
+
+def rotate(
+  x_BTHK: jax.Array,
+  position_T: jax.Array,
+  base: float,
+  scaling: RopeScaling | None = None,
+) -> jax.Array:
+  """Rotary position embedding over halves of the head dim, in float32."""
+  frequency = frequencies(x_BTHK.shape[-1] // 2, base, scaling)
   angle = position_T.astype(jnp.float32)[:, None] * frequency[None]
   sin, cos = jnp.sin(angle)[None, :, None], jnp.cos(angle)[None, :, None]
   first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
@@ -68,6 +92,13 @@ def rotate(x_BTHK: jax.Array, position_T: jax.Array, base: float) -> jax.Array:
     [first * cos - second * sin, second * cos + first * sin], axis=-1
   )
   return rotated.astype(x_BTHK.dtype)
+
+
+def turned(
+  x_BTHK: jax.Array, position_T: jax.Array, config: ModelConfig
+) -> jax.Array:
+  """`rotate` as the model is configured."""
+  return rotate(x_BTHK, position_T, config.rope_base, config.rope_scaling)
 
 
 def document_place(
@@ -96,9 +127,9 @@ def full_pass(
   segments: jax.Array | None,
   config: ModelConfig,
 ) -> jax.Array:
-  """Causal attention of whole sequences [B, T, H, K]."""
+  """Causal attention of whole sequences [B, T, H or G, K]."""
   position = jnp.arange(q.shape[1])
-  q, k = (rotate(x, position, config.rope_base) for x in (q, k))
+  q, k = (turned(x, position, config) for x in (q, k))
   mask = None
   if segments is not None:
     mask = (segments[:, :, None] == segments[:, None, :])[:, None]
@@ -116,7 +147,7 @@ def full_extend(
   """Causal attention of tokens [B, T, H, K] that follow a cache."""
   begin, length = state.position, q.shape[1]
   position = begin + jnp.arange(length)
-  q, k = (rotate(x, position, config.rope_base) for x in (q, k))
+  q, k = (turned(x, position, config) for x in (q, k))
   insert = jax.lax.dynamic_update_slice_in_dim
   keys = insert(state.keys, k, begin, axis=1)
   values = insert(state.values, v, begin, axis=1)
@@ -151,8 +182,8 @@ def window_extend(
   values = jnp.concatenate([state.values, v], axis=1)
   numbers = jnp.concatenate([cache_numbers(state), segments], axis=1)
   place = jnp.arange(window + length)
-  q = rotate(q, place[window:], config.rope_base)
-  rotated = rotate(keys, place, config.rope_base)
+  q = turned(q, place[window:], config)
+  rotated = turned(keys, place, config)
 
   def overlapping(x: jax.Array) -> jax.Array:
     """[B, W + T, ...] -> [B N, W + C, ...]."""
@@ -192,14 +223,14 @@ class Attention(nn.Module):
   ) -> MixerOutput:
     cfg = self.config
     batch, length, _ = x_BTD.shape
-    heads = (batch, length, cfg.num_heads, cfg.head_dim)
     projected, conv = layers.projections(
       x_BTD,
-      layers.full_widths(cfg),
+      widths(cfg),
       cfg,
       state.conv if state else None,
       segments,
     )
+    heads = (batch, length, -1, cfg.head_dim)
     q, k, v = (
       projected[name].reshape(heads) for name in ("query", "key", "value")
     )
@@ -214,4 +245,6 @@ class Attention(nn.Module):
     y_BTD = layers.dense(
       cfg.width, cfg, ("heads", "embed"), "output", is_output=True
     )(y.reshape(x_BTD.shape))
-    return MixerOutput(y_BTD, projected["key"], projected["value"], state)
+    group = cfg.num_heads // cfg.kv_heads
+    keys, values = (x.repeat(group, 2).reshape(x_BTD.shape) for x in (k, v))
+    return MixerOutput(y_BTD, keys, values, state)

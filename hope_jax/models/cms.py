@@ -174,7 +174,10 @@ class NestedLevels(nn.Module):
     slow = _weights(self, cfg, block_hidden(cfg, 0))
     levels = [
       cms.NestedLevel(
-        scale, _rule(self, cfg, length, f"_{i}"), cfg.is_live(f"cms_{i}")
+        scale,
+        _rule(self, cfg, length, f"_{i}"),
+        cfg.is_live(f"cms_{i}"),
+        cfg.norm_eps,
       )
       for i, (length, scale) in enumerate(zip(fast, scales, strict=False))
     ]
@@ -182,7 +185,7 @@ class NestedLevels(nn.Module):
     if cfg.cms.signal == "next_token":
       given = list((state or {}).values())
       for at, scale in zip(given, scales, strict=False):
-        n = rms_normalize(x) * scale[None, None]
+        n = rms_normalize(x, cfg.norm_eps) * scale[None, None]
         x = x + _given(slow, n, at)
       scales = scales[len(given) :]
     elif any(level.live for level in levels):
@@ -203,7 +206,7 @@ class NestedLevels(nn.Module):
         state = {f"cms_{i}": level for i, level in enumerate(new_state)}
       scales = scales[len(fast) :]
     for scale in scales:
-      n = rms_normalize(x) * scale[None, None]
+      n = rms_normalize(x, cfg.norm_eps) * scale[None, None]
       x = x + cms.feed_forward(slow, n)
     return x.astype(x_BTD.dtype), state
 

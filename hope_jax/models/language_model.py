@@ -1,4 +1,4 @@
-"""The language model: tied embedding, scanned blocks, final norm.
+"""The language model: embedding, scanned blocks, final norm, logits.
 
 Legend: B batch, T tokens, D model, V vocab.
 """
@@ -113,10 +113,19 @@ def finish(
     x_BTD, _ = jax.lax.scan(layer, x_BTD, (rest, mixer))
   norm: Any = layers.rms_norm(config, "norm_out")
   x_BTD = norm.apply({"params": params["norm_out"]}, x_BTD)
+  if not config.tied_embeddings:
+    output: Any = _output(config)
+    logits = output.apply({"params": params["lm_head"]}, x_BTD)
+    return logits.astype(jnp.float32)
   dtype = jnp.dtype(config.dtype)
   table_VD = params["embed"]["embedding"].astype(dtype)
   logits = jnp.dot(x_BTD.astype(dtype), table_VD.T)
   return logits.astype(jnp.float32)
+
+
+def _output(config: ModelConfig) -> nn.Dense:
+  """Logits where the embedding does not read them."""
+  return layers.dense(config.vocab_size, config, ("embed", "vocab"), "lm_head")
 
 
 class LanguageModel(nn.Module):
@@ -173,4 +182,5 @@ class LanguageModel(nn.Module):
     )
     x_BTD, state = layer(cfg, name="blocks")(x_BTD, state, segments)
     x_BTD = layers.rms_norm(cfg, "norm_out")(x_BTD)
-    return ModelOutput(embed.attend(x_BTD).astype(jnp.float32), state)
+    read = embed.attend if cfg.tied_embeddings else _output(cfg)
+    return ModelOutput(read(x_BTD).astype(jnp.float32), state)

@@ -44,7 +44,7 @@ def rms_norm(config: ModelConfig, name: str) -> nn.RMSNorm:
   """x / rms(x) * scale, in float32."""
   return nn.RMSNorm(
     dtype=jnp.dtype(config.dtype),
-    epsilon=1e-6,
+    epsilon=config.norm_eps,
     scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
     name=name,
   )

@@ -283,14 +283,15 @@ class LinearReadOut(nn.Module):
     else:
       if cfg.sequence_layer == "retnet":
         o = o - jnp.mean(o, axis=-1, keepdims=True)
-      o = rms_normalize(o) * self._scale(shape.value_dim)[None, None, None]
+      scale = self._scale(shape.value_dim)[None, None, None]
+      o = rms_normalize(o, cfg.norm_eps) * scale
     y = o.swapaxes(1, 2).reshape(*x_BTD.shape[:2], width)
     if shape.gate != "none":
       activate = {"swish": nn.silu, "sigmoid": nn.sigmoid}[shape.gate]
       dense = layers.dense(width, cfg, ("embed", "heads"), "gate")
       y = y * activate(dense(x_BTD)).astype(y.dtype)
     if is_mamba:
-      y = rms_normalize(y) * self._scale(width)[None, None]
+      y = rms_normalize(y, cfg.norm_eps) * self._scale(width)[None, None]
     return layers.dense(
       cfg.width, cfg, ("heads", "embed"), "output", is_output=True
     )(y)

@@ -168,7 +168,7 @@ class ReadOut(nn.Module):
       nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
       (cfg.head_dim,),
     )
-    normed = rms_normalize(o_BHTK)
+    normed = rms_normalize(o_BHTK, cfg.norm_eps)
     normed = normed * scale[None, None, None]
     o_BTD = normed.swapaxes(1, 2).reshape(x_BTD.shape)
     gate = layers.dense(cfg.width, cfg, ("embed", "heads"), "gate")(x_BTD)

@@ -3,7 +3,7 @@
 A folder holds model.safetensors (names as in the Flax tree, with dots:
 `blocks.mixer.readout.gate.kernel`; the layers of a stack on axis 0),
 config.json (the whole `Config`), data.json (the tokenizer's hash) and the
-SentencePiece model, if there is one.
+tokenizer's files, if it has any.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from hope_jax import files
 from hope_jax.config import Config, ConfigError
 from hope_jax.training import workdir as workdir_lib
 
-MODEL, TOKENIZER = "model.safetensors", "tokenizer.model"
+MODEL = "model.safetensors"
 
 
 def save(folder: epath.Path, config: Config, params: Any) -> None:

@@ -119,7 +119,7 @@ def test_load_needs_two_windows_of_training_text(tmp_path):
   enough = with_file(tmp_path, b"x" * 40, split=(0.5, 0.25))
   assert text.load(enough, 256)["train"][7]["tokens"].shape == (10,)
   short = with_file(tmp_path, b"x" * 38, split=(0.5, 0.25))
-  with pytest.raises(ConfigError, match="19 bytes, fewer than the 20"):
+  with pytest.raises(ConfigError, match="19 tokens .*, fewer than the 20"):
     text.load(short, 256)
 
 
