@@ -19,6 +19,7 @@ DEFAULTS = {
     "ffn_hidden": 448,
     "conv_window": 4,
     "attention_window": 0,
+    "persistent_tokens": 0,
     "context_length": 4096,
     "rope_base": 10000.0,
     "rope_scaling": {

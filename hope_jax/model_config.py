@@ -232,7 +232,8 @@ class RopeScaling:
 
 # Sequence layers by what they remember with.
 ATTENTION_LAYERS = ("transformer", "hope_attention")
-MEMORY_LAYERS = ("titans", "hope", "dla", "memora")
+TITANS_VARIANTS = ("titans_mac", "titans_mag", "titans_mal")
+MEMORY_LAYERS = ("titans", *TITANS_VARIANTS, "hope", "dla", "memora")
 TTT_LAYERS = ("ttt_linear", "ttt_mlp")
 MEMORA_RULE = {
   "architecture": "mlp",
@@ -258,6 +259,8 @@ class ModelConfig:
     conv_window: of the causal convolution on q, k and v; 0: none.
     attention_window: tokens that a token's attention sees, itself included; 0:
       all before it.
+    persistent_tokens: learned keys and values that every token's attention sees
+      beside its window (Titans MAG, MAC).
     context_length: positions of attention's cache when generating; with a
       window it has as many as that, and sequences may be of any length.
     norm_eps: added to the mean square in norms with a learned scale.
@@ -275,6 +278,7 @@ class ModelConfig:
   ffn_hidden: int = 448
   conv_window: int = 4
   attention_window: int = 0
+  persistent_tokens: int = 0
   context_length: int = 4096
   rope_base: float = 10000.0
   rope_scaling: RopeScaling = RopeScaling()
@@ -303,7 +307,7 @@ class ModelConfig:
         f"model.num_heads={self.num_heads} does not divide"
         f" model.width={self.width}"
       )
-    rotary = (*ATTENTION_LAYERS, *TTT_LAYERS, "retnet")
+    rotary = (*ATTENTION_LAYERS, *TITANS_VARIANTS, *TTT_LAYERS, "retnet")
     has_positions = self.sequence_layer in rotary
     if has_positions and self.head_dim % 2:
       raise ConfigError(
@@ -327,7 +331,21 @@ class ModelConfig:
 
   def _check_memory(self):
     layer, memory = self.sequence_layer, self.memory
-    has_kernel = layer not in ("memora", *TTT_LAYERS)
+    has_kernel = layer not in ("memora", "titans_mac", *TTT_LAYERS)
+    has_window = layer in ("titans_mag", "titans_mal")
+    if has_window and not self.attention_window:
+      raise ConfigError(
+        f"model.attention_window=0: {layer}'s attention needs a window"
+      )
+    if self.persistent_tokens and layer not in ("titans_mac", "titans_mag"):
+      raise ConfigError(
+        f"model.persistent_tokens={self.persistent_tokens} are for titans_mac"
+        f" and titans_mag, not for {layer}: leave it at 0"
+      )
+    if layer == "titans_mac" and memory.adaptive:
+      raise ConfigError(
+        f"memory.adaptive={memory.adaptive}: titans_mac has slow projections"
+      )
     if memory.implementation == "pallas_tpu" and not has_kernel:
       raise ConfigError(
         f"memory.implementation=pallas_tpu: {layer} has no kernel, take xla"

@@ -155,12 +155,15 @@ def project(boxes: Boxes | None, p: Slow, cfg: MemoryConfig) -> Projected:
     k=l2_normalize(made["k"]),
     v=made["v"],
     q=l2_normalize(made["q"]),
-    gates=Gates(
-      rules.learn_rate(made["eta"], cfg),
-      jax.nn.sigmoid(-made["alpha"]),
-      p.beta,
-    ),
+    gates=open_gates(made["eta"], made["alpha"], p.beta, cfg),
   )
+
+
+def open_gates(
+  eta: jax.Array, alpha: jax.Array, beta: jax.Array | None, cfg: MemoryConfig
+) -> Gates:
+  """Gates from the logits of eta and alpha, and beta itself."""
+  return Gates(rules.learn_rate(eta, cfg), jax.nn.sigmoid(-alpha), beta)
 
 
 def _boxed(hidden: Any, count: int) -> jax.Array:

@@ -11,6 +11,9 @@ Legend: B batch, T tokens, L cache places, W window, H heads (G of keys and
 values), K head dim, D model.
 """
 
+import functools
+from typing import Any, NamedTuple
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -120,6 +123,68 @@ def cache_numbers(state: AttentionState) -> jax.Array:
   return jnp.where(place[None] >= state.first[:, None], 0, -1)
 
 
+class Persistent(NamedTuple):
+  """Learned keys and values [P, G, K] that every token sees, wherever it is."""
+
+  keys: jax.Array
+  values: jax.Array
+
+
+class PersistentTokens(nn.Module):
+  """Titans' persistent memory, as attention's keys and values; may be none."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self) -> Persistent | None:
+    cfg = self.config
+    if not cfg.persistent_tokens:
+      return None
+    init = nn.with_logical_partitioning(
+      nn.initializers.normal(layers.INIT_STD), (None, "heads", None)
+    )
+    shape = (cfg.persistent_tokens, cfg.kv_heads, cfg.head_dim)
+    learned: Any = [self.param(x, init, shape) for x in ("key", "value")]
+    return Persistent(*learned)
+
+
+def attend(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: jax.Array,
+  plain: jax.Array,
+  persistent: Persistent | None,
+) -> jax.Array:
+  """Attention of q [B, T, H, K] to k, v [B, S, G, K] where `mask` [B, 1, T, S]
+  allows, and of `plain`, the queries before rotation, to persistent tokens.
+
+  Both in one softmax: (q, plain) on (k, 0) and (0, persistent keys).
+  """
+  if persistent is None:
+    return jax.nn.dot_product_attention(q, k, v, mask=mask)
+  dim = q.shape[-1]
+  beside = lambda a, b: jnp.concatenate([a, b], axis=-1)
+
+  def before(learned: jax.Array, x: jax.Array) -> jax.Array:
+    """[B, P + S, ...], the learned tokens first."""
+    wide = jnp.broadcast_to(learned[None], (len(x), *learned.shape))
+    return jnp.concatenate([wide.astype(x.dtype), x], axis=1)
+
+  zero = jnp.zeros_like(persistent.keys)
+  k = before(beside(zero, persistent.keys), beside(k, jnp.zeros_like(k)))
+  v = before(beside(persistent.values, zero), beside(v, jnp.zeros_like(v)))
+  seen = jnp.pad(
+    mask,
+    ((0, 0), (0, 0), (0, 0), (len(zero), 0)),
+    constant_values=True,
+  )
+  y = jax.nn.dot_product_attention(
+    beside(q, plain.astype(q.dtype)), k, v, mask=seen, scale=dim**-0.5
+  )
+  return y[..., :dim]
+
+
 def full_pass(
   q: jax.Array,
   k: jax.Array,
@@ -170,6 +235,7 @@ def window_extend(
   segments: jax.Array | None,
   state: AttentionState,
   config: ModelConfig,
+  persistent: Persistent | None = None,
 ) -> tuple[jax.Array, AttentionState]:
   """The same with a window: queries in blocks of C = min(W, T), each against
   its own keys and the W before them."""
@@ -182,7 +248,7 @@ def window_extend(
   values = jnp.concatenate([state.values, v], axis=1)
   numbers = jnp.concatenate([cache_numbers(state), segments], axis=1)
   place = jnp.arange(window + length)
-  q = turned(q, place[window:], config)
+  in_blocks = lambda x: fold_chunks(x, block, axis=1).reshape(-1, block, *heads)
   rotated = turned(keys, place, config)
 
   def overlapping(x: jax.Array) -> jax.Array:
@@ -197,11 +263,13 @@ def window_extend(
   ahead = jnp.arange(window + block)[None] - jnp.arange(block)[:, None]
   near = (ahead > 0) & (ahead <= window)
   mask = near[None] & (numbers[:, window:, None] == numbers[:, None])
-  y = jax.nn.dot_product_attention(
-    fold_chunks(q, block, axis=1).reshape(-1, block, *heads),
+  y = attend(
+    in_blocks(turned(q, place[window:], config)),
     overlapping(rotated),
     overlapping(values),
-    mask=mask[:, None],
+    mask[:, None],
+    in_blocks(q),
+    persistent,
   )
   first = jnp.maximum(document_place(state, segments) - length, 0)
   return y.reshape(batch, -1, *heads)[:, :length], state.replace(
@@ -234,10 +302,14 @@ class Attention(nn.Module):
     q, k, v = (
       projected[name].reshape(heads) for name in ("query", "key", "value")
     )
-    if state is None and not 0 < cfg.attention_window < length:
+    persistent = PersistentTokens(cfg, name="persistent")()
+    is_short = not 0 < cfg.attention_window < length and persistent is None
+    if state is None and is_short:
       y = full_pass(q, k, v, segments, cfg)
     else:
-      extend = window_extend if cfg.attention_window else full_extend
+      extend = full_extend
+      if cfg.attention_window:
+        extend = functools.partial(window_extend, persistent=persistent)
       before = state or init_state(cfg, batch)
       y, after = extend(q, k, v, segments, before, cfg)
       if state is not None:

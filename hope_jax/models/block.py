@@ -18,7 +18,15 @@ from hope_jax.model_config import (
   TTT_LAYERS,
   ModelConfig,
 )
-from hope_jax.models import attention, cms, layers, linear, titans, ttt
+from hope_jax.models import (
+  attention,
+  cms,
+  layers,
+  linear,
+  titans,
+  titans_attention,
+  ttt,
+)
 
 # name -> (sequence layer, its init_state)
 SEQUENCE_LAYERS = {
@@ -26,6 +34,14 @@ SEQUENCE_LAYERS = {
   "hope_attention": (attention.Attention, attention.init_state),
   **dict.fromkeys(
     MEMORY_LAYERS, (titans.SelfModifyingTitans, titans.init_state)
+  ),
+  **dict.fromkeys(
+    ("titans_mag", "titans_mal"),
+    (titans_attention.MemoryAndAttention, titans_attention.init_state),
+  ),
+  "titans_mac": (
+    titans_attention.MemoryAsContext,
+    titans_attention.init_context_state,
   ),
   **dict.fromkeys(TTT_LAYERS, (ttt.TestTimeTraining, ttt.init_state)),
   **dict.fromkeys(LINEAR_LAYERS, (linear.LinearMemory, linear.init_state)),

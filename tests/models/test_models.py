@@ -33,6 +33,7 @@ WITHOUT_MOMENTUM = dataclasses.replace(
 )
 MEMORIES = {
   "titans": TITANS,
+  "titans_mac": dataclasses.replace(TITANS, read="token_post"),
   "hope": HOPE,
   "dla": dataclasses.replace(
     WITHOUT_MOMENTUM, setting="chunk_dot", error_clip=0.0
@@ -43,6 +44,7 @@ MEMORIES = {
   "ttt_linear": dataclasses.replace(TITANS, initial_learn_rate=1.0),
   "ttt_mlp": dataclasses.replace(TITANS, hidden=12, initial_learn_rate=0.4),
 }
+WINDOWS = ("titans_mag", "titans_mal")
 NAMES = tuple(SEQUENCE_LAYERS)
 
 
@@ -57,6 +59,8 @@ def make(name, **fields):
     context_length=T,
     memory=MEMORIES.get(name, TITANS),
     cms=CMS if name.startswith("hope") else CMSConfig(),
+    attention_window=6 if name in WINDOWS else 0,
+    persistent_tokens=3 if name in ("titans_mac", "titans_mag") else 0,
   )
   return ModelConfig(**defaults | fields)
 
@@ -233,7 +237,7 @@ def test_dynamics_are_finite_scalars_per_layer(name):
     assert leaf.shape == (2,) and jnp.isfinite(leaf).all()
 
 
-@pytest.mark.parametrize("name", ["titans", "hope", "memora"])
+@pytest.mark.parametrize("name", ["titans", "titans_mac", "hope", "memora"])
 def test_piece_may_begin_with_a_new_document_anywhere(name):
   """A session goes on with another text, inside a chunk of its memories."""
   config = make(name)
@@ -248,7 +252,7 @@ def test_piece_may_begin_with_a_new_document_anywhere(name):
   np.testing.assert_allclose(ours, expected, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["titans", "hope", "ttt_mlp"])
+@pytest.mark.parametrize("name", ["titans", "titans_mac", "hope", "ttt_mlp"])
 @pytest.mark.parametrize("piece_length", [None, 8])
 def test_documents_in_pieces_equal_one_pass(name, piece_length):
   """A long document goes on in the next piece; a new one starts anew."""
