@@ -9,6 +9,8 @@ what the sequence layers differ in; a continuum memory system (paper section
   transformer_conv  the same with a causal convolution of 4 on q, k and v,
                     which Titans and Hope have too
   titans            Titans (LMM): one deep memory per head
+  titans_mac, titans_mag, titans_mal
+                    with attention, `hope_jax/models/titans_attention.py`
   dla, memora       other rules for it, `hope_jax/models/titans.py`
   ttt_linear, ttt_mlp
                     test-time training, `hope_jax/models/ttt.py`
@@ -23,6 +25,9 @@ NAMES = (
   "transformer",
   "transformer_conv",
   "titans",
+  "titans_mac",
+  "titans_mag",
+  "titans_mal",
   "dla",
   "memora",
   "ttt_linear",
@@ -43,6 +48,9 @@ SIZES = {
     "shape": {"width": 128, "num_layers": 4, "num_heads": 2},
     "transformer": 448,
     "titans": 352,
+    "titans_mac": 256,
+    "titans_mag": {"ffn_hidden": 192, "attention_window": 128},
+    "titans_mal": {"ffn_hidden": 192, "attention_window": 128},
     "dla": 224,
     "memora": 224,
     "ttt_linear": 416,
@@ -59,6 +67,9 @@ SIZES = {
     "shape": {"width": 256, "num_layers": 4, "num_heads": 4},
     "transformer": 896,
     "titans": 768,
+    "titans_mac": 576,
+    "titans_mag": {"ffn_hidden": 416, "attention_window": 256},
+    "titans_mal": {"ffn_hidden": 416, "attention_window": 256},
     "dla": 640,
     "memora": 640,
     "ttt_linear": 864,
@@ -75,6 +86,9 @@ SIZES = {
     "shape": {"width": 1024, "num_layers": 24, "num_heads": 8},
     "transformer": 2816,
     "titans": 2304,
+    "titans_mac": 1664,
+    "titans_mag": {"ffn_hidden": 1024, "attention_window": 2048},
+    "titans_mal": {"ffn_hidden": 1024, "attention_window": 2048},
     "dla": 2048,
     "memora": 2048,
     "ttt_linear": 2688,
@@ -91,6 +105,9 @@ SIZES = {
     "shape": {"width": 1536, "num_layers": 24, "num_heads": 12},
     "transformer": 4352,
     "titans": 3712,
+    "titans_mac": 2688,
+    "titans_mag": {"ffn_hidden": 1664, "attention_window": 2048},
+    "titans_mal": {"ffn_hidden": 1664, "attention_window": 2048},
     "dla": 3456,
     "memora": 3456,
     "ttt_linear": 4352,
@@ -107,6 +124,9 @@ SIZES = {
     "shape": {"width": 2048, "num_layers": 24, "num_heads": 16},
     "transformer": 5632,
     "titans": 4864,
+    "titans_mac": 3456,
+    "titans_mag": {"ffn_hidden": 2048, "attention_window": 2048},
+    "titans_mal": {"ffn_hidden": 2176, "attention_window": 2048},
     "dla": 4608,
     "memora": 4608,
     "ttt_linear": 5632,
@@ -133,8 +153,12 @@ WITHOUT_MOMENTUM = {
   "momentum": "none",
   "activation": "gelu",
 }
+TITANS = {"adaptive": (), "target": "shared", "delta_rule": "none"}
 MEMORIES = {
-  "titans": {"adaptive": (), "target": "shared", "delta_rule": "none"},
+  "titans": TITANS,
+  "titans_mac": {**TITANS, "read": "token_post"},
+  "titans_mag": TITANS,
+  "titans_mal": TITANS,
   "hope": {
     "adaptive": ("k", "v", "eta", "alpha"),
     "target": "self",
@@ -152,6 +176,7 @@ MEMORIES = {
   "ttt_linear": {"adaptive": (), "initial_learn_rate": 1.0},
   "ttt_mlp": {"adaptive": (), "initial_learn_rate": 0.1},
 }
+SEGMENT = 4
 # Hidden widths of these memories are so many head widths.
 EXPANSION = {"dla": 4, "memora": 4, "ttt_mlp": 4}
 MINI_BATCH: dict[str, int] = dict.fromkeys(
@@ -189,6 +214,10 @@ def model(
     },
     **shape,
   }
+  if name == "titans_mac":  # its chunks are what attention sees
+    group["memory"]["chunk_length"] *= SEGMENT
+  if name in ("titans_mac", "titans_mag"):
+    group["persistent_tokens"] = 16
   hidden = row[sequence_layer]
   if isinstance(hidden, dict):
     return {**group, **hidden, **fields}
