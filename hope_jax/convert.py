@@ -130,6 +130,28 @@ def from_hf(
   return config
 
 
+def write_checkpoint(
+  folder: epath.Path,
+  model: ModelConfig,
+  params: renaming.Arrays,
+  words: tokenizer.Tokenizer | None = None,
+) -> None:
+  """Inverse of `read_checkpoint`, with a tokenizer."""
+  _check_empty(folder)
+  architecture, values = hugging_face.write_config(model)
+  rules = architecture.rules(model)
+  tensors = renaming.to_theirs(rules, model.num_layers, params)
+  eos = words.eos if words else None
+  ids = {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": None}
+  try:
+    exchange.write_tensors(folder, tensors, "pt")
+    if words:
+      tokenizer.save(words, folder)
+    workdir_lib.write_json(folder / workdir_lib.CONFIG, values | ids)
+  except OSError as error:
+    raise _cannot_write(folder, error) from error
+
+
 def _tokenizer(folder: epath.Path) -> tokenizer.Tokenizer:
   """A SentencePiece model, else a tokenizer.json, else bytes."""
   for name in (tokenizer.MODEL, tokenizer.JSON):
@@ -140,10 +162,8 @@ def _tokenizer(folder: epath.Path) -> tokenizer.Tokenizer:
 
 def to_hf(workdir: epath.Path, folder: epath.Path) -> int:
   """Writes the newest checkpoint of a run for transformers; its step."""
-  _check_empty(folder)
   config = workdir_lib.read_config(workdir)
-  model = config.model
-  architecture, values = hugging_face.write_config(model)
+  hugging_face.write_config(config.model)
   words = pipeline.load_tokenizer(config)
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   with sharding.activate(mesh):
@@ -154,17 +174,7 @@ def to_hf(workdir: epath.Path, folder: epath.Path) -> int:
   flat: dict[str, Any] = traverse_util.flatten_dict(
     jax.device_get(params), sep="."
   )
-  rules = architecture.rules(model)
-  tensors = renaming.to_theirs(rules, model.num_layers, flat)
-  eos = words.eos if words else None
-  ids = {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": None}
-  try:
-    exchange.write_tensors(folder, tensors, "pt")
-    if words:
-      tokenizer.save(words, folder)
-    workdir_lib.write_json(folder / workdir_lib.CONFIG, values | ids)
-  except OSError as error:
-    raise _cannot_write(folder, error) from error
+  write_checkpoint(folder, config.model, flat, words)
   return step
 
 

@@ -184,7 +184,8 @@ ARCHITECTURES = {
   "mistral": LLAMA._replace(
     name="MistralForCausalLM",
     fixed=ALWAYS | {"sliding_window": None},
-    defaults=dict(LLAMA.defaults) | {"sliding_window": 4096},
+    defaults=dict(LLAMA.defaults)
+    | {"sliding_window": 4096, "num_key_value_heads": 8},
   ),
   "mamba2": Architecture(
     name="Mamba2ForCausalLM",
