@@ -89,17 +89,12 @@ def test_prefill_and_decode_equal_the_full_pass(name):
   )
 
 
-@pytest.mark.parametrize("name", ["transformer", "hope_attention"])
-def test_groups_and_other_logits_go_on_from_a_state(name):
+GROUPS = dict(num_heads=4, num_kv_heads=2, tied_embeddings=False)
+
+
+def test_groups_and_scaled_positions_go_on_from_a_state():
   scaling = RopeScaling(factor=4.0, original_context_length=8)
-  config = make(
-    name,
-    num_heads=4,
-    num_kv_heads=2,
-    rope_scaling=scaling,
-    tied_embeddings=False,
-    norm_eps=1e-2,
-  )
+  config = make("transformer", **GROUPS, rope_scaling=scaling)
   model, params, tokens = init(config)
   assert params["lm_head"]["kernel"].shape == (16, 31)
   assert params["blocks"]["mixer"]["key"]["kernel"].shape == (2, 16, 8)
@@ -111,17 +106,23 @@ def test_groups_and_other_logits_go_on_from_a_state(name):
   rest = apply(tokens[:, 29:], first.state).logits
   found = jnp.concatenate([first.logits, rest], axis=1)
   np.testing.assert_allclose(found, full, atol=2e-5, rtol=1e-4)
-  # Groups are heads whose keys and values are the same.
-  whole = dataclasses.replace(config, num_kv_heads=0)
+
+
+@pytest.mark.parametrize("name", ["transformer", "hope_attention"])
+def test_groups_are_heads_with_the_same_keys_and_values(name):
+  config = make(name, **GROUPS)
+  model, params, tokens = init(config)
+  grouped = fast_jit(model.apply)({"params": params}, tokens).logits
   for part in ("key", "value"):
     for group in (part, f"conv_{part}"):
       kernel = params["blocks"]["mixer"][group]["kernel"]
       heads = kernel.reshape(*kernel.shape[:-1], 2, 4).repeat(2, axis=-2)
       wide = heads.reshape(*kernel.shape[:-1], 16)
       params["blocks"]["mixer"][group]["kernel"] = wide
+  whole = dataclasses.replace(config, num_kv_heads=0)
   apply = fast_jit(language_model.LanguageModel(whole).apply)
   found = apply({"params": params}, tokens).logits
-  np.testing.assert_allclose(found, full, atol=2e-5, rtol=1e-4)
+  np.testing.assert_allclose(found, grouped, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
