@@ -50,10 +50,10 @@ def define_flags() -> None:
   flags.DEFINE_string("from_hf", None, "folder of a checkpoint to read")
   flags.DEFINE_string("to_hf", None, "folder of a checkpoint to write")
   flags.DEFINE_string(
-    "text", DataConfig.path, "with --from_hf: what evaluations read"
+    "text", None, f"what evaluations read; default: {DataConfig.path}"
   )
   flags.DEFINE_integer(
-    "context_length", None, "of attention's cache, if not the checkpoint's"
+    "context_length", None, "of attention's cache; default: the checkpoint's"
   )
 
 
@@ -102,7 +102,7 @@ def from_hf(
   folder: epath.Path,
   workdir: epath.Path,
   *,
-  text: str = DataConfig.path,
+  text: str | None = None,
   context_length: int | None = None,
 ) -> Config:
   """Makes `workdir` a run with the checkpoint in `folder`; its config."""
@@ -115,7 +115,9 @@ def from_hf(
   length = min(model.context_length, LENGTH)
   config = Config(
     model=model,
-    data=DataConfig(path=text, tokenizer=name, sequence_length=length),
+    data=DataConfig(
+      path=text or DataConfig.path, tokenizer=name, sequence_length=length
+    ),
   )
   state = {"params": traverse_util.unflatten_dict(params, sep=".")}
   try:
@@ -193,6 +195,8 @@ def main() -> None:
   if bool(args.from_hf) == bool(args.to_hf):
     raise ConfigError("give either --from_hf or --to_hf")
   if args.to_hf:
+    if args.text or args.context_length is not None:
+      raise ConfigError("--text and --context_length are for --from_hf")
     step = to_hf(workdir, files.reach(args.to_hf))
     print(f"{workdir}, step {step} -> {args.to_hf}")
     return

@@ -5,6 +5,7 @@ next-token loss for every parameter, mapped by the same rules.
 """
 
 import copy
+import dataclasses
 import functools
 import json
 
@@ -20,7 +21,7 @@ from safetensors import numpy as safetensors
 from hope_jax import convert, evaluate, generate, generation
 from hope_jax.config import ConfigError, DataConfig
 from hope_jax.data import text as text_lib
-from hope_jax.model_config import ModelConfig
+from hope_jax.model_config import MemoryConfig, ModelConfig
 from hope_jax.models import language_model
 from hope_jax.models.language_model import LanguageModel
 from hope_jax.training import hugging_face, renaming, workdir
@@ -76,7 +77,11 @@ TOKENS = np.random.default_rng(0).integers(0, V, (B, T))
 
 @functools.cache
 def theirs(case):
-  """A model of transformers in float64, all its parameters random."""
+  """A model of transformers in float64, all its parameters random.
+
+  Its gated delta rule stays in float32: with larger noise the gradients of the
+  decays have errors of 1e-4 there, and here in chunks of 64.
+  """
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
   kind, fields = CASES[case]
@@ -85,7 +90,7 @@ def theirs(case):
   model = transformers.AutoModelForCausalLM.from_config(config)
   with torch.no_grad():
     for p in model.parameters():
-      p.add_(0.1 * torch.randn_like(p))
+      p.add_(0.05 * torch.randn_like(p))
   return model.double()
 
 
@@ -115,6 +120,7 @@ def test_logits_and_gradients_are_those_of_transformers(case):
   model, flat = convert.read_checkpoint(folder)
   parts = 7 if name == "llama" else 1
   assert len(list(folder.glob("*.safetensors"))) == parts
+  model = dataclasses.replace(model, memory=MemoryConfig(chunk_length=8))
   out = logits_of(theirs(name))
   theirs(name).zero_grad()
   out.loss.backward()
@@ -349,6 +355,7 @@ def checkpoint(tmp_path_factory):
 def test_run_of_a_checkpoint_is_evaluated_continued_and_written(
   checkpoint, tmp_path
 ):
+  load = pytest.importorskip("transformers").LlamaForCausalLM.from_pretrained
   run = epath.Path(tmp_path / "run")
   path = tmp_path / "text.txt"
   path.write_text((text_lib.REPOSITORY / DataConfig().path).read_text()[:9000])
@@ -364,8 +371,11 @@ def test_run_of_a_checkpoint_is_evaluated_continued_and_written(
   assert convert.to_hf(run, epath.Path(tmp_path / "back")) == 0
   for name in ("tokenizer.json", "model.safetensors"):
     assert (tmp_path / "back" / name).exists()
-  _, first = convert.read_checkpoint(checkpoint)
-  _, last = convert.read_checkpoint(epath.Path(tmp_path / "back"))
+  first, last = (
+    load(folder, dtype="float32").state_dict()
+    for folder in (checkpoint, tmp_path / "back")
+  )
+  assert first.keys() == last.keys()
   for name, x in first.items():
     np.testing.assert_array_equal(last[name], x, err_msg=name)
   for convert_again in (

@@ -83,8 +83,8 @@ def _read_mamba2(values: dict[str, Any]) -> dict[str, Any]:
     raise Unsupported("num_heads", heads, width // 32)
   low, high = values["time_step_limit"]
   if isinstance(high, dict):  # how transformers writes infinity
-    high = float(high["__float__"])
-  if (low, high) != (0, math.inf):
+    high = high["__float__"]
+  if low != 0 or float(high) != math.inf:
     raise Unsupported("time_step_limit", (low, high), (0, math.inf))
   return {"num_heads": 1, "ffn_hidden": 0}
 
@@ -97,10 +97,10 @@ def _read_qwen(values: dict[str, Any]) -> dict[str, Any]:
   layers, width = values["num_hidden_layers"], values["hidden_size"]
   kinds = values.get("layer_types") or ["full_attention"]
   if set(kinds) != {"linear_attention"}:
-    raise Unsupported("layer_types", kinds, ["linear_attention"] * layers)
+    raise Unsupported("layer_types", sorted(set(kinds)), ["linear_attention"])
   dense = values.get("mlp_only_layers") or []
   if values.get("num_experts") and set(dense) != set(range(layers)):
-    raise Unsupported("mlp_only_layers", dense, list(range(layers)))
+    raise Unsupported("mlp_only_layers", dense, "all layers")
   fields = {"num_heads": width // values["linear_key_head_dim"]}
   model = ModelConfig("gated_deltanet", width=width, **fields)
   for name, ours in _linear_heads(model).items():
