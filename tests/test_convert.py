@@ -1,7 +1,6 @@
 """Checkpoints of transformers: the same functions, and what is refused.
 
-transformers' own models are the oracle: logits, and the gradient of the mean
-next-token loss for every parameter, mapped by the same rules.
+transformers' own models are the oracle; gradients are mapped by the same rules.
 """
 
 import copy
@@ -339,7 +338,7 @@ def test_models_that_transformers_has_not_are_refused(model, message):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-  """A checkpoint in bfloat16 with a tokenizer.json of 300 tokens."""
+  """One in bfloat16 with a tokenizer.json."""
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
   from tests.data.test_tokenizer import train_hugging_face
