@@ -23,7 +23,7 @@ def define_flags() -> None:
   flags.DEFINE_string(
     "tokenizer",
     "bytes",
-    "bytes, a SentencePiece file, or sentencepiece:32000 (trained here)",
+    "bytes, a tokenizer's file, or sentencepiece:32000 (trained here)",
   )
   flags.DEFINE_integer("length", defaults.length, "tokens of an example")
   flags.DEFINE_integer(

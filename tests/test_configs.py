@@ -201,6 +201,19 @@ NEGATIVE = {"setting": "negative_eigenvalues"}
       "rotary positions need an even width",
     ),
     ({"model": {"width": 15, "num_heads": 3}}, "need an even width"),
+    ({"model": {"num_heads": 4, "num_kv_heads": 3}}, "=3 does not divide"),
+    (
+      {"model": {"sequence_layer": "titans", "num_kv_heads": 2}},
+      "num_kv_heads is for attention, which model.sequence_layer=titans",
+    ),
+    (
+      {"model": {"sequence_layer": "retnet", "rope_scaling": {"factor": 8.0}}},
+      "rope_scaling.factor is for attention",
+    ),
+    (
+      {"model": {"rope_scaling": {"low_frequency_factor": 4.0}}},
+      "low_frequency_factor=4.0 must be below high_frequency_factor=4.0",
+    ),
     ({"opt": {"b2": 1.0}}, "opt.b2=1.0 must be below 1"),
     ({"memory": {}}, "unknown field 'memory'"),
     ({"model": {"cms": {"hidden": (8, 0), "chunk_lengths": (4, 0)}}}, "hidden"),

@@ -53,7 +53,7 @@ CONFIGS = {
   "next_token": make(
     "hope_attention", cms=dataclasses.replace(CMS, signal="next_token")
   ),
-  "transformer": make("transformer"),
+  "transformer": make("transformer", num_kv_heads=1, tied_embeddings=False),
   "comba": make("comba"),
   "retnet": make("retnet"),
 }

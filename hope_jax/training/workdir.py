@@ -47,7 +47,7 @@ def write_json(path: epath.Path, value: Any) -> None:
 def read_config(workdir: epath.Path) -> Config:
   """The config of a run; `ConfigError` if `workdir` holds none."""
   try:
-    values = _read_object(workdir / CONFIG)
+    values = read_object(workdir / CONFIG)
   except OSError as error:
     raise ConfigError(
       f"{workdir} is not the folder of a run: cannot read {CONFIG}"
@@ -59,10 +59,11 @@ def read_config(workdir: epath.Path) -> Config:
 def read_result(workdir: epath.Path) -> dict[str, Any] | None:
   """result.json of a finished run, or None."""
   path = workdir / RESULT
-  return _read_object(path) if path.exists() else None
+  return read_object(path) if path.exists() else None
 
 
-def _read_object(path: epath.Path) -> dict[str, Any]:
+def read_object(path: epath.Path) -> dict[str, Any]:
+  """A file's JSON object; `ConfigError` if it holds anything else."""
   try:
     values = json.loads(path.read_text())
   except ValueError as error:  # or not UTF-8
@@ -107,7 +108,7 @@ def check_data(
 ) -> None:
   """`ConfigError` if `data`, hashes of the data now, are not the run's."""
   path = workdir / DATA
-  old = _read_object(path) if path.exists() else {}
+  old = read_object(path) if path.exists() else {}
   for name in data:
     if old.get(name, data[name]) != data[name]:
       raise ConfigError(

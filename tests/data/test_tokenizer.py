@@ -1,7 +1,9 @@
+import json
 import pickle
 
 import numpy as np
 import pytest
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,6 +65,76 @@ def test_unknown_character_is_named(tmp_path):
   assert plain.decode(plain.encode("abc")) == "abc"
   with pytest.raises(ConfigError, match="plain.model has no token for 'é'"):
     plain.encode("abé")
+
+
+def train_hugging_face(folder):
+  """Writes a tokenizer.json of 300 tokens, with an end token."""
+  tokenizers = pytest.importorskip("tokenizers")
+  from tokenizers import decoders, models, pre_tokenizers, trainers
+
+  made = tokenizers.Tokenizer(models.BPE())
+  made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  made.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=300,
+    special_tokens=["<end>"],
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  made.train_from_iterator([SHAKESPEARE], trainer)
+  made.save(str(folder / "tokenizer.json"))
+  settings = {"eos_token": {"content": "<end>"}}
+  (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+@pytest.fixture(scope="module")
+def of_hugging_face(tmp_path_factory):
+  folder = epath.Path(tmp_path_factory.mktemp("hf"))
+  train_hugging_face(folder)
+  return tokenizer.load(folder / "tokenizer.json")
+
+
+def test_tokenizer_json_decode_inverts_encode(of_hugging_face):
+  words = of_hugging_face
+  string = "To be, or not\n\tÄpfel  日本"
+  tokens = words.encode(string)
+  assert words.decode(tokens) == string and len(tokens) < len(string.encode())
+  assert words.vocab_size == 300 and words.name == "tokenizer.json"
+  assert words.eos == 0
+  assert list(words.encode("<end>")) == [0] and words.decode([0]) == "<end>"
+  again = pickle.loads(pickle.dumps(words))
+  assert (again.sha256, again.eos) == (words.sha256, words.eos)
+
+
+def test_tokenizer_json_is_saved_with_its_end_token(of_hugging_face, tmp_path):
+  tokenizer.save(of_hugging_face, epath.Path(tmp_path))
+  again = tokenizer.load(tmp_path / "tokenizer.json")
+  assert (again.sha256, again.eos) == (of_hugging_face.sha256, 0)
+  (tmp_path / "tokenizer_config.json").unlink()
+  assert tokenizer.load(tmp_path / "tokenizer.json").eos is None
+  for name in ("tokenizer_config.json", "tokenizer.json"):
+    (tmp_path / name).write_text("no JSON")
+    with pytest.raises(ConfigError, match=f"{name} is not a tokenizer"):
+      tokenizer.load(tmp_path / "tokenizer.json")
+    (tmp_path / name).unlink()
+
+
+def test_text_is_read_through_its_tokenizer(of_hugging_face, tmp_path):
+  tokenizer.save(of_hugging_face, epath.Path(tmp_path))
+  (tmp_path / "text.txt").write_text(SHAKESPEARE[:4000])
+  config = DataConfig(
+    path=str(tmp_path / "text.txt"),
+    tokenizer=str(tmp_path / "tokenizer.json"),
+    split=(0.5, 0.25),
+    sequence_length=32,
+  )
+  found = text.load(config, 300)["in_order"]
+  tokens = of_hugging_face.encode(SHAKESPEARE[:2000])
+  np.testing.assert_array_equal(found[1]["tokens"], tokens[32:64])
+  with pytest.raises(
+    ConfigError, match="small for tokenizer.json: set it to 3"
+  ):
+    text.load(config, 299)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "trained"])

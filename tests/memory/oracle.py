@@ -239,7 +239,9 @@ def run_cms_level(slow, n, values, learn_rate, chunk, error_clip, **other):
   return outputs, after
 
 
-def run_cms_nested(slow, x, values, scales, rules, frozen=(), keys=None):
+def run_cms_nested(
+  slow, x, values, scales, rules, frozen=(), keys=None, *, epsilon=1e-6
+):
   """Eq. 72 token by token: levels in sequence on one block; where a level's
   chunk ends, the one before it (faster) goes on from its state."""
   nothing = tuple(jnp.zeros_like(w) for w in slow)
@@ -256,7 +258,7 @@ def run_cms_nested(slow, x, values, scales, rules, frozen=(), keys=None):
       if i in frozen:
         levels[i] = nothing, nothing
     for i, rule in enumerate(rules):
-      n = x * scales[i] / jnp.sqrt(jnp.mean(x**2) + 1e-6)
+      n = x * scales[i] / jnp.sqrt(jnp.mean(x**2) + epsilon)
       start, now = levels[i]
       k = n if key is None else key
       y, now = cms_step(start, now, n, k, value, {**rule, "slow": slow})

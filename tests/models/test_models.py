@@ -8,7 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hope_jax.model_config import CMSConfig, MemoryConfig, ModelConfig
+from hope_jax.model_config import (
+  CMSConfig,
+  MemoryConfig,
+  ModelConfig,
+  RopeScaling,
+)
 from hope_jax.models import language_model, layers
 from hope_jax.models.block import SEQUENCE_LAYERS
 from tests.pallas_kernels.testing import fast_jit
@@ -100,6 +105,42 @@ def test_prefill_and_decode_equal_the_full_pass(name):
   np.testing.assert_allclose(
     jnp.concatenate(logits, axis=1), full, atol=2e-5, rtol=1e-4
   )
+
+
+GROUPS = dict(num_heads=4, num_kv_heads=2, tied_embeddings=False)
+
+
+def test_groups_and_scaled_positions_go_on_from_a_state():
+  scaling = RopeScaling(factor=4.0, original_context_length=8)
+  config = make("transformer", **GROUPS, rope_scaling=scaling)
+  model, params, tokens = init(config)
+  assert params["lm_head"]["kernel"].shape == (16, 31)
+  assert params["blocks"]["mixer"]["key"]["kernel"].shape == (2, 16, 8)
+  apply = fast_jit(lambda *a: model.apply({"params": params}, *a))
+  full = apply(tokens).logits
+  state = language_model.init_state(config, B)
+  assert state.mixer.keys.shape == (2, B, T, 2, 4)
+  first = apply(tokens[:, :29], state)
+  rest = apply(tokens[:, 29:], first.state).logits
+  found = jnp.concatenate([first.logits, rest], axis=1)
+  np.testing.assert_allclose(found, full, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["transformer", "hope_attention"])
+def test_groups_are_heads_with_the_same_keys_and_values(name):
+  config = make(name, **GROUPS)
+  model, params, tokens = init(config)
+  grouped = fast_jit(model.apply)({"params": params}, tokens).logits
+  for part in ("key", "value"):
+    for group in (part, f"conv_{part}"):
+      kernel = params["blocks"]["mixer"][group]["kernel"]
+      heads = kernel.reshape(*kernel.shape[:-1], 2, 4).repeat(2, axis=-2)
+      wide = heads.reshape(*kernel.shape[:-1], 16)
+      params["blocks"]["mixer"][group]["kernel"] = wide
+  whole = dataclasses.replace(config, num_kv_heads=0)
+  apply = fast_jit(language_model.LanguageModel(whole).apply)
+  found = apply({"params": params}, tokens).logits
+  np.testing.assert_allclose(found, grouped, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -158,7 +158,7 @@ def loop(config, model, params, tokens):
   "fields",
   [
     {},
-    {"error_clip": 0.0, "half_life": 20.0},
+    {"error_clip": 0.0, "half_life": 20.0, "tied_embeddings": False},
     {"connection": "nested"},
     {"connection": "independent"},
   ],
