@@ -27,7 +27,7 @@ from hope_jax.training import command, sharding
 from hope_jax.training import workdir as workdir_lib
 
 ROUNDS = 1000  # of the bootstrap, for metrics that are no means
-CHOSEN = ("acc", "acc_norm", "acc_bytes", "exact_match")  # chance is known
+CHOSEN = ("acc", "acc_norm", "acc_bytes")  # the share of right choices
 
 
 class Line(NamedTuple):
@@ -60,7 +60,7 @@ def check(args: Any) -> None:
     value = getattr(args, name)
     if value is not None and value < least:
       raise ConfigError(f"--{name}={value} must be {least} or more")
-  if not all(args.tasks):
+  if not args.tasks or not all(args.tasks):
     raise ConfigError("--tasks is empty: name at least one")
   if args.include_path is not None and not os.path.isdir(args.include_path):
     raise ConfigError(f"--include_path={args.include_path} is no folder")
@@ -112,21 +112,21 @@ def evaluate(
   batch_size: int = 8,
 ) -> list[Line]:
   """The scores of `run` on tasks that `load_tasks` loaded."""
-  import lm_eval
+  from lm_eval.evaluator import simple_evaluate
 
   from hope_jax.harness_model import HopeLM
 
   # A process that is forked from one with JAX's threads may hang.
   os.environ.setdefault("DISABLE_MULTIPROC", "1")
   with sharding.activate(run.mesh):
-    results = lm_eval.simple_evaluate(
+    results: Any = simple_evaluate(
       model=HopeLM(run, batch_size=batch_size),
       tasks=list(tasks),
       limit=limit,
       num_fewshot=num_fewshot,
       bootstrap_iters=0 if limit == 1 else ROUNDS,
     )
-  return lines(results or {})
+  return lines(results)
 
 
 def lines(results: Mapping[str, Any]) -> list[Line]:
@@ -134,26 +134,19 @@ def lines(results: Mapping[str, Any]) -> list[Line]:
   found = []
   for task, values in results["results"].items():
     samples = results["samples"].get(task, ())
-    is_choice = (
-      results["configs"].get(task, {}).get("output_type") == "multiple_choice"
-    )
+    kind = results["configs"].get(task, {}).get("output_type")
     for key, score in values.items():
       metric, comma, filter_ = key.partition(",")
       if not comma or metric.endswith("_stderr"):
         continue
       stderr = values.get(f"{metric}_stderr,{filter_}")
-      chance = None
-      if metric in CHOSEN and samples:
-        chance = 0.0
-        if is_choice:
-          chance = statistics.fmean(1 / len(s["arguments"]) for s in samples)
       found.append(
         Line(
           task=task,
           metric=metric if filter_ == "none" else f"{metric} ({filter_})",
           score=float(score),
           stderr=float(stderr) if isinstance(stderr, float) else None,
-          chance=chance,
+          chance=_chance(metric, kind, samples),
           documents=results["n-samples"].get(task, {}).get("effective"),
           shots=results["n-shot"].get(task) if samples else None,
         )
@@ -161,9 +154,19 @@ def lines(results: Mapping[str, Any]) -> list[Line]:
   return found
 
 
+def _chance(
+  metric: str, kind: str | None, samples: Sequence[Any]
+) -> float | None:
+  """What guessing scores, None if that is not known."""
+  if kind == "multiple_choice" and metric in CHOSEN:
+    return statistics.fmean(1 / len(sample["arguments"]) for sample in samples)
+  is_text = kind in ("generate_until", "loglikelihood")
+  return 0.0 if is_text and "perplexity" not in metric else None
+
+
 def table(found: Sequence[Line]) -> str:
   """The lines as a markdown table."""
-  from pytablewriter import MarkdownTableWriter
+  from pytablewriter import MarkdownTableWriter, String
 
   def cell(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
@@ -181,8 +184,11 @@ def table(found: Sequence[Line]) -> str:
     for line in found
   ]
   header = ["task", "metric", "score", "95 %", "chance", "documents", "shots"]
-  writer = MarkdownTableWriter(headers=header, value_matrix=rows)
-  return writer.dumps()
+  return MarkdownTableWriter(
+    headers=header,
+    value_matrix=rows,
+    type_hints=[String] * len(header),  # or numbers would be written anew
+  ).dumps()
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import tqdm
 from lm_eval import utils
-from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
@@ -104,10 +103,11 @@ class HopeLM(TemplateLM):
   ) -> list[tuple[float, bool]]:
     del kwargs
     bounded = [self._bounded(*tokens) for _, *tokens in requests]
-    return [tuple(score) for score in self._score(bounded, "loglikelihood")]
+    scores = self._score(bounded, "loglikelihood")
+    return [(score.log_prob, score.is_greedy) for score in scores]
 
   def loglikelihood_rolling(
-    self, requests: list[Instance], disable_tqdm: bool = False
+    self, requests: list[Any], disable_tqdm: bool = False
   ) -> list[float]:
     """Log-probability of whole texts, in windows where attention is bounded."""
     del disable_tqdm
@@ -126,12 +126,13 @@ class HopeLM(TemplateLM):
       sums[number] += score.log_prob
     return sums
 
-  def _asked(self, request: Instance) -> Asked:
+  def _asked(self, request: Any) -> Asked:
     """What a task's generation_kwargs say."""
     default, length = NEW_TOKENS, self.max_length
     if length is not None:
       default = min(default, length // 2)
-    known: dict[str, Any] = dict(normalize_gen_kwargs(request.args[1], default))
+    _, options = request.args
+    known: dict[str, Any] = dict(normalize_gen_kwargs(options, default))
     count = known["max_gen_toks"]
     if count < 1:
       raise ConfigError(f"max_gen_toks={count} must be positive")
@@ -149,7 +150,7 @@ class HopeLM(TemplateLM):
     return Asked(count, sampling, tuple(filter(None, known["until"])))
 
   def generate_until(
-    self, requests: list[Instance], disable_tqdm: bool = False
+    self, requests: list[Any], disable_tqdm: bool = False
   ) -> list[str]:
     """Continuations up to the first of a request's `until`, or to the end of
     the text; greedy unless the task samples."""
@@ -193,7 +194,7 @@ class HopeLM(TemplateLM):
     for batch in scoring.batched(ends, self.batch_size):
       places = [place for place, _ in batch]
       rows = scoring.stack([read.state for _, read in batch], self.batch_size)
-      missing = len(rows.processed) - len(places)
+      missing = self.batch_size - len(places)
       drawn = [numbers[place] for place in places + places[-1:] * missing]
       found = generation.go_on(
         run.params,

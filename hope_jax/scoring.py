@@ -164,10 +164,9 @@ def read_last(
 
 
 def stack(states: Sequence[Any], batch_size: int) -> Any:
-  """States of batch 1 as rows: 1 or `batch_size` of them, the last repeated,
-  so that programs are compiled for two numbers of rows only."""
-  missing = 0 if len(states) == 1 else batch_size - len(states)
-  rows = [*states, *states[-1:] * missing]
+  """States of batch 1 as `batch_size` rows, the last repeated: programs are
+  compiled for one number of rows."""
+  rows = [*states, *[states[-1]] * (batch_size - len(states))]
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
 
 
@@ -176,7 +175,7 @@ def read(
 ) -> list[Read]:
   """Reads at most `batch_size` rows."""
   states = stack([row.before.state for row in rows], batch_size)
-  count, done, found = len(states.processed), [0] * len(rows), []
+  done, found = [0] * len(rows), []
   while True:
     sizes = [
       next(
@@ -191,8 +190,8 @@ def read(
     if not wanted:
       break
     size = max(wanted, key=lambda size: (wanted[size], size))
-    tokens = np.zeros((count, size), np.int32)
-    is_read = np.zeros(count, bool)
+    tokens = np.zeros((batch_size, size), np.int32)
+    is_read = np.zeros(batch_size, bool)
     for n, row in enumerate(rows):
       if sizes[n] == size:
         is_read[n] = True
@@ -300,7 +299,7 @@ def _score_group(
     states = stack([read.state for _, read in batch], batch_size)
     rest = [sequences[number][read.position :] for number, read in batch]
     length = _power_of_two(min(LEAST, block), max(map(len, rest)))
-    tokens = np.zeros((len(states.processed), length), np.int32)
+    tokens = np.zeros((batch_size, length), np.int32)
     for n, part in enumerate(rest):
       tokens[n, : len(part)] = part
     last = jax.device_get(
