@@ -54,13 +54,15 @@ PAIRS = [
   ("Q: Who?\nA: ", "nobody at all"),
   ("", "So it begins"),
   ("x", "y"),
+  (SHOTS[:60], SHOTS[60:75]),  # needs a larger cache than its context
 ]
 
 
 @pytest.fixture(autouse=True)
-def one_length(monkeypatch):
-  """Of padded blocks: fewer programs to compile."""
+def sizes(monkeypatch):
+  """One length of padded blocks, for fewer programs; caches that fit."""
   monkeypatch.setattr(scoring, "LEAST", scoring.BLOCK)
+  monkeypatch.setattr(scoring, "LEAST_CACHE", scoring.BLOCK)
 
 
 def make_run(folder, model):
