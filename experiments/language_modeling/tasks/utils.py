@@ -31,9 +31,9 @@ def _read(data: str, file: str) -> str:
 
 def load(*, data: str, file: str, **_: Any) -> dict[str, datasets.Dataset]:
   """The lines of a .jsonl file as the split `test`."""
+  # Not splitlines: texts may contain other line breaks.
+  lines = _read(data, file).strip("\n").split("\n")
   try:
-    # Not splitlines: texts may contain other line breaks.
-    lines = _read(data, file).strip("\n").split("\n")
     rows = [json.loads(line) for line in lines]
   except ValueError as error:
     raise ConfigError(f"qa/{file} of --data is no JSON: {error}") from error
