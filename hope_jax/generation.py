@@ -151,6 +151,7 @@ def go_on(
   sampling: Sampling,
   vocab_size: int,
   seed: int = 0,
+  numbers: Sequence[int] | None = None,
   is_over: Callable[[np.ndarray], bool] = lambda tokens: False,
 ) -> list[np.ndarray]:
   """Up to `count` new tokens for each of N sequences that were read.
@@ -158,13 +159,14 @@ def go_on(
   `states` (stacked fast states of batch 1, used up) and `logits` [N, V] are
   what `prefill` returns.  `is_over` is asked now and then whether a
   continuation may end; what a sequence draws depends on the seed and its number
-  alone.
+  (`numbers`; default: 0, 1 ...) alone.
   """
   root = jax.random.key(seed)
   found = [np.zeros(0, np.int32) for _ in logits]
+  numbers_N = jnp.asarray(range(len(found)) if numbers is None else numbers)
   for first in range(0, count, BLOCK):
     keys = jax.vmap(jax.random.fold_in, (None, 0))(
-      jax.random.fold_in(root, first), jnp.arange(len(found))
+      jax.random.fold_in(root, first), numbers_N
     )
     tokens, logits, states = decode(
       params,

@@ -109,31 +109,52 @@ def forward(
   return language_model.forward(model, params, tokens_BT, state=fast)
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def read_piece(
+class Scores(NamedTuple):
+  """Of tokens, each given all before it: log-probability, and whether it was
+  the likeliest."""
+
+  log_probs: jax.Array
+  is_likeliest: jax.Array
+
+
+def score(logits: jax.Array, tokens: jax.Array) -> Scores:
+  """`Scores` [...] of one token each under logits [..., V]."""
+  chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+  return Scores(
+    chosen - jax.nn.logsumexp(logits, axis=-1),
+    jnp.argmax(logits, axis=-1) == tokens,
+  )
+
+
+def read(
   params: Any, state: StreamState, tokens_BT: jax.Array, *, config: ModelConfig
-) -> tuple[jax.Array, StreamState]:
-  """(log-probabilities [B, T], state after) of one piece."""
+) -> tuple[Scores, StreamState]:
+  """(`Scores` [B, T], state after) of one piece."""
   batch_size, length = tokens_BT.shape
   shapes = jax.eval_shape(
     lambda: language_model.init_state(config, batch_size, length)
   )
   fast = _at_border(state.fast, shapes)
   output = forward(params, fast, tokens_BT, config=config)
-  first = _log_prob(state.logits, tokens_BT[:, 0])
-  later = _log_prob(output.logits[:, :-1], tokens_BT[:, 1:])
-  log_probs = jnp.concatenate([first[:, None], later], axis=1)
-  return log_probs, StreamState(
+  first = score(state.logits[:, None], tokens_BT[:, :1])
+  later = score(output.logits[:, :-1], tokens_BT[:, 1:])
+  scores = jax.tree.map(
+    lambda *parts: jnp.concatenate(parts, axis=1), first, later
+  )
+  return scores, StreamState(
     _anywhere(output.state, state.fast),
     output.logits[:, -1],
     state.processed + jnp.uint32(length),
   )
 
 
-def _log_prob(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-  """log softmax(logits [..., V]) of one token each."""
-  chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-  return chosen - jax.nn.logsumexp(logits, axis=-1)
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+def read_piece(
+  params: Any, state: StreamState, tokens_BT: jax.Array, *, config: ModelConfig
+) -> tuple[jax.Array, StreamState]:
+  """(log-probabilities [B, T], state after) of one piece."""
+  scores, state = read(params, state, tokens_BT, config=config)
+  return scores.log_probs, state
 
 
 def _is_level(x: Any) -> bool:
