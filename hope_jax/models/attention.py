@@ -10,6 +10,8 @@ Legend: B batch, T tokens, L cache places, W window, H heads, K head dim,
 D model.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -127,8 +129,8 @@ def full_extend(
   mask = past[None] & (segments[:, :, None] == numbers[:, None])
   y = jax.nn.dot_product_attention(q, keys, values, mask=mask[:, None])
   first = document_place(state, segments)
-  return y, state.replace(
-    keys=keys, values=values, position=begin + length, first=first
+  return y, dataclasses.replace(
+    state, keys=keys, values=values, position=begin + length, first=first
   )
 
 
@@ -173,8 +175,8 @@ def window_extend(
     mask=mask[:, None],
   )
   first = jnp.maximum(document_place(state, segments) - length, 0)
-  return y.reshape(batch, -1, *heads)[:, :length], state.replace(
-    keys=keys[:, length:], values=values[:, length:], first=first
+  return y.reshape(batch, -1, *heads)[:, :length], dataclasses.replace(
+    state, keys=keys[:, length:], values=values[:, length:], first=first
   )
 
 
@@ -210,7 +212,7 @@ class Attention(nn.Module):
       before = state or init_state(cfg, batch)
       y, after = extend(q, k, v, segments, before, cfg)
       if state is not None:
-        state = after.replace(conv=conv)
+        state = dataclasses.replace(after, conv=conv)
     y_BTD = layers.dense(
       cfg.width, cfg, ("heads", "embed"), "output", is_output=True
     )(y.reshape(x_BTD.shape))

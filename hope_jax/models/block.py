@@ -3,17 +3,19 @@
   x <- x + mixer(RMS(x));  x <- x + FFN(RMS(x))  or  x <- CMS(x)  or neither
 
 (paper eq. 94-97 for Hope; the baselines are the same block with another mixer
-and one slow FFN level.)
+and one slow FFN level.)  All blocks of a model are alike, or blocks of a few
+kinds take turns: Mamba, FFN, attention with a window, FFN (Samba, 2406.07522).
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 
-from hope_jax.model_config import LINEAR_LAYERS, ModelConfig
-from hope_jax.models import attention, cms, layers, linear, titans
+from hope_jax.model_config import ATTENTION_LAYERS, LINEAR_LAYERS, ModelConfig
+from hope_jax.models import attention, cms, layers, linear, mamba, titans
 
 # name -> (sequence layer, its init_state)
 SEQUENCE_LAYERS = {
@@ -22,7 +24,23 @@ SEQUENCE_LAYERS = {
   "titans": (titans.SelfModifyingTitans, titans.init_state),
   "hope": (titans.SelfModifyingTitans, titans.init_state),
   **dict.fromkeys(LINEAR_LAYERS, (linear.LinearMemory, linear.init_state)),
+  "mamba": (mamba.Mamba, mamba.init_state),
 }
+
+
+def pattern(config: ModelConfig) -> tuple[ModelConfig, ...]:
+  """The config of each block that takes turns with others; mostly of one."""
+  if len(config.pattern) == 1:
+    return (config,)
+  without_conv = {"conv_window": 0}  # attention has its rotary positions
+  return tuple(
+    dataclasses.replace(
+      config,
+      sequence_layer=name,
+      **(without_conv if name in ATTENTION_LAYERS else {}),
+    )
+    for name in config.pattern
+  )
 
 
 @flax.struct.dataclass
@@ -39,8 +57,17 @@ class BlockState:
 
 def init_state(
   config: ModelConfig, batch_size: int, piece_length: int | None = None
+) -> Any:
+  """The state before the first token: of a block, or of each in a turn."""
+  states = tuple(
+    _init_block(one, batch_size, piece_length) for one in pattern(config)
+  )
+  return states if len(states) > 1 else states[0]
+
+
+def _init_block(
+  config: ModelConfig, batch_size: int, piece_length: int | None
 ) -> BlockState:
-  """The state before the first token."""
   _, mixer_state = SEQUENCE_LAYERS[config.sequence_layer]
   return BlockState(
     mixer=mixer_state(config, batch_size, piece_length),
@@ -81,3 +108,23 @@ class Block(nn.Module):
       is_given = cms.is_given(state.cms)
       state = BlockState(mixed.state, stream_BTD if is_given else cms_state)
     return x_BTD, state
+
+
+class Turn(nn.Module):
+  """The blocks of a pattern, one after the other; the state has one of each."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    state: tuple[BlockState, ...] | None,
+    segments: jax.Array | None,
+  ) -> tuple[jax.Array, tuple[Any, ...] | None]:
+    after = []
+    for i, config in enumerate(pattern(self.config)):
+      block = Block(config, name=f"block_{i}")
+      x_BTD, one = block(x_BTD, state[i] if state else None, segments)
+      after.append(one)
+    return x_BTD, tuple(after) if state else None

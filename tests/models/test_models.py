@@ -8,7 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hope_jax.model_config import CMSConfig, MemoryConfig, ModelConfig
+from hope_jax.model_config import (
+  PATTERNS,
+  CMSConfig,
+  MemoryConfig,
+  ModelConfig,
+)
 from hope_jax.models import language_model, layers
 from hope_jax.models.block import SEQUENCE_LAYERS
 from tests.pallas_kernels.testing import fast_jit
@@ -29,7 +34,7 @@ HOPE = dataclasses.replace(
 )
 CMS = CMSConfig(hidden=(8, 8, 16), chunk_lengths=(4, 8, 0))
 MEMORIES = {"titans": TITANS, "hope": HOPE}
-NAMES = tuple(SEQUENCE_LAYERS)
+NAMES = (*SEQUENCE_LAYERS, *PATTERNS)
 
 
 def make(name, **fields):
@@ -41,6 +46,7 @@ def make(name, **fields):
     num_heads=2,
     ffn_hidden=32,
     context_length=T,
+    attention_window=13 if name == "samba" else 0,
     memory=MEMORIES.get(name, TITANS),
     cms=CMS if name.startswith("hope") else CMSConfig(),
   )
