@@ -63,9 +63,9 @@ def selective_scan(
   length = values.shape[1]
   if reset is None:
     reset = jnp.zeros(values.shape[:2], bool)
-  arrays = values, step, keys, queries, rate
-  *arrays, rate = (x.astype(state.dtype) for x in arrays)
-  tokens = _Tokens(*arrays, reset)
+  cast = lambda x: x.astype(state.dtype)
+  rate = cast(rate)
+  tokens = _Tokens(cast(values), cast(step), cast(keys), cast(queries), reset)
 
   def run(state: jax.Array, chunk: _Tokens) -> tuple[jax.Array, jax.Array]:
     decay = jnp.exp(-chunk.step[..., None] * rate[None, None])

@@ -29,18 +29,17 @@ SEQUENCE_LAYERS = {
 
 
 def pattern(config: ModelConfig) -> tuple[ModelConfig, ...]:
-  """The config of each block that takes turns with others; mostly of one."""
+  """Configs of the blocks that take turns; mostly there is one kind only."""
   if len(config.pattern) == 1:
     return (config,)
-  without_conv = {"conv_window": 0}  # attention has its rotary positions
-  return tuple(
-    dataclasses.replace(
-      config,
-      sequence_layer=name,
-      **(without_conv if name in ATTENTION_LAYERS else {}),
+
+  def block(name: str) -> ModelConfig:
+    conv_window = 0 if name in ATTENTION_LAYERS else config.conv_window
+    return dataclasses.replace(
+      config, sequence_layer=name, conv_window=conv_window
     )
-    for name in config.pattern
-  )
+
+  return tuple(map(block, config.pattern))
 
 
 @flax.struct.dataclass
@@ -58,16 +57,10 @@ class BlockState:
 def init_state(
   config: ModelConfig, batch_size: int, piece_length: int | None = None
 ) -> Any:
-  """The state before the first token: of a block, or of each in a turn."""
-  states = tuple(
-    _init_block(one, batch_size, piece_length) for one in pattern(config)
-  )
-  return states if len(states) > 1 else states[0]
-
-
-def _init_block(
-  config: ModelConfig, batch_size: int, piece_length: int | None
-) -> BlockState:
+  """The state before the first token: a block's, or a tuple of a turn's."""
+  turn = pattern(config)
+  if len(turn) > 1:
+    return tuple(init_state(one, batch_size, piece_length) for one in turn)
   _, mixer_state = SEQUENCE_LAYERS[config.sequence_layer]
   return BlockState(
     mixer=mixer_state(config, batch_size, piece_length),
