@@ -17,7 +17,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hope_jax.memory.selective_scan import selective_scan
+from hope_jax.memory import fused
+from hope_jax.memory.selective_scan import ScanOutput, selective_scan
 from hope_jax.model_config import ModelConfig
 from hope_jax.models import layers, linear
 from hope_jax.models.interface import MixerOutput
@@ -84,6 +85,38 @@ class Gates(nn.Module):
     return step_BTE, jnp.exp(rate)
 
 
+def run_scan(
+  config: ModelConfig,
+  values: jax.Array,
+  step: jax.Array,
+  keys: jax.Array,
+  queries: jax.Array,
+  rate: jax.Array,
+  state: jax.Array,
+  reset: jax.Array | None,
+) -> ScanOutput:
+  """`selective_scan` from `state` [B, E, K], on every device's channels."""
+
+  def run(values, step, keys, queries, rate, state, reset):
+    found = selective_scan(
+      values,
+      step,
+      keys=keys,
+      queries=queries,
+      rate=rate,
+      state=state,
+      reset=reset,
+      chunk_length=config.memory.chunk_length,
+      checkpoint=config.memory.remat,
+    )
+    return tuple(found)
+
+  axes = "BTH", "BTH", "B", "B", "H", "BH", "B"
+  run = fused.per_device(run, axes, ("BTH", "BH"))
+  with jax.named_scope("recurrence"):
+    return ScanOutput(*run(values, step, keys, queries, rate, state, reset))
+
+
 class ReadOut(nn.Module):
   """((o + D v) * silu(n W_z)) W_o."""
 
@@ -127,18 +160,10 @@ class Mamba(nn.Module):
       for name in ("key", "query")
     )
     step_BTE, rate_EK = Gates(cfg, name="gates")(v_BTE)
-    with jax.named_scope("recurrence"):
-      o_BTE, memory = selective_scan(
-        v_BTE,
-        step_BTE,
-        keys=k_BTK,
-        queries=q_BTK,
-        rate=rate_EK,
-        state=before["memory"],
-        reset=None if segments is None else linear.document_starts(segments),
-        chunk_length=cfg.memory.chunk_length,
-        checkpoint=cfg.memory.remat,
-      )
+    reset = None if segments is None else linear.document_starts(segments)
+    o_BTE, memory = run_scan(
+      cfg, v_BTE, step_BTE, k_BTK, q_BTK, rate_EK, before["memory"], reset
+    )
     y_BTD = ReadOut(cfg, name="readout")(x_BTD, o_BTE, v_BTE)
     if state is not None:
       state = {"memory": memory, "conv": conv}
