@@ -19,6 +19,9 @@ what the sequence layers differ in; a continuum memory system (paper section
   retnet, deltanet, gated_deltanet, comba, mamba2
                     linear baselines, `hope_jax/models/linear.py`; Mamba2 has
                     no FFN and more layers instead
+  mamba             the first Mamba, without FFN like Mamba2
+  samba             Mamba and attention with a window (2K, in small models half
+                    a training sequence) in turn, each with an FFN
 """
 
 NAMES = (
@@ -39,6 +42,8 @@ NAMES = (
   "gated_deltanet",
   "comba",
   "mamba2",
+  "mamba",
+  "samba",
 )
 
 WITHOUT_CONVOLUTION = ("transformer", "hope_attention", "retnet")
@@ -62,6 +67,8 @@ SIZES = {
     "gated_deltanet": 448,
     "comba": 448,
     "mamba2": {"ffn_hidden": 0, "num_layers": 7},
+    "mamba": {"ffn_hidden": 0, "num_layers": 8, "width": 132},
+    "samba": {"ffn_hidden": 384, "attention_window": 128},
   },
   "3p9m": {  # scripts/benchmark.py
     "shape": {"width": 256, "num_layers": 4, "num_heads": 4},
@@ -81,6 +88,8 @@ SIZES = {
     "gated_deltanet": 736,
     "comba": 736,
     "mamba2": {"ffn_hidden": 0, "num_layers": 8},
+    "mamba": {"ffn_hidden": 0, "num_layers": 9},
+    "samba": {"ffn_hidden": 768, "attention_window": 256},
   },
   "340m": {
     "shape": {"width": 1024, "num_layers": 24, "num_heads": 8},
@@ -100,6 +109,8 @@ SIZES = {
     "gated_deltanet": 2048,
     "comba": 2048,
     "mamba2": {"ffn_hidden": 0, "num_layers": 47},
+    "mamba": {"ffn_hidden": 0, "num_layers": 46},
+    "samba": {"ffn_hidden": 2304, "attention_window": 2048},
   },
   "760m": {
     "shape": {"width": 1536, "num_layers": 24, "num_heads": 12},
@@ -119,6 +130,8 @@ SIZES = {
     "gated_deltanet": 3328,
     "comba": 3328,
     "mamba2": {"ffn_hidden": 0, "num_layers": 48},
+    "mamba": {"ffn_hidden": 0, "num_layers": 48},
+    "samba": {"ffn_hidden": 3840, "attention_window": 2048},
   },
   "1p3b": {
     "shape": {"width": 2048, "num_layers": 24, "num_heads": 16},
@@ -138,6 +151,8 @@ SIZES = {
     "gated_deltanet": 4224,
     "comba": 4224,
     "mamba2": {"ffn_hidden": 0, "num_layers": 48},
+    "mamba": {"ffn_hidden": 0, "num_layers": 48},
+    "samba": {"ffn_hidden": 4992, "attention_window": 2048},
   },
 }
 

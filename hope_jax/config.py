@@ -183,13 +183,13 @@ class Config:
         f"train.carry_state: {self.model.sequence_layer} on {self.data.kind}"
         " has nothing to carry; it is for memories on documents"
       )
-    if self.model.cms.signal == "next_token" and is_cache:
-      if self.data.sequence_length > self.model.context_length:
-        raise ConfigError(
-          f"data.sequence_length={self.data.sequence_length} is longer than"
-          f" attention's cache: raise model.context_length"
-          f" ({self.model.context_length})"
-        )
+    is_short = self.model.context_length < self.data.sequence_length
+    if self.model.cms.signal == "next_token" and is_cache and is_short:
+      raise ConfigError(
+        f"data.sequence_length={self.data.sequence_length} is longer than"
+        f" attention's cache: raise model.context_length"
+        f" ({self.model.context_length})"
+      )
     slowest = max((0, *self.model.cms.fast_lengths))
     if slowest * 2 > self.data.sequence_length and not carries:
       raise ConfigError(

@@ -30,6 +30,7 @@ OWNERS = (
   (r"^(?:start|tokens|stream|pending|position|begins|\w*document)", "cms_0"),
   (r"cms/levels", "nested"),
   (r"cms\b", "cms_shared"),
+  (r"mixer/recurrence", "recurrence"),
   (r"mixer/gates/(eta|alpha)", r"\1"),
   (r"mixer/(?:gates|memory|initial/memory)", "memory"),
   (r"mixer/(?:boxes|initial/boxes)", "boxes"),
@@ -138,7 +139,7 @@ def count_flops(
     *((given[name] - twin[name], {name: 1}) for name in fast),
   ]
   if model.is_linear:  # it has no twin: all it does is to write and read
-    learning.append((twin.pop("mixer"), {"memory": 1}))
+    learning.append((twin.pop("recurrence"), {"memory": 1}))
   pools = {"mixer": starts or {"attention": 1}, "nested": dict.fromkeys(cms, 1)}
   read: list[Share] = [
     (n, pools.get(name, {name: 1})) for name, n in twin.items()

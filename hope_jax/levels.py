@@ -55,6 +55,7 @@ LINEAR_RULES = {  # objective and rule, `models/linear.py`
   "gated_deltanet": (L2, "GD, step b, on the decayed state"),
   "comba": (L2, "GD, step b, decay; erases c b"),
   "mamba2": (DOT, "GD, step dt, decay exp(-dt A)"),
+  "mamba": (DOT, "GD, step dt per channel, decay exp(-dt A) per number"),
 }
 
 
@@ -106,14 +107,11 @@ def components(config: Config) -> list[Component]:
 
 def inside_sequence(model: ModelConfig) -> list[Component]:
   """Attention, and everything that learns inside the sequence or could."""
-  if model.has_attention:
-    found = [attention(model)]
-  elif model.is_linear:
-    found = [linear(model)]
-  elif model.sequence_layer in TTT_LAYERS:
+  found = [attention(model)] if model.has_attention else []
+  found += [linear(model)] if model.is_linear else []
+  if model.sequence_layer in TTT_LAYERS:
     found = [test_time_training(model)]
-  else:
-    found = memories(model)
+  found = found or memories(model)
   found += [cms_level(model, i) for i in range(len(model.cms.fast_lengths))]
   freeze = functools.partial(
     replace,
@@ -131,10 +129,13 @@ def inside_sequence(model: ModelConfig) -> list[Component]:
 
 def attention(model: ModelConfig) -> Component:
   """Softmax attention, non-parametric solution of an L2 regression (eq. 62)."""
+  context = f"tokens so far, at most {model.context_length:,}"
+  if model.attention_window:
+    context = f"last {model.attention_window:,} tokens"
   return Component(
     name="attention",
     frequency=math.inf,
-    context=f"(k, v) of the tokens so far, at most {model.context_length:,}",
+    context=f"(k, v) of the {context}",
     objective="sum_i exp(q·k_i / sqrt(d)) ‖v_i - o‖²",
     rule="non-parametric: solved exactly at every token",
     transfer="direct conditioning: q, k, v by slow projections",
@@ -143,7 +144,8 @@ def attention(model: ModelConfig) -> Component:
 
 def linear(model: ModelConfig) -> Component:
   """A matrix memory that is written and read at every token (section 3.1)."""
-  objective, rule = LINEAR_RULES[model.sequence_layer]
+  (name,) = (name for name in model.pattern if name in LINEAR_RULES)
+  objective, rule = LINEAR_RULES[name]
   return Component(
     name="memory",
     frequency=Fraction(1),

@@ -243,6 +243,9 @@ MEMORA_RULE = {
   "momentum": "none",
 }
 LINEAR_LAYERS = "retnet", "deltanet", "gated_deltanet", "comba", "mamba2"
+STATE_SPACE_LAYERS = ("mamba",)
+# Models whose blocks take turns: the sequence layers of one after the other.
+PATTERNS = {"samba": ("mamba", "transformer")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,6 +259,7 @@ class ModelConfig:
     ffn_hidden: hidden width of the FFN; 0: blocks have none.
     frozen_levels: fast levels whose writes are switched off (`memory`, `k`,
       `v`, `q`, `eta`, `alpha`, `cms_0`, `cms_1` ...).
+    num_layers: blocks; those of a pattern (`samba`) are counted one by one.
     conv_window: of the causal convolution on q, k and v; 0: none.
     attention_window: tokens that a token's attention sees, itself included; 0:
       all before it.
@@ -293,6 +297,7 @@ class ModelConfig:
 
   def __post_init__(self):
     known = ATTENTION_LAYERS + MEMORY_LAYERS + TTT_LAYERS + LINEAR_LAYERS
+    known += STATE_SPACE_LAYERS + tuple(PATTERNS)
     check_choice(self.sequence_layer, "model.sequence_layer", known)
     check_choice(self.inner_rates, "model.inner_rates", ("on", "off"))
     check_choice(self.dtype, "model.dtype", ("float32", "bfloat16"))
@@ -307,8 +312,14 @@ class ModelConfig:
         f"model.num_heads={self.num_heads} does not divide"
         f" model.width={self.width}"
       )
-    rotary = (*ATTENTION_LAYERS, *TITANS_VARIANTS, *TTT_LAYERS, "retnet")
-    has_positions = self.sequence_layer in rotary
+    if self.num_layers % len(self.pattern):
+      raise ConfigError(
+        f"model.num_layers={self.num_layers} is not a multiple of"
+        f" {len(self.pattern)}: {self.sequence_layer} has"
+        f" {' and '.join(self.pattern)} blocks in turn"
+      )
+    rotary = (*TITANS_VARIANTS, *TTT_LAYERS, "retnet")
+    has_positions = self.has_attention or self.sequence_layer in rotary
     if has_positions and self.head_dim % 2:
       raise ConfigError(
         f"model.width={self.width} and num_heads={self.num_heads} make heads of"
@@ -388,8 +399,13 @@ class ModelConfig:
     return self.num_kv_heads or self.num_heads
 
   @property
+  def pattern(self) -> tuple[str, ...]:
+    """Sequence layers of the blocks that take turns, or of all blocks."""
+    return PATTERNS.get(self.sequence_layer, (self.sequence_layer,))
+
+  @property
   def has_attention(self) -> bool:
-    return self.sequence_layer in ATTENTION_LAYERS
+    return any(name in ATTENTION_LAYERS for name in self.pattern)
 
   @property
   def has_longest_context(self) -> bool:
@@ -398,8 +414,9 @@ class ModelConfig:
 
   @property
   def is_linear(self) -> bool:
-    """Whether it is a linear baseline (`models/linear.py`)."""
-    return self.sequence_layer in LINEAR_LAYERS
+    """Whether it has a linear recurrence (`models/linear.py`, `mamba.py`)."""
+    recurrent = LINEAR_LAYERS + STATE_SPACE_LAYERS
+    return any(name in recurrent for name in self.pattern)
 
   @property
   def memory_chunks(self) -> tuple[int, ...]:

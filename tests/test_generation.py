@@ -12,7 +12,7 @@ from hope_jax.config import ConfigError
 from hope_jax.data import tokenizer
 from hope_jax.generation import Sampling
 from hope_jax.models import language_model
-from tests.models.test_models import init, make
+from tests.models.test_models import init, larger, make
 from tests.pallas_kernels.testing import fast_jit
 
 GREEDY = Sampling(temperature=0.0)
@@ -25,14 +25,12 @@ def small_pieces(monkeypatch):
   monkeypatch.setattr(generation, "BLOCK", 3)
 
 
-@pytest.fixture(scope="module", params=["transformer", "hope"])
+@pytest.fixture(scope="module", params=["transformer", "hope", "samba"])
 def model(request):
-  config = make(request.param, num_layers=1)
+  config = make(request.param, num_layers=2 if request.param == "samba" else 1)
   _, params, _ = init(config)
   # So large that what comes next depends on all that went before.
-  params["blocks"]["mixer"] = jax.tree.map(
-    lambda x: 8 * x if x.ndim > 2 else x, params["blocks"]["mixer"]
-  )
+  params = larger(params, 8, "mixer")
   return config, params
 
 
@@ -81,7 +79,7 @@ def test_generation_ends_when_all_are_over(model):
 
 def test_attention_has_a_longest_context(model):
   config, _ = model
-  if config.has_attention:
+  if config.has_longest_context:
     with pytest.raises(ConfigError, match="49 tokens, but .*context_length=40"):
       run(model, PROMPTS, count=40)
   else:
@@ -93,6 +91,7 @@ def test_state_grows_with_the_context_for_attention_only():
     make(name, context_length=length)
   )
   assert size("hope", 100) == size("hope", 1000)
+  assert size("samba", 100) == size("samba", 1000)
   assert size("transformer", 1000) > 9 * size("transformer", 100)
 
 

@@ -56,6 +56,7 @@ CONFIGS = {
   "transformer": make("transformer", num_kv_heads=1, tied_embeddings=False),
   "comba": make("comba"),
   "retnet": make("retnet"),
+  "samba": make("samba", attention_window=16),
 }
 
 
@@ -103,14 +104,21 @@ def test_parameters_and_bytes_add_up_to_the_real_ones(case):
     assert bytes_of[name] == size(of_level)
   if not config.model.has_attention:
     assert bytes_of["memory"] == size(state.mixer["memory"])
+  if isinstance(state, tuple):  # one per block of a turn
+    memories = size(state[0].mixer["memory"])
+    assert bytes_of["memory"] == memories
+    assert bytes_of["attention"] == size(state[1].mixer)
   if config.model.memory_chunks:
     boxes = sum(bytes_of[b] for b in config.model.memory.adaptive)
     assert boxes == size(state.mixer["boxes"])
   assert "rest" not in bytes_of
 
 
-def linear_rule_flops(model):
-  """Those of both layers' matrix memories."""
+def recurrence_flops(model):
+  """Those of all layers' matrix memories."""
+  if "mamba" in model.pattern:  # reads only: what it writes are no products
+    read = 2 * 16 * 2 * model.width  # multiply and add, K, E
+    return read * LENGTH * model.pattern.count("mamba")
   shape = linear.layout(model)
   array = lambda *sizes: jax.ShapeDtypeStruct((1, shape.heads, *sizes), float)
   k, v = array(LENGTH, shape.key_dim), array(LENGTH, shape.value_dim)
@@ -149,7 +157,7 @@ def test_flops_add_up_to_the_counted_ones(case):
   np.testing.assert_allclose(total, live)
   learning = {c.name: LENGTH * c.learn_flops for c in components}
   if config.model.is_linear:  # all of its recurrence
-    twin = live - linear_rule_flops(config.model)
+    twin = live - recurrence_flops(config.model)
   np.testing.assert_allclose(sum(learning.values()), live - twin)
   if "memory" in config.model.fast_levels:
     for name in ("memory", "cms_0"):

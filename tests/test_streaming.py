@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hope_jax import streaming
 from hope_jax.config import ConfigError
 from hope_jax.data.tokenizer import Bytes
-from hope_jax.model_config import CMSConfig, ModelConfig
+from hope_jax.model_config import PATTERNS, CMSConfig, ModelConfig
 from hope_jax.models import language_model
 from tests.models.test_models import B, make
 from tests.pallas_kernels.testing import fast_jit
@@ -42,13 +42,15 @@ NAMES = {
   "transformer": ("transformer", CMSConfig()),
   "next_token": ("titans", dataclasses.replace(CMS, signal="next_token")),
   "retnet": ("retnet", CMSConfig()),
+  "samba": ("samba", CMSConfig()),
 }
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def model(request):
   layer, cms = NAMES[request.param]
-  config = make(layer, num_layers=1, context_length=T, cms=cms)
+  blocks = len(PATTERNS.get(layer, (layer,)))
+  config = make(layer, num_layers=blocks, context_length=T, cms=cms)
   network = language_model.LanguageModel(config)
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, config.vocab_size, (B, T))
@@ -124,7 +126,7 @@ def test_state_does_not_grow(model):
   assert sizes == {state_bytes(streaming.start(config, B))}
   longer = dataclasses.replace(config, context_length=9 * T)
   grows = state_bytes(streaming.start(longer, B)) not in sizes
-  assert grows == config.has_attention
+  assert grows == config.has_longest_context
 
 
 def test_extend_refuses_what_it_cannot_read(model):
@@ -135,7 +137,7 @@ def test_extend_refuses_what_it_cannot_read(model):
     run(tokens[0])
   with pytest.raises(ValueError, match="tokens 0 .. 31 are not all below"):
     run(np.array([[0, 31], [0, 0]]))
-  if config.has_attention:
+  if config.has_longest_context:
     with pytest.raises(ConfigError, match="0 tokens and 151 more.*=150"):
       run(np.zeros((B, T + 1), np.int32))
   assert not np.isnan(jax.tree.leaves(state.fast)[0]).any()  # not used up

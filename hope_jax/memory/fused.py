@@ -138,12 +138,14 @@ def run(
   return ys, chunks.ChunkState(now, None, None) if continued else None
 
 
-def per_device(run: Callable, axes: tuple[str, ...]) -> Callable:
+def per_device(
+  run: Callable, axes: tuple[str, ...], results: Any = "BH"
+) -> Callable:
   """`run` by every device on its rows and heads, where the mesh divides them.
 
   Kernels are not partitioned automatically.  `axes`: the first axes of each
   argument of `run`, any trees: B and H are split, others not ("BH", "NB");
-  results are [B, H, ...].
+  `results`: a tree of those of what it returns.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
@@ -157,7 +159,7 @@ def per_device(run: Callable, axes: tuple[str, ...]) -> Callable:
       for letter, axis, size in zip("BH", rules, (batch, heads), strict=True)
     }
     spec = lambda letters: PartitionSpec(*map(split.get, letters))
-    in_specs, out_specs = tuple(map(spec, axes)), spec("BH")
+    in_specs, out_specs = tuple(map(spec, axes)), jax.tree.map(spec, results)
     return jax.shard_map(
       run, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )(*arguments)

@@ -11,6 +11,7 @@ Legend: B batch, T tokens, L cache places, W window, H heads (G of keys and
 values), K head dim, D model.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -223,8 +224,8 @@ def full_extend(
   mask = past[None] & (segments[:, :, None] == numbers[:, None])
   y = jax.nn.dot_product_attention(q, keys, values, mask=mask[:, None])
   first = document_place(state, segments)
-  return y, state.replace(
-    keys=keys, values=values, position=begin + length, first=first
+  return y, dataclasses.replace(
+    state, keys=keys, values=values, position=begin + length, first=first
   )
 
 
@@ -272,8 +273,8 @@ def window_extend(
     persistent,
   )
   first = jnp.maximum(document_place(state, segments) - length, 0)
-  return y.reshape(batch, -1, *heads)[:, :length], state.replace(
-    keys=keys[:, length:], values=values[:, length:], first=first
+  return y.reshape(batch, -1, *heads)[:, :length], dataclasses.replace(
+    state, keys=keys[:, length:], values=values[:, length:], first=first
   )
 
 
@@ -313,7 +314,7 @@ class Attention(nn.Module):
       before = state or init_state(cfg, batch)
       y, after = extend(q, k, v, segments, before, cfg)
       if state is not None:
-        state = after.replace(conv=conv)
+        state = dataclasses.replace(after, conv=conv)
     y_BTD = layers.dense(
       cfg.width, cfg, ("heads", "embed"), "output", is_output=True
     )(y.reshape(x_BTD.shape))

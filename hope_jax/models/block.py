@@ -3,9 +3,11 @@
   x <- x + mixer(RMS(x));  x <- x + FFN(RMS(x))  or  x <- CMS(x)  or neither
 
 (paper eq. 94-97 for Hope; the baselines are the same block with another mixer
-and one slow FFN level.)
+and one slow FFN level.)  All blocks of a model are alike, or blocks of a few
+kinds take turns: Mamba, FFN, attention with a window, FFN (Samba, 2406.07522).
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +15,7 @@ import flax.struct
 import jax
 
 from hope_jax.model_config import (
+  ATTENTION_LAYERS,
   LINEAR_LAYERS,
   MEMORY_LAYERS,
   TTT_LAYERS,
@@ -23,6 +26,7 @@ from hope_jax.models import (
   cms,
   layers,
   linear,
+  mamba,
   titans,
   titans_attention,
   ttt,
@@ -45,7 +49,22 @@ SEQUENCE_LAYERS = {
   ),
   **dict.fromkeys(TTT_LAYERS, (ttt.TestTimeTraining, ttt.init_state)),
   **dict.fromkeys(LINEAR_LAYERS, (linear.LinearMemory, linear.init_state)),
+  "mamba": (mamba.Mamba, mamba.init_state),
 }
+
+
+def pattern(config: ModelConfig) -> tuple[ModelConfig, ...]:
+  """Configs of the blocks that take turns; mostly there is one kind only."""
+  if len(config.pattern) == 1:
+    return (config,)
+
+  def block(name: str) -> ModelConfig:
+    conv_window = 0 if name in ATTENTION_LAYERS else config.conv_window
+    return dataclasses.replace(
+      config, sequence_layer=name, conv_window=conv_window
+    )
+
+  return tuple(map(block, config.pattern))
 
 
 @flax.struct.dataclass
@@ -62,8 +81,11 @@ class BlockState:
 
 def init_state(
   config: ModelConfig, batch_size: int, piece_length: int | None = None
-) -> BlockState:
-  """The state before the first token."""
+) -> Any:
+  """The state before the first token: a block's, or a tuple of a turn's."""
+  turn = pattern(config)
+  if len(turn) > 1:
+    return tuple(init_state(one, batch_size, piece_length) for one in turn)
   _, mixer_state = SEQUENCE_LAYERS[config.sequence_layer]
   return BlockState(
     mixer=mixer_state(config, batch_size, piece_length),
@@ -104,3 +126,23 @@ class Block(nn.Module):
       is_given = cms.is_given(state.cms)
       state = BlockState(mixed.state, stream_BTD if is_given else cms_state)
     return x_BTD, state
+
+
+class Turn(nn.Module):
+  """The blocks of a pattern, one after the other; the state has one of each."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    state: tuple[BlockState, ...] | None,
+    segments: jax.Array | None,
+  ) -> tuple[jax.Array, tuple[Any, ...] | None]:
+    after = []
+    for i, config in enumerate(pattern(self.config)):
+      block = Block(config, name=f"block_{i}")
+      x_BTD, one = block(x_BTD, state[i] if state else None, segments)
+      after.append(one)
+    return x_BTD, tuple(after) if state else None

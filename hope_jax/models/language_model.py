@@ -32,8 +32,9 @@ def init_state(
   if piece_length and next_token.is_on(config):  # read chunk by chunk
     piece_length = min(piece_length, config.cms.fast_lengths[0])
   one = block.init_state(config, batch_size, piece_length)
+  turns = config.num_layers // len(config.pattern)
   state = jax.tree.map(
-    lambda x: jnp.broadcast_to(x[None], (config.num_layers, *x.shape)), one
+    lambda x: jnp.broadcast_to(x[None], (turns, *x.shape)), one
   )
   if next_token.is_on(config):
     return next_token.init_state(config, state.mixer, batch_size)
@@ -163,7 +164,8 @@ class LanguageModel(nn.Module):
     x_BTD = nn.with_logical_constraint(
       jnp.take(table_VD, tokens_BT, axis=0), ("batch", "length", "act")
     )
-    layer: Any = block.Block
+    blocks = len(cfg.pattern)
+    layer: Any = block.Turn if blocks > 1 else block.Block
     if cfg.remat != "none":
       policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
       layer = nn.remat(
@@ -177,7 +179,7 @@ class LanguageModel(nn.Module):
       variable_axes={"params": 0, "dynamics": 0},
       split_rngs={"params": True},
       in_axes=(0, nn.broadcast),
-      length=cfg.num_layers,
+      length=cfg.num_layers // blocks,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )
     x_BTD, state = layer(cfg, name="blocks")(x_BTD, state, segments)

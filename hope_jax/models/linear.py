@@ -108,7 +108,7 @@ def _log_decay_rate(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return jnp.log(jax.random.uniform(key, shape, minval=1.0, maxval=16.0))
 
 
-def _step_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def step_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """a of Mamba2: softplus(a) log-uniform in 0.001 .. 0.1."""
   low, high = jnp.log(1e-3), jnp.log(0.1)
   step = jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high))
@@ -138,7 +138,7 @@ class LinearGates(nn.Module):
       rate = nn.sigmoid(per_token("rate"))
       return Rule(ones, rate, rate), None
     speed = jnp.exp(self._per_head("log_decay_rate", _log_decay_rate))
-    step = per_token("step") + self._per_head("step_bias", _step_bias)
+    step = per_token("step") + self._per_head("step_bias", step_bias)
     step = nn.softplus(step)
     alpha = jnp.exp(-speed * step)
     if name == "mamba2":
@@ -260,7 +260,8 @@ def run_rule(
     )
 
   run = fused.per_device(run, ("BH",) * 6)
-  return run(keys, values, queries, rule, weight, reset)
+  with jax.named_scope("recurrence"):
+    return run(keys, values, queries, rule, weight, reset)
 
 
 class LinearReadOut(nn.Module):

@@ -36,11 +36,11 @@ def plain(params, x_TD, config, window, numbers):
   if window:
     seen -= np.tril(np.ones((tokens, tokens)), -window)
   seen *= numbers[:, None] == numbers[None]
-  q, k, v = (
+  projected = (
     np.split(np.asarray(slow_projection(p, name, x_TD)), config.num_heads, 1)
     for name in ("query", "key", "value")
   )
-  for q, k, v in zip(q, k, v, strict=True):
+  for q, k, v in zip(*projected, strict=True):
     q, k = (np.asarray(rotary(x, config.rope_base)) for x in (q, k))
     weights = seen * np.exp(q @ k.T / q.shape[1] ** 0.5)
     heads.append(weights @ v / weights.sum(axis=1, keepdims=True))

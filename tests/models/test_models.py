@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from hope_jax.model_config import (
+  PATTERNS,
   CMSConfig,
   MemoryConfig,
   ModelConfig,
@@ -49,8 +50,8 @@ MEMORIES = {
   "ttt_linear": dataclasses.replace(TITANS, initial_learn_rate=1.0),
   "ttt_mlp": dataclasses.replace(TITANS, hidden=12, initial_learn_rate=0.4),
 }
-WINDOWS = ("titans_mag", "titans_mal")
-NAMES = tuple(SEQUENCE_LAYERS)
+WINDOWS = {"titans_mag": 6, "titans_mal": 6, "samba": 13}
+NAMES = (*SEQUENCE_LAYERS, *PATTERNS)
 
 
 def make(name, **fields):
@@ -64,7 +65,7 @@ def make(name, **fields):
     context_length=T,
     memory=MEMORIES.get(name, TITANS),
     cms=CMS if name.startswith("hope") else CMSConfig(),
-    attention_window=6 if name in WINDOWS else 0,
+    attention_window=WINDOWS.get(name, 0),
     persistent_tokens=3 if name in ("titans_mac", "titans_mag") else 0,
   )
   return ModelConfig(**defaults | fields)
@@ -76,8 +77,18 @@ def init(config, seed=0):
   params = fast_jit(model.init)(jax.random.key(seed + 1), tokens)["params"]
   params = nn.unbox(params)
   # The 0.02 of the slow weights is small at this width: let them matter.
-  params = jax.tree.map(lambda x: x * 4 if x.ndim > 2 else x, params)
-  return model, params, tokens
+  return model, larger(params, 4), tokens
+
+
+def larger(params, factor, part=""):
+  """Weights of every layer, or of a part, times a factor; no logarithms."""
+
+  def change(path, x):
+    name = jax.tree_util.keystr(path)
+    is_weight = x.ndim > 2 and "log_" not in name
+    return x * factor if is_weight and part in name else x
+
+  return jax.tree_util.tree_map_with_path(change, params)
 
 
 @pytest.mark.parametrize("name", NAMES)

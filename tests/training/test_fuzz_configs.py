@@ -9,7 +9,7 @@ from etils import epath
 from hope_jax import generate
 from hope_jax.config import ConfigError, from_config_dict
 from hope_jax.generation import Sampling
-from hope_jax.model_config import LINEAR_LAYERS
+from hope_jax.model_config import LINEAR_LAYERS, PATTERNS, STATE_SPACE_LAYERS
 from hope_jax.training import loop, metrics
 from tests.training.test_loop import Killed, kill_at
 
@@ -45,7 +45,7 @@ def draw(rng):
     "remat": pick(["none", "chunk", "sqrt"]),
   }
   layers = ["transformer", "titans", "hope", "hope", "hope_attention"]
-  layer = pick([*layers, *LINEAR_LAYERS])
+  layer = pick([*layers, *LINEAR_LAYERS, *STATE_SPACE_LAYERS, *PATTERNS])
   model = {
     "sequence_layer": layer,
     "width": heads * head_dim,
@@ -53,6 +53,7 @@ def draw(rng):
     "num_heads": heads,
     "ffn_hidden": pick([8, 20]),
     "conv_window": pick([0, 2, 4]),
+    "attention_window": pick([0, 0, 7]),
     "context_length": 64,
     "memory": memory,
     "cms": cms if rng.random() < 0.5 and layer in layers else {},

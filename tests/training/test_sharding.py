@@ -242,7 +242,7 @@ batch = {
 with sharding.activate(mesh):
   step = compiled.train_step.lower(compiled.abstract_state, batch).compile()
 lines = step.as_text().splitlines()
-chunks = re.compile(r"(mixer|cms/level.*)/while/body")
+chunks = re.compile(r"(mixer|recurrence/shard_map|cms/level.*)/while/body")
 inside = [line for line in lines if chunks.search(line)]
 collective = re.compile(" (all-|reduce-scatter|collective-)[a-z-]*[(]")
 found = [line for line in inside if collective.search(line)]
@@ -267,6 +267,25 @@ def test_devices_do_not_talk_inside_the_chunk_loops(connection):
     ),
     data=DataConfig(sequence_length=64, batch_size=8),
     mesh=MeshConfig(data=4, fsdp=2),
+  )
+  found = child(LOOPS, [json.dumps(dataclasses.asdict(config))], {})
+  inside, collectives = json.loads(found.stdout.splitlines()[-1])
+  assert inside > 100 and not collectives
+
+
+def test_devices_do_not_talk_inside_mambas_loop():
+  """Those of its keys and decays, on channels split over two devices, too."""
+  config = Config(
+    model=ModelConfig(
+      sequence_layer="mamba",
+      vocab_size=64,
+      width=16,
+      num_layers=1,
+      ffn_hidden=0,
+      memory=MemoryConfig(chunk_length=8),
+    ),
+    data=DataConfig(sequence_length=32, batch_size=4),
+    mesh=MeshConfig(data=2, fsdp=2, tensor=2),
   )
   found = child(LOOPS, [json.dumps(dataclasses.asdict(config))], {})
   inside, collectives = json.loads(found.stdout.splitlines()[-1])

@@ -12,6 +12,8 @@ from hope_jax.data import pipeline
 from hope_jax.model_config import (
   LINEAR_LAYERS,
   MEMORY_LAYERS,
+  PATTERNS,
+  STATE_SPACE_LAYERS,
   CMSConfig,
   MemoryConfig,
   ModelConfig,
@@ -81,17 +83,19 @@ def test_train_step_does_not_recompile(tiny):
   assert compiled.train_step._cache_size() == 1
 
 
-@pytest.mark.parametrize("name", SEQUENCE_LAYERS)
+@pytest.mark.parametrize("name", [*SEQUENCE_LAYERS, *PATTERNS])
 def test_train_step_keeps_the_types_of_the_state(tiny, name):
   """Or the second step compiles again."""
   config = carrying(tiny, slowest=16)
-  carries = name in (*MEMORY_LAYERS, *LINEAR_LAYERS)
+  without_cms = (*LINEAR_LAYERS, *STATE_SPACE_LAYERS, *PATTERNS)
+  carries = name in (*MEMORY_LAYERS, *without_cms)
   config = dataclasses.replace(
     config,
     model=dataclasses.replace(
       config.model,
       sequence_layer=name,
-      cms=CMSConfig() if name in LINEAR_LAYERS else config.model.cms,
+      attention_window=8 if name in PATTERNS else 0,
+      cms=CMSConfig() if name in without_cms else config.model.cms,
     ),
     train=dataclasses.replace(config.train, carry_state=carries),
   )

@@ -1,0 +1,170 @@
+"""Mamba (2312.00752): a selective state space for every channel.
+
+  v = SiLU(conv(n W_v)),  k = v W_k,  q = v W_q,  s = softplus(v W_1 W_2 + a)
+  h_t = exp(-s_t A) h_{t-1} + s_t v_t k_t^T        `memory/selective_scan.py`
+  y = ((h q + D v) * silu(n W_z)) W_o
+
+The paper calls q, k, v, s C, B, x, dt.  Each of E = 2 D channels has a state of
+16, whose 16 decays A start at 1 .. 16 (S4D-real), and a step s, through a rank
+of D / 16, that starts log-uniform in 0.001 .. 0.1.  Published without FFNs.
+
+Legend: B batch, T tokens, D model, E channels, K state of a channel, R rank.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hope_jax.memory import fused
+from hope_jax.memory.selective_scan import ScanOutput, selective_scan
+from hope_jax.model_config import ModelConfig
+from hope_jax.models import layers, linear
+from hope_jax.models.interface import MixerOutput
+
+KEY_DIM = 16
+
+
+def _widths(config: ModelConfig) -> dict[str, int]:
+  """E, the width of what is convolved."""
+  return {"value": 2 * config.width}
+
+
+def init_state(
+  config: ModelConfig, batch_size: int, piece_length: int | None = None
+) -> dict[str, Any]:
+  """h = 0, no token read."""
+  del piece_length
+  widths = _widths(config)
+  return {
+    "memory": jnp.zeros((batch_size, widths["value"], KEY_DIM), jnp.float32),
+    "conv": layers.init_conv_state(config, batch_size, widths),
+  }
+
+
+def _log_decay_rate(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """log A: A is 1 .. K in every channel."""
+  del key
+  return jnp.broadcast_to(jnp.log(jnp.arange(1.0, 1.0 + shape[1])), shape)
+
+
+def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+  """W_2: the variance of a projection from R numbers is kept."""
+  bound = shape[0] ** -0.5
+  return jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
+
+
+class Gates(nn.Module):
+  """s [B, T, E] and A [E, K], in float32."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, v_BTE: jax.Array) -> tuple[jax.Array, jax.Array]:
+    cfg, width = self.config, v_BTE.shape[-1]
+    rank = -(-cfg.width // 16)
+    boxed = nn.with_logical_partitioning
+    low_BTR = layers.dense(rank, cfg, ("heads", "rank"), "step_low")(v_BTE)
+    step_BTE = nn.Dense(
+      width,
+      use_bias=False,
+      dtype=jnp.dtype(cfg.dtype),
+      kernel_init=boxed(_uniform, ("rank", "heads")),
+      name="step",
+    )(low_BTR)
+    bias: Any = self.param(
+      "step_bias", boxed(linear.step_bias, ("heads",)), (width,)
+    )
+    rate: Any = self.param(
+      "log_decay_rate",
+      boxed(_log_decay_rate, ("heads", "state")),
+      (width, KEY_DIM),
+    )
+    step_BTE = nn.softplus(step_BTE.astype(jnp.float32) + bias[None, None])
+    return step_BTE, jnp.exp(rate)
+
+
+def run_scan(
+  config: ModelConfig,
+  values: jax.Array,
+  step: jax.Array,
+  keys: jax.Array,
+  queries: jax.Array,
+  rate: jax.Array,
+  state: jax.Array,
+  reset: jax.Array | None,
+) -> ScanOutput:
+  """`selective_scan` from `state` [B, E, K], on every device's channels."""
+
+  def run(values, step, keys, queries, rate, state, reset):
+    found = selective_scan(
+      values,
+      step,
+      keys=keys,
+      queries=queries,
+      rate=rate,
+      state=state,
+      reset=reset,
+      chunk_length=config.memory.chunk_length,
+      checkpoint=config.memory.remat,
+    )
+    return tuple(found)
+
+  axes = "BTH", "BTH", "B", "B", "H", "BH", "B"
+  run = fused.per_device(run, axes, ("BTH", "BH"))
+  with jax.named_scope("recurrence"):
+    return ScanOutput(*run(values, step, keys, queries, rate, state, reset))
+
+
+class ReadOut(nn.Module):
+  """((o + D v) * silu(n W_z)) W_o."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self, x_BTD: jax.Array, o_BTE: jax.Array, v_BTE: jax.Array
+  ) -> jax.Array:
+    cfg, width = self.config, o_BTE.shape[-1]
+    init = nn.with_logical_partitioning(nn.initializers.ones, ("heads",))
+    skip: Any = self.param("norm_skip", init, (width,))
+    y_BTE = o_BTE + skip[None, None] * v_BTE
+    gate = layers.dense(width, cfg, ("embed", "heads"), "gate")(x_BTD)
+    y_BTE = y_BTE * nn.silu(gate).astype(y_BTE.dtype)
+    return layers.dense(
+      cfg.width, cfg, ("heads", "embed"), "output", is_output=True
+    )(y_BTE)
+
+
+class Mamba(nn.Module):
+  """The sequence layer of Mamba, and of every other block of Samba."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    state: dict[str, Any] | None = None,
+    segments: jax.Array | None = None,
+  ) -> MixerOutput:
+    cfg = self.config
+    before = state or init_state(cfg, x_BTD.shape[0])
+    projected, conv = layers.projections(
+      x_BTD, _widths(cfg), cfg, before["conv"], segments, use_bias=True
+    )
+    v_BTE = nn.silu(projected["value"])
+    k_BTK, q_BTK = (
+      layers.dense(KEY_DIM, cfg, ("heads", "state"), name)(v_BTE)
+      for name in ("key", "query")
+    )
+    step_BTE, rate_EK = Gates(cfg, name="gates")(v_BTE)
+    reset = None if segments is None else linear.document_starts(segments)
+    o_BTE, memory = run_scan(
+      cfg, v_BTE, step_BTE, k_BTK, q_BTK, rate_EK, before["memory"], reset
+    )
+    y_BTD = ReadOut(cfg, name="readout")(x_BTD, o_BTE, v_BTE)
+    if state is not None:
+      state = {"memory": memory, "conv": conv}
+    return MixerOutput(y_BTD, k_BTK, v_BTE, state)
