@@ -205,6 +205,7 @@ class CMSConfig:
 ATTENTION_LAYERS = ("transformer", "hope_attention")
 MEMORY_LAYERS = ("titans", "hope")
 LINEAR_LAYERS = "retnet", "deltanet", "gated_deltanet", "comba", "mamba2"
+RECURRENT_LAYERS = "rwkv7", "lstm", "srwm"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +240,7 @@ class ModelConfig:
 
   def __post_init__(self):
     known = ATTENTION_LAYERS + MEMORY_LAYERS + LINEAR_LAYERS
+    known += RECURRENT_LAYERS
     check_choice(self.sequence_layer, "model.sequence_layer", known)
     check_choice(self.inner_rates, "model.inner_rates", ("on", "off"))
     check_choice(self.dtype, "model.dtype", ("float32", "bfloat16"))
@@ -259,7 +261,12 @@ class ModelConfig:
         f"model.width={self.width} and num_heads={self.num_heads} make heads of"
         f" {self.head_dim}: rotary positions need an even width"
       )
-    if self.is_linear and self.cms.fast_lengths:
+    if self.is_rwkv7 and self.width > 64 and self.width % 64:
+      raise ConfigError(
+        f"model.width={self.width}: RWKV-7's heads of 64 do not divide it"
+      )
+    without_pairs = LINEAR_LAYERS + RECURRENT_LAYERS
+    if self.sequence_layer in without_pairs and self.cms.fast_lengths:
       raise ConfigError(
         f"model.sequence_layer={self.sequence_layer} has no keys and values of"
         " the model's width for a CMS: leave cms.hidden empty"
@@ -286,6 +293,11 @@ class ModelConfig:
     return self.sequence_layer in LINEAR_LAYERS
 
   @property
+  def is_rwkv7(self) -> bool:
+    """Whether it has RWKV-7's block (`models/rwkv7.py`)."""
+    return self.sequence_layer == "rwkv7"
+
+  @property
   def memory_chunks(self) -> tuple[int, ...]:
     """Chunk lengths at whose multiples a document has to begin."""
     if self.sequence_layer not in MEMORY_LAYERS:
@@ -301,6 +313,8 @@ class ModelConfig:
     levels = ()
     if self.sequence_layer in MEMORY_LAYERS:
       levels += ("memory", *self.memory.adaptive)
+    if self.sequence_layer == "srwm":
+      levels += ("memory",)
     fast = len(self.cms.fast_lengths)
     return levels + tuple(f"cms_{i}" for i in range(fast))
 
