@@ -15,17 +15,19 @@ state are products again.  Exact for any chunk length.
 
 The decays differ by channel, so that the products <., .> take them apart into
 e^{L_t} and e^{-L_i}.  A channel keeps at least e^{-e^{-1/2}} = 0.545 of itself
-per token (RWKV-7): over C tokens |L| <= 0.61 C.  Both factors are measured from
-the middle of the chunk's range and stay within e^{0.31 C}, and what they make
-above the diagonal, which is masked, within e^{0.61 C}: float32 holds that to
-`MAX_CHUNK_LENGTH` tokens.  Every factor has a relative error of |L| 6e-8, which
-no subtraction makes larger.
+per token (RWKV-7): over C tokens -0.61 C <= L <= 0.  Both factors are measured
+from the middle of that range and stay within e^{0.31 C}, and what they make above
+the diagonal, which is masked, within e^{0.61 C}: float32 holds that to
+`MAX_CHUNK_LENGTH` tokens.  Every factor has a relative error of 0.61 C 6e-8,
+which no subtraction makes larger.  (The middle of the decays that are there would
+be nearer, but would let a later token into an earlier one's rounding.)
 
 Dimensions: B batch, H heads, T tokens, N chunks, C chunk length, K key dim, E
 value dim.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,7 @@ from pallas_kernels.generalized_delta_rule.reference import DeltaRuleOutput
 from pallas_kernels.linear_rule.chunk import unit_lower_inverse
 
 MAX_CHUNK_LENGTH = 128
+FASTEST_DECAY = math.exp(-0.5)
 
 _einsum = functools.partial(jnp.einsum, precision="highest")
 
@@ -92,7 +95,7 @@ def _chunk(weight, chunk):
   log_w = jnp.cumsum(log_w, axis=-2)
   before = jnp.pad(log_w[..., :-1, :], [(0, 0)] * (log_w.ndim - 2) + [(1, 0), (0, 0)])
   end = log_w[..., -1:, :]
-  middle = end / 2
+  middle = -0.5 * FASTEST_DECAY * k.shape[-2]
   away = jnp.exp(middle - log_w)
   earlier, upto, sees_start, sees_end = _masks(reset, k.shape[:-1])
 
