@@ -14,6 +14,9 @@ what the sequence layers differ in; a continuum memory system (paper section
   retnet, deltanet, gated_deltanet, comba, mamba2
                     linear baselines, `hope_jax/models/linear.py`; Mamba2 has
                     no FFN and more layers instead
+  rwkv7             RWKV-7, with its own block, `hope_jax/models/rwkv7.py`
+  lstm              a nonlinear recurrence, `hope_jax/models/lstm.py`
+  srwm              a self-referential weight matrix, `hope_jax/models/srwm.py`
 """
 
 NAMES = (
@@ -27,9 +30,19 @@ NAMES = (
   "gated_deltanet",
   "comba",
   "mamba2",
+  "rwkv7",
+  "lstm",
+  "srwm",
 )
 
-WITHOUT_CONVOLUTION = ("transformer", "hope_attention", "retnet")
+WITHOUT_CONVOLUTION = (
+  "transformer",
+  "hope_attention",
+  "retnet",
+  "rwkv7",
+  "lstm",
+  "srwm",
+)
 
 SIZES = {
   "tiny": {
@@ -43,6 +56,9 @@ SIZES = {
     "gated_deltanet": 448,
     "comba": 448,
     "mamba2": {"ffn_hidden": 0, "num_layers": 7},
+    "rwkv7": 544,
+    "lstm": 288,
+    "srwm": 512,
   },
   "3p9m": {  # scripts/benchmark.py
     "shape": {"width": 256, "num_layers": 4, "num_heads": 4},
@@ -55,6 +71,9 @@ SIZES = {
     "gated_deltanet": 736,
     "comba": 736,
     "mamba2": {"ffn_hidden": 0, "num_layers": 8},
+    "rwkv7": 1184,
+    "lstm": 560,
+    "srwm": 1088,
   },
   "340m": {
     "shape": {"width": 1024, "num_layers": 24, "num_heads": 8},
@@ -67,6 +86,9 @@ SIZES = {
     "gated_deltanet": 2048,
     "comba": 2048,
     "mamba2": {"ffn_hidden": 0, "num_layers": 47},
+    "rwkv7": 3840,
+    "lstm": 1408,
+    "srwm": 3712,
   },
   "760m": {
     "shape": {"width": 1536, "num_layers": 24, "num_heads": 12},
@@ -79,6 +101,9 @@ SIZES = {
     "gated_deltanet": 3328,
     "comba": 3328,
     "mamba2": {"ffn_hidden": 0, "num_layers": 48},
+    "rwkv7": 6144,
+    "lstm": 2304,
+    "srwm": 5760,
   },
   "1p3b": {
     "shape": {"width": 2048, "num_layers": 24, "num_heads": 16},
@@ -91,6 +116,9 @@ SIZES = {
     "gated_deltanet": 4224,
     "comba": 4224,
     "mamba2": {"ffn_hidden": 0, "num_layers": 48},
+    "rwkv7": 8192,
+    "lstm": 2944,
+    "srwm": 7552,
   },
 }
 

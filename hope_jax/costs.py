@@ -31,13 +31,16 @@ OWNERS = (
   (r"cms/levels", "nested"),
   (r"cms\b", "cms_shared"),
   (r"mixer/gates/(eta|alpha)", r"\1"),
-  (r"mixer/(?:gates|memory|initial/memory)", "memory"),
+  (r"mixer/(?:gates|memory|recurrent|initial/memory)", "memory"),
   (r"mixer/(?:boxes|initial/boxes)", "boxes"),
   (r"mixer/(?:keys|values|position)\b", "attention"),
-  (r"norm_mixer|mixer/(?:proj|read|conv|query|key|value|out)", "projections"),
+  (
+    r"norm_mixer|mixer/(?:proj|read|conv|shift|query|key|value|out)",
+    "projections",
+  ),
   (r"mixer\b", "mixer"),
   (r"ffn", "ffn"),
-  (r"embed|norm_out", "embedding"),
+  (r"embed|norm_out|norm_in", "embedding"),
 )
 Leaves = Iterable[tuple[str, Any]]  # with their paths
 Share = tuple[float, Mapping[str, int]]  # an amount, weights of its owners
@@ -137,7 +140,8 @@ def count_flops(
     (given["nested"] - twin["nested"], dict.fromkeys(fast, 1)),
     *((given[name] - twin[name], {name: 1}) for name in fast),
   ]
-  if model.is_linear:  # it has no twin: all it does is to write and read
+  if not (model.has_attention or "memory" in model.fast_levels):
+    # It has no twin: all it does is to write and read.
     learning.append((twin.pop("mixer"), {"memory": 1}))
   pools = {"mixer": starts or {"attention": 1}, "nested": dict.fromkeys(cms, 1)}
   read: list[Share] = [
