@@ -312,7 +312,8 @@ def _mixer_level(
 ) -> tuple[Any, Any]:
   """(M_0, D) of the memory or of a box, layers on axis 0."""
   group = "memory" if level == "memory" else "boxes"
-  fast = mixer[group].now["weight"]
+  state = mixer[group]  # a `ChunkState` of what learns by chunks
+  fast = (state if isinstance(state, dict) else state.now)["weight"]
   initial = type(fast)(
     *(slow.get(f"{group}_{name}") for name in type(fast)._fields)
   )

@@ -42,6 +42,7 @@ NAMES = {
   "transformer": ("transformer", CMSConfig()),
   "next_token": ("titans", dataclasses.replace(CMS, signal="next_token")),
   "retnet": ("retnet", CMSConfig()),
+  "srwm": ("srwm", CMSConfig()),
 }
 
 

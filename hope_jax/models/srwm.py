@@ -23,7 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hope_jax.memory import chunks, deep
+from hope_jax.memory import deep
 from hope_jax.memory.architectures import Weights
 from hope_jax.model_config import ModelConfig
 from hope_jax.models import layers
@@ -39,16 +39,15 @@ def num_rows(config: ModelConfig) -> int:
 
 def init_state(
   config: ModelConfig, batch_size: int, piece_length: int | None = None
-) -> dict[str, chunks.ChunkState]:
+) -> dict[str, Any]:
   """D = W - W_0 = 0; it is written at every token, whatever the piece."""
   del piece_length
   shape = batch_size, config.num_heads, num_rows(config), config.head_dim
   return _state(jnp.zeros(shape, jnp.float32))
 
 
-def _state(difference: jax.Array) -> dict[str, chunks.ChunkState]:
-  now = {"weight": Weights(None, difference)}
-  return {"memory": chunks.ChunkState(now, None, None)}
+def _state(difference: jax.Array) -> dict[str, Any]:
+  return {"memory": {"weight": Weights(None, difference)}}
 
 
 class InitialMatrix(nn.Module):
@@ -82,13 +81,13 @@ class SelfReferentialMatrix(nn.Module):
   def __call__(
     self,
     x_BTD: jax.Array,
-    state: dict[str, chunks.ChunkState] | None = None,
+    state: dict[str, Any] | None = None,
     segments: jax.Array | None = None,
   ) -> MixerOutput:
     cfg = self.config
     initial = InitialMatrix(cfg, name="initial")()
     start = state or init_state(cfg, x_BTD.shape[0])
-    difference = start["memory"].now["weight"].output
+    difference = start["memory"]["weight"].output
     x = nn.softmax(layers.split_heads(x_BTD, cfg.num_heads))
     if cfg.is_live("memory"):
       reset = None if segments is None else document_starts(segments)
