@@ -31,11 +31,11 @@ OWNERS = (
   (r"cms/levels", "nested"),
   (r"cms\b", "cms_shared"),
   (r"mixer/gates/(eta|alpha)", r"\1"),
-  (r"mixer/(?:gates|memory|recurrent|initial/memory)", "memory"),
+  (r"mixer/(?:gates|memory|initial/memory)", "memory"),
   (r"mixer/(?:boxes|initial/boxes)", "boxes"),
   (r"mixer/(?:keys|values|position)\b", "attention"),
   (
-    r"norm_mixer|mixer/(?:proj|read|conv|shift|query|key|value|out)",
+    r"norm_mixer|mixer/(?:proj|read|conv|recurrent|shift|query|key|value|out)",
     "projections",
   ),
   (r"mixer\b", "mixer"),

@@ -93,7 +93,7 @@ OTHER_MEMORIES = {  # `models/lstm.py`, `models/srwm.py`
     context="n, h of the last token",
     objective="none: a gated recurrence",
     rule="c <- f c + i tanh(g); h <- o tanh(c)",
-    transfer="starts at zero; input by slow projections",
+    transfer="starts at zero; gates by slow projections of n and h",
   ),
   "srwm": Component(
     name="memory",

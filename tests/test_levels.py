@@ -20,6 +20,7 @@ from hope_jax.config import Config, DataConfig
 from hope_jax.model_config import CMSConfig, MemoryConfig, ModelConfig
 from hope_jax.models import language_model, linear
 from hope_jax.training import flops, step
+from pallas_kernels.generalized_delta_rule import generalized_delta_rule
 from pallas_kernels.linear_rule import linear_rule
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -56,6 +57,9 @@ CONFIGS = {
   "transformer": make("transformer"),
   "comba": make("comba"),
   "retnet": make("retnet"),
+  "rwkv7": make("rwkv7"),
+  "lstm": make("lstm"),
+  "srwm": make("srwm"),
 }
 
 
@@ -109,6 +113,30 @@ def test_parameters_and_bytes_add_up_to_the_real_ones(case):
   assert "rest" not in bytes_of
 
 
+def recurrence_flops(model):
+  """Those of what both layers remember with."""
+  width, heads = model.width, 1
+  if model.sequence_layer == "lstm":  # h U, four gates
+    return model.num_layers * LENGTH * 2 * width * 4 * width
+  if model.sequence_layer != "rwkv7":
+    return linear_rule_flops(model)
+  tokens = jax.ShapeDtypeStruct((1, heads, LENGTH, width), float)
+  matrix = jax.ShapeDtypeStruct((1, heads, width, width), float)
+
+  def run(k, matrix):
+    names = ("queries", "log_decay", "erase_read", "erase_write")
+    return generalized_delta_rule(
+      k,
+      k,
+      **dict.fromkeys(names, k),
+      weight=matrix,
+      chunk_length=model.memory.chunk_length,
+      checkpoint="none",
+    )
+
+  return model.num_layers * flops.count(run, tokens, matrix)
+
+
 def linear_rule_flops(model):
   """Those of both layers' matrix memories."""
   shape = linear.layout(model)
@@ -148,11 +176,11 @@ def test_flops_add_up_to_the_counted_ones(case):
   total = LENGTH * sum(c.flops for c in components)
   np.testing.assert_allclose(total, live)
   learning = {c.name: LENGTH * c.learn_flops for c in components}
-  if config.model.is_linear:  # all of its recurrence
-    twin = live - linear_rule_flops(config.model)
+  if not (config.model.has_attention or config.model.fast_levels):
+    twin = live - recurrence_flops(config.model)  # all of it learns
   np.testing.assert_allclose(sum(learning.values()), live - twin)
   if "memory" in config.model.fast_levels:
-    for name in ("memory", "cms_0"):
+    for name in {"memory", "cms_0"} & {*config.model.fast_levels}:
       frozen = (*config.model.frozen_levels, name)
       without = dataclasses.replace(config.model, frozen_levels=frozen)
       np.testing.assert_allclose(learning[name], live - per_token(without))

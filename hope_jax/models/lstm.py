@@ -58,7 +58,9 @@ class LSTM(nn.Module):
       box(nn.initializers.orthogonal(), ("embed", "heads")),
       (width, 4 * width),
     )
-    bias: Any = self.param("recurrent_bias", box(_bias, ("heads",)), (4 * width,))
+    bias: Any = self.param(
+      "recurrent_bias", box(_bias, ("heads",)), (4 * width,)
+    )
     projected = layers.dense(
       4 * width,
       cfg,

@@ -93,7 +93,9 @@ def _chunk(weight, chunk):
   """One chunk of the module's docstring: (S_C, O)."""
   k, v, r, log_w, p, b, reset = chunk
   log_w = jnp.cumsum(log_w, axis=-2)
-  before = jnp.pad(log_w[..., :-1, :], [(0, 0)] * (log_w.ndim - 2) + [(1, 0), (0, 0)])
+  before = jnp.pad(
+    log_w[..., :-1, :], [(0, 0)] * (log_w.ndim - 2) + [(1, 0), (0, 0)]
+  )
   end = log_w[..., -1:, :]
   middle = -0.5 * FASTEST_DECAY * k.shape[-2]
   away = jnp.exp(middle - log_w)

@@ -20,8 +20,9 @@ def sigmoid(x):
 
 def layer_norm(x, p):
   x = x - x.mean(-1, keepdims=True)
-  return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * p["scale"] + (
-    p["bias"]
+  return (
+    x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * p["scale"]
+    + (p["bias"])
   )
 
 

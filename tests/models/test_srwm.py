@@ -55,7 +55,9 @@ def plain_model(params, tokens, segments, is_live):
 
 
 @pytest.mark.parametrize(
-  "fields", [{}, {"inner_rates": "off"}, {"frozen_levels": ("memory",)}], ids=str
+  "fields",
+  [{}, {"inner_rates": "off"}, {"frozen_levels": ("memory",)}],
+  ids=str,
 )
 def test_srwm_equals_its_equations(fields):
   model, params, tokens = init(make("srwm", **fields))

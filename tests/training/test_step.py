@@ -11,6 +11,7 @@ from hope_jax.config import DataConfig, MeshConfig
 from hope_jax.data import pipeline
 from hope_jax.model_config import (
   LINEAR_LAYERS,
+  RECURRENT_LAYERS,
   MEMORY_LAYERS,
   CMSConfig,
   MemoryConfig,
@@ -85,13 +86,14 @@ def test_train_step_does_not_recompile(tiny):
 def test_train_step_keeps_the_types_of_the_state(tiny, name):
   """Or the second step compiles again."""
   config = carrying(tiny, slowest=16)
-  carries = name in (*MEMORY_LAYERS, *LINEAR_LAYERS)
+  without_cms = LINEAR_LAYERS + RECURRENT_LAYERS
+  carries = name in MEMORY_LAYERS + without_cms
   config = dataclasses.replace(
     config,
     model=dataclasses.replace(
       config.model,
       sequence_layer=name,
-      cms=CMSConfig() if name in LINEAR_LAYERS else config.model.cms,
+      cms=CMSConfig() if name in without_cms else config.model.cms,
     ),
     train=dataclasses.replace(config.train, carry_state=carries),
   )
