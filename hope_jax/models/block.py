@@ -3,8 +3,8 @@
   x <- x + mixer(RMS(x));  x <- x + FFN(RMS(x))  or  x <- CMS(x)  or neither
 
 (paper eq. 94-97 for Hope; the baselines are the same block with another mixer
-and one slow FFN level.)  RWKV-7 has LayerNorms, a channel mix in the FFN's place
-and a `Depth` beside the residual stream.
+and one slow FFN level.)  RWKV-7 has LayerNorms, a channel mix in the FFN's
+place and a `Depth` beside the residual stream.
 """
 
 from typing import Any
@@ -80,7 +80,7 @@ class Block(nn.Module):
     segments: jax.Array | None,
   ) -> tuple[Any, BlockState | None]:
     cfg = self.config
-    depth = ()
+    depth: Any = ()
     if cfg.is_rwkv7:
       x_BTD, *depth = x_BTD
     mixer, _ = SEQUENCE_LAYERS[cfg.sequence_layer]

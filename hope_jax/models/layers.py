@@ -24,7 +24,7 @@ INIT_STD = 0.02
 def dense(
   features: int,
   config: ModelConfig,
-  axes: tuple[str, str],
+  axes: tuple[str | None, str | None],
   name: str,
   *,
   is_output: bool = False,

@@ -1,12 +1,13 @@
 """LSTM: a gated recurrence, read and written token by token (Table 5).
 
   i, f, g, o = n_t W + h_{t-1} U + b
-  c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g),   y_t = h_t = sigmoid(o) tanh(c_t)
+  c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g)
+  y_t = h_t = sigmoid(o) tanh(c_t)
 
 of the model's width, in the same block as all others (Hochreiter and
-Schmidhuber 1997; forget gate: Gers et al. 2000, its bias starts at 1).  W starts
-as LeCun's normal, U orthogonal.  Linen's cells know neither that bias nor
-documents, so that the recurrence stands here; all tokens share one product
+Schmidhuber 1997; forget gate: Gers et al. 2000, its bias starts at 1).  W
+starts as LeCun's normal, U orthogonal.  Linen's cells know neither that bias
+nor documents, so that the recurrence stands here; all tokens share one product
 n W, the loop has only h U.
 
 Legend: B batch, T tokens, D model.

@@ -1,10 +1,10 @@
-"""RWKV-7: a matrix memory with decays and in-context learning rates per channel.
+"""RWKV-7: a matrix memory with decays and learning rates per channel.
 
 Time mix, with x^_z = lerp(n_t, n_{t-1}, mu_z) (token shift) for each of r, w,
 k, v, a, g, and lora(x) = base + f(x A) B:
 
   r, k, v = x^_r W_r, x^_k W_k, x^_v W_v
-  v = lerp(v, v of layer 0, sigmoid(lora(x^_v)))      in all layers but the first
+  v = lerp(v, v of layer 0, sigmoid(lora(x^_v)))    in all layers but the first
   log w = -e^{-1/2} sigmoid(lora_tanh(x^_w)),  a = sigmoid(lora(x^_a))
   kappa = l2norm_head(k * xi),  k~ = k (1 + (a - 1) alpha_k)
   S_t = S_{t-1} (diag(w_t) - kappa_t (a_t kappa_t)^T) + v_t k~_t^T
@@ -18,8 +18,8 @@ Source: 2503.14456 and its authors' code (BlinkDL/RWKV-LM, x070), from which
 ranks of the low-rank maps and all initial values are: mu, the decay's base and
 the group norm's scale depend on the layer, W_o, W_v and all A begin at zero.
 Not so the embedding, which is that of all models here: N(0, 0.02), tied.  The
-first layer has the parameters of `lerp`, too, unused, as the layers are stacked;
-the authors' step for the decay's base is twice as long.
+first layer has the parameters of lerp(v, ...), too, unused, as the layers are
+stacked; the authors' steps for the decay's base are twice as long.
 
 Legend: B batch, T tokens, D model, H heads, K head dim, F hidden.
 """

@@ -16,11 +16,11 @@ state are products again.  Exact for any chunk length.
 The decays differ by channel, so that the products <., .> take them apart into
 e^{L_t} and e^{-L_i}.  A channel keeps at least e^{-e^{-1/2}} = 0.545 of itself
 per token (RWKV-7): over C tokens -0.61 C <= L <= 0.  Both factors are measured
-from the middle of that range and stay within e^{0.31 C}, and what they make above
-the diagonal, which is masked, within e^{0.61 C}: float32 holds that to
+from the middle of that range and stay within e^{0.31 C}, and what they make
+above the diagonal, which is masked, within e^{0.61 C}: float32 holds that to
 `MAX_CHUNK_LENGTH` tokens.  Every factor has a relative error of 0.61 C 6e-8,
-which no subtraction makes larger.  (The middle of the decays that are there would
-be nearer, but would let a later token into an earlier one's rounding.)
+which no subtraction makes larger.  (The middle of the decays that are there
+would be nearer, but would let a later token into an earlier one's rounding.)
 
 Dimensions: B batch, H heads, T tokens, N chunks, C chunk length, K key dim, E
 value dim.

@@ -11,8 +11,8 @@ from hope_jax.config import DataConfig, MeshConfig
 from hope_jax.data import pipeline
 from hope_jax.model_config import (
   LINEAR_LAYERS,
-  RECURRENT_LAYERS,
   MEMORY_LAYERS,
+  RECURRENT_LAYERS,
   CMSConfig,
   MemoryConfig,
   ModelConfig,
