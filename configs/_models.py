@@ -22,6 +22,9 @@ what the sequence layers differ in; a continuum memory system (paper section
   mamba             the first Mamba, without FFN like Mamba2
   samba             Mamba and attention with a window (2K, in small models half
                     a training sequence) in turn, each with an FFN
+  rwkv7             RWKV-7, with its own block, `hope_jax/models/rwkv7.py`
+  lstm              a nonlinear recurrence, `hope_jax/models/lstm.py`
+  srwm              a self-referential weight matrix, `hope_jax/models/srwm.py`
 """
 
 NAMES = (
@@ -44,9 +47,19 @@ NAMES = (
   "mamba2",
   "mamba",
   "samba",
+  "rwkv7",
+  "lstm",
+  "srwm",
 )
 
-WITHOUT_CONVOLUTION = ("transformer", "hope_attention", "retnet")
+WITHOUT_CONVOLUTION = (
+  "transformer",
+  "hope_attention",
+  "retnet",
+  "rwkv7",
+  "lstm",
+  "srwm",
+)
 
 SIZES = {
   "tiny": {
@@ -69,6 +82,9 @@ SIZES = {
     "mamba2": {"ffn_hidden": 0, "num_layers": 7},
     "mamba": {"ffn_hidden": 0, "num_layers": 8, "width": 132},
     "samba": {"ffn_hidden": 384, "attention_window": 128},
+    "rwkv7": 544,
+    "lstm": 288,
+    "srwm": 512,
   },
   "3p9m": {  # scripts/benchmark.py
     "shape": {"width": 256, "num_layers": 4, "num_heads": 4},
@@ -90,6 +106,9 @@ SIZES = {
     "mamba2": {"ffn_hidden": 0, "num_layers": 8},
     "mamba": {"ffn_hidden": 0, "num_layers": 9},
     "samba": {"ffn_hidden": 768, "attention_window": 256},
+    "rwkv7": 1184,
+    "lstm": 560,
+    "srwm": 1088,
   },
   "340m": {
     "shape": {"width": 1024, "num_layers": 24, "num_heads": 8},
@@ -111,6 +130,9 @@ SIZES = {
     "mamba2": {"ffn_hidden": 0, "num_layers": 47},
     "mamba": {"ffn_hidden": 0, "num_layers": 46},
     "samba": {"ffn_hidden": 2304, "attention_window": 2048},
+    "rwkv7": 3840,
+    "lstm": 1408,
+    "srwm": 3712,
   },
   "760m": {
     "shape": {"width": 1536, "num_layers": 24, "num_heads": 12},
@@ -132,6 +154,9 @@ SIZES = {
     "mamba2": {"ffn_hidden": 0, "num_layers": 48},
     "mamba": {"ffn_hidden": 0, "num_layers": 48},
     "samba": {"ffn_hidden": 3840, "attention_window": 2048},
+    "rwkv7": 6144,
+    "lstm": 2304,
+    "srwm": 5760,
   },
   "1p3b": {
     "shape": {"width": 2048, "num_layers": 24, "num_heads": 16},
@@ -153,6 +178,9 @@ SIZES = {
     "mamba2": {"ffn_hidden": 0, "num_layers": 48},
     "mamba": {"ffn_hidden": 0, "num_layers": 48},
     "samba": {"ffn_hidden": 4992, "attention_window": 2048},
+    "rwkv7": 8192,
+    "lstm": 2944,
+    "srwm": 7552,
   },
 }
 

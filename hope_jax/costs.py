@@ -32,13 +32,19 @@ OWNERS = (
   (r"cms\b", "cms_shared"),
   (r"mixer/recurrence", "recurrence"),
   (r"mixer/gates/(eta|alpha)", r"\1"),
+  (r"mixer/memory_[qkv]", "projections"),
   (r"mixer/(?:gates|memory|initial/memory)", "memory"),
   (r"mixer/(?:boxes|initial/boxes)", "boxes"),
   (r"mixer/(?:keys|values|position|first)\b", "attention"),
-  (r"norm_mixer|mixer/(?:proj|read|conv|query|key|value|out)", "projections"),
+  (r"mixer/attention/(?:conv|query|key|value|out)", "projections"),
+  (r"mixer/(?:attention|persistent)", "attention"),
+  (
+    r"norm_mixer|mixer/(?:norm|proj|read|conv|recurrent|shift|query|key|value|out)",
+    "projections",
+  ),
   (r"mixer\b", "mixer"),
   (r"ffn", "ffn"),
-  (r"embed|lm_head|norm_out", "embedding"),
+  (r"embed|lm_head|norm_out|norm_in", "embedding"),
 )
 Leaves = Iterable[tuple[str, Any]]  # with their paths
 Share = tuple[float, Mapping[str, int]]  # an amount, weights of its owners
@@ -138,7 +144,7 @@ def count_flops(
     (given["nested"] - twin["nested"], dict.fromkeys(fast, 1)),
     *((given[name] - twin[name], {name: 1}) for name in fast),
   ]
-  if model.is_linear:  # it has no twin: all it does is to write and read
+  if "recurrence" in twin:  # it has no twin: all it does is to write and read
     learning.append((twin.pop("recurrence"), {"memory": 1}))
   pools = {"mixer": starts or {"attention": 1}, "nested": dict.fromkeys(cms, 1)}
   read: list[Share] = [

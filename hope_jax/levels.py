@@ -49,13 +49,14 @@ CMS_PAIRS = {  # what a level learns: key -> value
 }
 
 DOT, L2 = "-⟨S k, v⟩", "1/2 ‖S k - v‖²"
-LINEAR_RULES = {  # objective and rule, `models/linear.py`
+LINEAR_RULES = {  # objective and rule, `models/linear.py`, `models/rwkv7.py`
   "retnet": (DOT, "GD, step 1, decay per head"),
   "deltanet": (L2, "GD, step b"),
   "gated_deltanet": (L2, "GD, step b, on the decayed state"),
   "comba": (L2, "GD, step b, decay; erases c b"),
   "mamba2": (DOT, "GD, step dt, decay exp(-dt A)"),
   "mamba": (DOT, "GD, step dt per channel, decay exp(-dt A) per number"),
+  "rwkv7": (L2, "GD, step a, decay w, both per channel; erases along kappa"),
 }
 
 
@@ -86,6 +87,27 @@ class Component:
   learn_flops: float = 0.0
 
 
+OTHER_MEMORIES = {  # `models/lstm.py`, `models/srwm.py`
+  "lstm": Component(
+    name="memory",
+    frequency=Fraction(1),
+    context="n, h of the last token",
+    objective="none: a gated recurrence",
+    rule="c <- f c + i tanh(g); h <- o tanh(c)",
+    transfer="starts at zero; gates by slow projections of n and h",
+  ),
+  "srwm": Component(
+    name="memory",
+    frequency=Fraction(1),
+    context="(k, q) = W phi(n), its own, of the last token",
+    objective="1/2 ‖W phi(k) - W phi(q)‖²",
+    rule="GD, four steps sigmoid(b), its own, one per part of W; momentum:"
+    " none; retention: none; read: token_pre",
+    transfer=f"{META}; makes its own keys, targets and rates (self-modifying)",
+  ),
+}
+
+
 def components(config: Config) -> list[Component]:
   """All components of the model and its optimizer, fastest level first; a
   `rest` where something that was counted belongs to none of them."""
@@ -107,11 +129,15 @@ def components(config: Config) -> list[Component]:
 
 def inside_sequence(model: ModelConfig) -> list[Component]:
   """Attention, and everything that learns inside the sequence or could."""
-  found = [attention(model)] if model.has_attention else []
-  found += [linear(model)] if model.is_linear else []
-  if model.sequence_layer in TTT_LAYERS:
+  found = [attention(model)] if model.attends else []
+  if any(name in LINEAR_RULES for name in model.pattern):
+    found += [linear(model)]
+  elif model.sequence_layer in OTHER_MEMORIES:
+    found = [OTHER_MEMORIES[model.sequence_layer]]
+  elif model.sequence_layer in TTT_LAYERS:
     found = [test_time_training(model)]
-  found = found or memories(model)
+  elif not model.has_attention:
+    found += memories(model)
   found += [cms_level(model, i) for i in range(len(model.cms.fast_lengths))]
   freeze = functools.partial(
     replace,
@@ -132,6 +158,8 @@ def attention(model: ModelConfig) -> Component:
   context = f"tokens so far, at most {model.context_length:,}"
   if model.attention_window:
     context = f"last {model.attention_window:,} tokens"
+  if model.sequence_layer == "titans_mac":
+    context = f"segment's tokens, {model.memory.chunk_length:,}, and of M"
   return Component(
     name="attention",
     frequency=math.inf,

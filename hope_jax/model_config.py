@@ -244,6 +244,7 @@ MEMORA_RULE = {
 }
 LINEAR_LAYERS = "retnet", "deltanet", "gated_deltanet", "comba", "mamba2"
 STATE_SPACE_LAYERS = ("mamba",)
+RECURRENT_LAYERS = "rwkv7", "lstm", "srwm"
 # Models whose blocks take turns: the sequence layers of one after the other.
 PATTERNS = {"samba": ("mamba", "transformer")}
 
@@ -297,7 +298,7 @@ class ModelConfig:
 
   def __post_init__(self):
     known = ATTENTION_LAYERS + MEMORY_LAYERS + TTT_LAYERS + LINEAR_LAYERS
-    known += STATE_SPACE_LAYERS + tuple(PATTERNS)
+    known += STATE_SPACE_LAYERS + RECURRENT_LAYERS + tuple(PATTERNS)
     check_choice(self.sequence_layer, "model.sequence_layer", known)
     check_choice(self.inner_rates, "model.inner_rates", ("on", "off"))
     check_choice(self.dtype, "model.dtype", ("float32", "bfloat16"))
@@ -325,8 +326,15 @@ class ModelConfig:
         f"model.width={self.width} and num_heads={self.num_heads} make heads of"
         f" {self.head_dim}: rotary positions need an even width"
       )
+    if self.is_rwkv7 and self.width > 64 and self.width % 64:
+      raise ConfigError(
+        f"model.width={self.width}: RWKV-7's heads of 64 do not divide it"
+      )
     self._check_attention()
-    if self.is_linear and self.cms.fast_lengths:
+    has_pairs = not self.is_linear and (
+      self.sequence_layer not in RECURRENT_LAYERS
+    )
+    if self.cms.fast_lengths and not has_pairs:
       raise ConfigError(
         f"model.sequence_layer={self.sequence_layer} has no keys and values of"
         " the model's width for a CMS: leave cms.hidden empty"
@@ -413,10 +421,20 @@ class ModelConfig:
     return self.has_attention and not self.attention_window
 
   @property
+  def attends(self) -> bool:
+    """Whether it has attention, be it beside a memory."""
+    return self.has_attention or self.sequence_layer in TITANS_VARIANTS
+
+  @property
   def is_linear(self) -> bool:
     """Whether it has a linear recurrence (`models/linear.py`, `mamba.py`)."""
     recurrent = LINEAR_LAYERS + STATE_SPACE_LAYERS
     return any(name in recurrent for name in self.pattern)
+
+  @property
+  def is_rwkv7(self) -> bool:
+    """Whether it has RWKV-7's block (`models/rwkv7.py`)."""
+    return self.sequence_layer == "rwkv7"
 
   @property
   def memory_chunks(self) -> tuple[int, ...]:
@@ -434,7 +452,7 @@ class ModelConfig:
     levels = ()
     if self.sequence_layer in MEMORY_LAYERS:
       levels += ("memory", *self.memory.adaptive)
-    if self.sequence_layer in TTT_LAYERS:
+    if self.sequence_layer in (*TTT_LAYERS, "srwm"):
       levels += ("memory",)
     fast = len(self.cms.fast_lengths)
     return levels + tuple(f"cms_{i}" for i in range(fast))

@@ -334,7 +334,8 @@ def _mixer_level(
 ) -> tuple[Any, Any]:
   """(M_0, D) of the memory or of a box, layers on axis 0."""
   group = "memory" if level == "memory" else "boxes"
-  fast: Any = mixer[group].now["weight"]
+  state = mixer[group]  # a `ChunkState` of what learns by chunks
+  fast: Any = (state if isinstance(state, dict) else state.now)["weight"]
   if isinstance(fast.output, ttt.Layer):
     fast = Weights(*(layer and layer.weight for layer in fast))
   initial = type(fast)(

@@ -20,6 +20,7 @@ from hope_jax.config import Config, DataConfig
 from hope_jax.model_config import CMSConfig, MemoryConfig, ModelConfig
 from hope_jax.models import language_model, linear
 from hope_jax.training import flops, step
+from pallas_kernels.generalized_delta_rule import generalized_delta_rule
 from pallas_kernels.linear_rule import linear_rule
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -27,10 +28,10 @@ LENGTH = 64
 CMS = CMSConfig(hidden=(8, 8, 8), chunk_lengths=(16, 32, 0))
 
 
-def make(sequence_layer, **fields):
-  memory = MemoryConfig(
-    chunk_length=8, projection_chunk_length=16, remat="none"
-  )
+MEMORY = MemoryConfig(chunk_length=8, projection_chunk_length=16, remat="none")
+
+
+def make(sequence_layer, memory=MEMORY, **fields):
   model = ModelConfig(
     sequence_layer=sequence_layer,
     width=16,
@@ -57,6 +58,15 @@ CONFIGS = {
   "comba": make("comba"),
   "retnet": make("retnet"),
   "samba": make("samba", attention_window=16),
+  "titans_mag": make(
+    "titans_mag",
+    attention_window=16,
+    memory=MemoryConfig(chunk_length=8, adaptive=(), remat="none"),
+  ),
+  "ttt_mlp": make("ttt_mlp"),
+  "rwkv7": make("rwkv7"),
+  "lstm": make("lstm"),
+  "srwm": make("srwm"),
 }
 
 
@@ -115,10 +125,34 @@ def test_parameters_and_bytes_add_up_to_the_real_ones(case):
 
 
 def recurrence_flops(model):
-  """Those of all layers' matrix memories."""
+  """Those of what all layers remember with."""
   if "mamba" in model.pattern:  # reads only: what it writes are no products
     read = 2 * 16 * 2 * model.width  # multiply and add, K, E
     return read * LENGTH * model.pattern.count("mamba")
+  width, heads = model.width, 1
+  if model.sequence_layer == "lstm":  # h U, four gates
+    return model.num_layers * LENGTH * 2 * width * 4 * width
+  if model.sequence_layer != "rwkv7":
+    return linear_rule_flops(model)
+  tokens = jax.ShapeDtypeStruct((1, heads, LENGTH, width), float)
+  matrix = jax.ShapeDtypeStruct((1, heads, width, width), float)
+
+  def run(k, matrix):
+    names = ("queries", "log_decay", "erase_read", "erase_write")
+    return generalized_delta_rule(
+      k,
+      k,
+      **dict.fromkeys(names, k),
+      weight=matrix,
+      chunk_length=model.memory.chunk_length,
+      checkpoint="none",
+    )
+
+  return model.num_layers * flops.count(run, tokens, matrix)
+
+
+def linear_rule_flops(model):
+  """Those of both layers' matrix memories."""
   shape = linear.layout(model)
   array = lambda *sizes: jax.ShapeDtypeStruct((1, shape.heads, *sizes), float)
   k, v = array(LENGTH, shape.key_dim), array(LENGTH, shape.value_dim)
@@ -156,11 +190,12 @@ def test_flops_add_up_to_the_counted_ones(case):
   total = LENGTH * sum(c.flops for c in components)
   np.testing.assert_allclose(total, live)
   learning = {c.name: LENGTH * c.learn_flops for c in components}
-  if config.model.is_linear:  # all of its recurrence
+  is_recurrent = config.model.sequence_layer in ("rwkv7", "lstm")
+  if config.model.is_linear or is_recurrent:  # all of its recurrence
     twin = live - recurrence_flops(config.model)
   np.testing.assert_allclose(sum(learning.values()), live - twin)
   if "memory" in config.model.fast_levels:
-    for name in ("memory", "cms_0"):
+    for name in {"memory", "cms_0"} & {*config.model.fast_levels}:
       frozen = (*config.model.frozen_levels, name)
       without = dataclasses.replace(config.model, frozen_levels=frozen)
       np.testing.assert_allclose(learning[name], live - per_token(without))

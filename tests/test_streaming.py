@@ -43,6 +43,7 @@ NAMES = {
   "next_token": ("titans", dataclasses.replace(CMS, signal="next_token")),
   "retnet": ("retnet", CMSConfig()),
   "samba": ("samba", CMSConfig()),
+  "srwm": ("srwm", CMSConfig()),
 }
 
 

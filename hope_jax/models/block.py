@@ -5,6 +5,8 @@
 (paper eq. 94-97 for Hope; the baselines are the same block with another mixer
 and one slow FFN level.)  All blocks of a model are alike, or blocks of a few
 kinds take turns: Mamba, FFN, attention with a window, FFN (Samba, 2406.07522).
+RWKV-7 has LayerNorms, a channel mix in the FFN's place and a `Depth` beside the
+residual stream.
 """
 
 import dataclasses
@@ -26,7 +28,10 @@ from hope_jax.models import (
   cms,
   layers,
   linear,
+  lstm,
   mamba,
+  rwkv7,
+  srwm,
   titans,
   titans_attention,
   ttt,
@@ -50,6 +55,9 @@ SEQUENCE_LAYERS = {
   **dict.fromkeys(TTT_LAYERS, (ttt.TestTimeTraining, ttt.init_state)),
   **dict.fromkeys(LINEAR_LAYERS, (linear.LinearMemory, linear.init_state)),
   "mamba": (mamba.Mamba, mamba.init_state),
+  "rwkv7": (rwkv7.TimeMix, rwkv7.init_state),
+  "lstm": (lstm.LSTM, lstm.init_state),
+  "srwm": (srwm.SelfReferentialMatrix, srwm.init_state),
 }
 
 
@@ -69,7 +77,8 @@ def pattern(config: ModelConfig) -> tuple[ModelConfig, ...]:
 
 @flax.struct.dataclass
 class BlockState:
-  """Fast state of one block; `cms` has one entry per fast level.
+  """Fast state of one block; `cms` has one entry per fast level, `ffn` is the
+  last token that RWKV-7's channel mix read.
 
   Where the levels' weights are given (`cms.GivenState`) a call returns as `cms`
   what they read, the residual stream [B, T, D].
@@ -77,6 +86,7 @@ class BlockState:
 
   mixer: Any
   cms: Any
+  ffn: Any = None
 
 
 def init_state(
@@ -90,41 +100,57 @@ def init_state(
   return BlockState(
     mixer=mixer_state(config, batch_size, piece_length),
     cms=cms.init_state(config, batch_size, piece_length),
+    ffn=rwkv7.init_shift(config, batch_size) if config.is_rwkv7 else None,
   )
 
 
 class Block(nn.Module):
-  """One layer; returns (x, state) so that `nn.scan` can stack it."""
+  """One layer; returns (x, state) so that `nn.scan` can stack it.
+
+  RWKV-7's x is (x, `rwkv7.Depth`).
+  """
 
   config: ModelConfig
 
   @nn.compact
   def __call__(
     self,
-    x_BTD: jax.Array,
+    x_BTD: Any,
     state: BlockState | None,
     segments: jax.Array | None,
-  ) -> tuple[jax.Array, BlockState | None]:
+  ) -> tuple[Any, BlockState | None]:
     cfg = self.config
+    depth: Any = ()
+    if cfg.is_rwkv7:
+      x_BTD, *depth = x_BTD
     mixer, _ = SEQUENCE_LAYERS[cfg.sequence_layer]
-    normed = layers.rms_norm(cfg, "norm_mixer")(x_BTD)
+    normed = layers.norm(cfg, "norm_mixer")(x_BTD)
     mixed = mixer(cfg, name="mixer")(
-      normed, state.mixer if state else None, segments
+      normed, state.mixer if state else None, segments, *depth
     )
     x_BTD = x_BTD + mixed.y
     cms_state: Any = {}
-    stream_BTD = x_BTD
+    ffn_state, stream_BTD = state.ffn if state else None, x_BTD
     if cfg.cms.levels:
       x_BTD, cms_state = cms.ContinuumMemory(cfg, name="cms")(
         x_BTD, mixed, state.cms if state else None, segments
       )
     elif cfg.ffn_hidden:
-      normed = layers.rms_norm(cfg, "norm_ffn")(x_BTD)
-      x_BTD = x_BTD + layers.SwiGLU(cfg, cfg.ffn_hidden, name="ffn")(normed)
+      normed = layers.norm(cfg, "norm_ffn")(x_BTD)
+      if cfg.is_rwkv7:
+        y_BTD, ffn_state = rwkv7.ChannelMix(cfg, name="ffn")(
+          normed, ffn_state, segments, depth[0].layer
+        )
+      else:
+        y_BTD = layers.SwiGLU(cfg, cfg.ffn_hidden, name="ffn")(normed)
+      x_BTD = x_BTD + y_BTD
     x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act"))
     if state is not None:
       is_given = cms.is_given(state.cms)
-      state = BlockState(mixed.state, stream_BTD if is_given else cms_state)
+      cms_state = stream_BTD if is_given else cms_state
+      state = BlockState(mixed.state, cms_state, ffn_state)
+    if cfg.is_rwkv7:
+      return (x_BTD, depth[0].after(mixed.values)), state
     return x_BTD, state
 
 

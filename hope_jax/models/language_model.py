@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from hope_jax.model_config import ModelConfig
-from hope_jax.models import block, cms, layers, next_token
+from hope_jax.models import block, cms, layers, next_token, rwkv7
 
 
 class ModelOutput(NamedTuple):
@@ -182,7 +182,12 @@ class LanguageModel(nn.Module):
       length=cfg.num_layers // blocks,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    x_BTD, state = layer(cfg, name="blocks")(x_BTD, state, segments)
-    x_BTD = layers.rms_norm(cfg, "norm_out")(x_BTD)
+    stream: Any = x_BTD
+    if cfg.is_rwkv7:
+      x_BTD = layers.norm(cfg, "norm_in")(x_BTD)
+      stream = x_BTD, rwkv7.first_depth(x_BTD)
+    stream, state = layer(cfg, name="blocks")(stream, state, segments)
+    x_BTD = stream[0] if cfg.is_rwkv7 else stream
+    x_BTD = layers.norm(cfg, "norm_out")(x_BTD)
     read = embed.attend if cfg.tied_embeddings else _output(cfg)
     return ModelOutput(read(x_BTD).astype(jnp.float32), state)

@@ -24,18 +24,23 @@ INIT_STD = 0.02
 def dense(
   features: int,
   config: ModelConfig,
-  axes: tuple[str, str],
+  axes: tuple[str | None, str | None],
   name: str,
   *,
   is_output: bool = False,
+  kernel_init: Any = None,
 ) -> nn.Dense:
-  """A linear map without bias; `axes` are its kernel's logical axes."""
+  """A linear map without bias; `axes` are its kernel's logical axes.
+
+  `kernel_init`: a published start in place of the module's.
+  """
   std = INIT_STD / (2 * config.num_layers) ** 0.5 if is_output else INIT_STD
+  kernel_init = kernel_init or nn.initializers.normal(std)
   return nn.Dense(
     features,
     use_bias=False,
     dtype=jnp.dtype(config.dtype),
-    kernel_init=nn.with_logical_partitioning(nn.initializers.normal(std), axes),
+    kernel_init=nn.with_logical_partitioning(kernel_init, axes),
     name=name,
   )
 
@@ -46,6 +51,20 @@ def rms_norm(config: ModelConfig, name: str) -> nn.RMSNorm:
     dtype=jnp.dtype(config.dtype),
     epsilon=config.norm_eps,
     scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+    name=name,
+  )
+
+
+def norm(config: ModelConfig, name: str) -> nn.Module:
+  """The norm of the residual stream: RMS, in RWKV-7 LayerNorm with a bias."""
+  if not config.is_rwkv7:
+    return rms_norm(config, name)
+  make = nn.with_logical_partitioning
+  return nn.LayerNorm(
+    dtype=jnp.dtype(config.dtype),
+    epsilon=1e-5,
+    scale_init=make(nn.initializers.ones, ("norm",)),
+    bias_init=make(nn.initializers.zeros, ("norm",)),
     name=name,
   )
 

@@ -9,7 +9,12 @@ from etils import epath
 from hope_jax import generate
 from hope_jax.config import ConfigError, from_config_dict
 from hope_jax.generation import Sampling
-from hope_jax.model_config import LINEAR_LAYERS, PATTERNS, STATE_SPACE_LAYERS
+from hope_jax.model_config import (
+  LINEAR_LAYERS,
+  PATTERNS,
+  RECURRENT_LAYERS,
+  STATE_SPACE_LAYERS,
+)
 from hope_jax.training import loop, metrics
 from tests.training.test_loop import Killed, kill_at
 
@@ -45,7 +50,8 @@ def draw(rng):
     "remat": pick(["none", "chunk", "sqrt"]),
   }
   layers = ["transformer", "titans", "hope", "hope", "hope_attention"]
-  layer = pick([*layers, *LINEAR_LAYERS, *STATE_SPACE_LAYERS, *PATTERNS])
+  layers += (*LINEAR_LAYERS, *RECURRENT_LAYERS, *STATE_SPACE_LAYERS, *PATTERNS)
+  layer = pick(layers)
   model = {
     "sequence_layer": layer,
     "width": heads * head_dim,

@@ -13,6 +13,7 @@ from hope_jax.model_config import (
   LINEAR_LAYERS,
   MEMORY_LAYERS,
   PATTERNS,
+  RECURRENT_LAYERS,
   STATE_SPACE_LAYERS,
   CMSConfig,
   MemoryConfig,
@@ -87,7 +88,8 @@ def test_train_step_does_not_recompile(tiny):
 def test_train_step_keeps_the_types_of_the_state(tiny, name):
   """Or the second step compiles again."""
   config = carrying(tiny, slowest=16)
-  without_cms = (*LINEAR_LAYERS, *STATE_SPACE_LAYERS, *PATTERNS)
+  without_cms = (*LINEAR_LAYERS, *RECURRENT_LAYERS, *STATE_SPACE_LAYERS)
+  without_cms += tuple(PATTERNS)
   carries = name in (*MEMORY_LAYERS, *without_cms)
   config = dataclasses.replace(
     config,

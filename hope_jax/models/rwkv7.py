@@ -1,0 +1,317 @@
+"""RWKV-7: a matrix memory with decays and learning rates per channel.
+
+Time mix, with x^_z = lerp(n_t, n_{t-1}, mu_z) (token shift) for each of r, w,
+k, v, a, g, and lora(x) = base + f(x A) B:
+
+  r, k, v = x^_r W_r, x^_k W_k, x^_v W_v
+  v = lerp(v, v of layer 0, sigmoid(lora(x^_v)))    in all layers but the first
+  log w = -e^{-1/2} sigmoid(lora_tanh(x^_w)),  a = sigmoid(lora(x^_a))
+  kappa = l2norm_head(k * xi),  k~ = k (1 + (a - 1) alpha_k)
+  S_t = S_{t-1} (diag(w_t) - kappa_t (a_t kappa_t)^T) + v_t k~_t^T
+  y_t = W_o (g_t * (groupnorm_head(S_t r_t) + (sum r_t rho k~_t) v_t)),
+        g = sigmoid(x^_g A) B
+
+Channel mix, in the FFN's place: W_v relu(W_k x^)^2.  Norms are LayerNorms, one
+more follows the embedding.  Heads of 64; r is not scaled.
+
+Source: 2503.14456 and its authors' code (BlinkDL/RWKV-LM, x070), from which
+ranks of the low-rank maps and all initial values are: mu, the decay's base and
+the group norm's scale depend on the layer, W_o, W_v and all A begin at zero.
+Not so the embedding, which is that of all models here: N(0, 0.02), tied.  The
+first layer has the parameters of lerp(v, ...), too, unused, as the layers are
+stacked; the authors' steps for the decay's base are twice as long.
+
+Legend: B batch, T tokens, D model, H heads, K head dim, F hidden.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hope_jax.memory.architectures import l2_normalize
+from hope_jax.model_config import ModelConfig
+from hope_jax.models import layers
+from hope_jax.models.interface import MixerOutput
+from hope_jax.models.linear import document_starts
+from pallas_kernels import generalized_delta_rule as rule
+from pallas_kernels.generalized_delta_rule import chunked
+
+HEAD_DIM = 64
+SHIFTED = ("receptance", "decay", "key", "value", "rate", "gate")
+# mu = 1 - (i / D)^(p (1 - l / L)) - q l / (L - 1) in channel i of layer l.
+SHIFT_POWERS = dict(zip(SHIFTED, (0.2, 0.9, 0.9, 0.4, 0.9, 0.2), strict=True))
+SHIFT_SLOPES = {"key": 0.4, "value": 0.6}
+
+
+class Depth(NamedTuple):
+  """What a layer has to know of those before it: how many they are, int32, and
+  the values v [B, T, D] of the first."""
+
+  layer: jax.Array
+  first_values: jax.Array
+
+  def after(self, values: jax.Array) -> "Depth":
+    """For the layer that follows one with these values."""
+    return Depth(self.layer + 1, self.first(values))
+
+  def first(self, values: jax.Array) -> jax.Array:
+    """Those of the first layer, seen from a layer with these values."""
+    return jnp.where(self.layer == 0, values, self.first_values)
+
+
+def first_depth(x_BTD: jax.Array) -> Depth:
+  return Depth(jnp.zeros((), jnp.int32), jnp.zeros_like(x_BTD))
+
+
+def num_heads(config: ModelConfig) -> int:
+  """Heads of 64 channels; a model that is narrower has one."""
+  return max(1, config.width // HEAD_DIM)
+
+
+def init_state(
+  config: ModelConfig, batch_size: int, piece_length: int | None = None
+) -> dict[str, Any]:
+  """S = 0; the token before the first is 0."""
+  del piece_length
+  heads = num_heads(config)
+  dim = config.width // heads
+  return {
+    "memory": {"weight": jnp.zeros((batch_size, heads, dim, dim), jnp.float32)},
+    "shift": init_shift(config, batch_size),
+  }
+
+
+def init_shift(config: ModelConfig, batch_size: int) -> jax.Array:
+  """The token before the first, [B, D]."""
+  return jnp.zeros((batch_size, config.width), jnp.dtype(config.dtype))
+
+
+def token_shift(
+  x_BTD: jax.Array, last_BD: jax.Array | None, segments: jax.Array | None
+) -> jax.Array:
+  """The token before each: the first has `last_BD`, a document's first 0."""
+  if last_BD is None:
+    last_BD = jnp.zeros_like(x_BTD[:, 0])
+  before = jnp.concatenate([last_BD[:, None].astype(x_BTD.dtype), x_BTD], 1)
+  before = before[:, :-1]
+  if segments is None:
+    return before
+  return jnp.where(document_starts(segments)[..., None], 0, before)
+
+
+def lerp(x: jax.Array, y: jax.Array, share: jax.Array) -> jax.Array:
+  """x + (y - x) share, in x's dtype."""
+  return x + (y - x) * share.astype(x.dtype)
+
+
+def _uniform(bound: float) -> Any:
+  return lambda key, shape, dtype: jax.random.uniform(
+    key, shape, dtype, -bound, bound
+  )
+
+
+def _relative(layer: jax.Array, config: ModelConfig) -> tuple[Any, Any]:
+  """1 - l / L and l / (L - 1)."""
+  down = 1.0 - layer / config.num_layers
+  return down, layer / max(1, config.num_layers - 1)
+
+
+class _Layer(nn.Module):
+  """A module with learned numbers per channel."""
+
+  config: ModelConfig
+
+  def channels(self, name: str, init: Any, axis: str = "heads") -> Any:
+    """[1, 1, D]; `init` makes the start from the channels' i / D."""
+    width = self.config.width
+    start = lambda key: jnp.broadcast_to(
+      jnp.asarray(init(jnp.arange(width) / width), jnp.float32), (width,)
+    )
+    box = nn.with_logical_partitioning(start, (axis,))
+    value: Any = self.param(name, box)
+    return value[None, None]
+
+
+class Projections(_Layer):
+  """Token shift for all that is made of it; r, k, v [B, T, D]."""
+
+  @nn.compact
+  def __call__(
+    self, x_BTD: jax.Array, before_BTD: jax.Array, layer: jax.Array
+  ) -> tuple[dict[str, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
+    cfg = self.config
+    down, up = _relative(layer, cfg)
+    shifted = {}
+    for name in SHIFTED:
+      power, slope = SHIFT_POWERS[name] * down, SHIFT_SLOPES.get(name, 0) * up
+      start = lambda i, power=power, slope=slope: 1 - i**power - slope
+      mix = self.channels(f"shift_{name}", start, "embed")
+      shifted[name] = lerp(x_BTD, before_BTD, mix)
+
+    def project(name: str, bound: float) -> jax.Array:
+      init = _uniform(bound * cfg.width**-0.5)
+      dense = layers.dense(
+        cfg.width, cfg, ("embed", "heads"), name, kernel_init=init
+      )
+      return dense(shifted[name])
+
+    r, k, v = (
+      project(name, bound)
+      for name, bound in (("receptance", 0.5), ("key", 0.05), ("value", 0.5))
+    )
+    return shifted, (r, k, v)
+
+
+class Gates(_Layer):
+  """log w, a, the share of layer 0's v and g, [B, T, D]; xi and alpha_k."""
+
+  @nn.compact
+  def __call__(
+    self, shifted: dict[str, jax.Array], layer: jax.Array
+  ) -> dict[str, jax.Array]:
+    cfg = self.config
+    root = cfg.width**0.5
+    _, up = _relative(layer, cfg)
+    last = (cfg.width - 1) / cfg.width
+
+    def decay(i):
+      return -6.5 + 5 * (i / last) ** (0.85 + jnp.sqrt(up))
+
+    sigmoid, same = nn.sigmoid, lambda x: x
+    low = self._low_rank("decay", 1.8 * root, jnp.tanh, shifted["decay"])
+    log_decay = self.channels("decay_base", decay) + low
+    rate = self._low_rank("rate", 1.8 * root, same, shifted["rate"])
+    share = self._low_rank("share", 1.3 * root, same, shifted["value"])
+    gate = self._low_rank("gate", 0.6 * root**1.6, sigmoid, shifted["gate"])
+    return {
+      "log_decay": -jnp.exp(-0.5) * sigmoid(log_decay),
+      "rate": sigmoid(self.channels("rate_base", lambda i: 0.0) + rate),
+      "share": sigmoid(self.channels("share_base", lambda i: 1.0) + share),
+      "gate": gate,
+      "key_scale": self.channels("key_scale", lambda i: 0.85),
+      "key_rate": self.channels("key_rate", lambda i: 1.0),
+    }
+
+  def _low_rank(
+    self, name: str, rank: float, f: Any, x_BTD: jax.Array
+  ) -> jax.Array:
+    """f(x A) B in float32; the rank is rounded to a multiple of 32."""
+    cfg = self.config
+    rank = max(32, round(rank / 32) * 32)
+    # As the authors': a gain for matrices that are higher than wide.
+    scale = 0.1 * max(1.0, rank / cfg.width) ** 0.5
+    for part, width, axes, init in (
+      ("down", rank, ("embed", None), nn.initializers.zeros),
+      ("up", cfg.width, (None, "heads"), nn.initializers.orthogonal(scale)),
+    ):
+      x_BTD = layers.dense(
+        width, cfg, axes, f"{name}_{part}", kernel_init=init
+      )(x_BTD)
+      x_BTD = f(x_BTD) if part == "down" else x_BTD
+    return x_BTD.astype(jnp.float32)
+
+
+class ReadOut(_Layer):
+  """W_o (g * (groupnorm_head(o) + (sum r rho k~) v)); o, r, k~, v per head."""
+
+  @nn.compact
+  def __call__(self, o, rkv, gate_BTD, layer):
+    cfg, (r, k, v) = self.config, rkv
+    by_head = lambda x: x.reshape(1, o.shape[1], 1, o.shape[3])
+    o = o - jnp.mean(o, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(o), axis=-1, keepdims=True)
+    o = o * jax.lax.rsqrt(variance + 1e-5 * o.shape[-1])
+    share = (layer + 1) / cfg.num_layers
+    scale = self.channels("norm_scale", lambda i: share**0.7)
+    bias = self.channels("norm_bias", lambda i: 0.0)
+    bonus = self.channels("bonus", lambda i: 0.0)
+    o = o * by_head(scale) + by_head(bias)
+    o = o + jnp.sum(r * k * by_head(bonus), axis=-1, keepdims=True) * v
+    y_BTD = o.swapaxes(1, 2).reshape(gate_BTD.shape) * gate_BTD
+    return layers.dense(
+      cfg.width,
+      cfg,
+      ("heads", "embed"),
+      "output",
+      kernel_init=nn.initializers.zeros,
+    )(y_BTD)
+
+
+class TimeMix(nn.Module):
+  """The sequence layer; beside its input it has to know its `Depth`."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    state: dict[str, Any] | None,
+    segments: jax.Array | None,
+    depth: Depth,
+  ) -> MixerOutput:
+    cfg, heads = self.config, num_heads(self.config)
+    layer = depth.layer.astype(jnp.float32)
+    start = state or init_state(cfg, x_BTD.shape[0])
+    before_BTD = token_shift(x_BTD, start["shift"], segments)
+    shifted, (r, k, v) = Projections(cfg, name="projections")(
+      x_BTD, before_BTD, layer
+    )
+    gates = Gates(cfg, name="gates")(shifted, layer)
+    v = lerp(v, depth.first(v), gates["share"])
+    split = lambda x: layers.split_heads(x, heads)
+    kappa = l2_normalize(split(k * gates["key_scale"]))
+    k = k * (1 + (gates["rate"] - 1) * gates["key_rate"])
+    rkv = split(r), split(k), split(v)
+    reset = None
+    if segments is not None:
+      reset = document_starts(segments)[:, None].repeat(heads, 1)
+    out = rule.generalized_delta_rule(
+      rkv[1],
+      rkv[2],
+      queries=rkv[0],
+      log_decay=split(gates["log_decay"]),
+      erase_read=-kappa,
+      erase_write=kappa * split(gates["rate"]),
+      weight=start["memory"]["weight"],
+      reset=reset,
+      chunk_length=min(cfg.memory.chunk_length, chunked.MAX_CHUNK_LENGTH),
+      checkpoint=cfg.memory.remat,
+    )
+    y_BTD = ReadOut(cfg, name="readout")(out.outputs, rkv, gates["gate"], layer)
+    if state is not None:
+      state = {"memory": {"weight": out.weight}, "shift": x_BTD[:, -1]}
+    return MixerOutput(y_BTD, k, v, state)
+
+
+class ChannelMix(_Layer):
+  """W_v relu(W_k lerp(x_t, x_{t-1}, mu))^2; returns the last token, too."""
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    last_BD: jax.Array | None,
+    segments: jax.Array | None,
+    layer: jax.Array,
+  ) -> tuple[jax.Array, jax.Array]:
+    cfg = self.config
+    down, _ = _relative(layer.astype(jnp.float32), cfg)
+    mix = self.channels("shift_key", lambda i: 1 - i ** (down**4), "embed")
+    before_BTD = token_shift(x_BTD, last_BD, segments)
+    mixed = lerp(x_BTD, before_BTD, mix)
+    init = _uniform(0.5 * cfg.width**-0.5)
+    hidden = layers.dense(
+      cfg.ffn_hidden, cfg, ("embed", "mlp"), "key", kernel_init=init
+    )(mixed)
+    hidden = nn.with_logical_constraint(hidden, ("batch", "length", "mlp"))
+    y_BTD = layers.dense(
+      cfg.width,
+      cfg,
+      ("mlp", "embed"),
+      "value",
+      kernel_init=nn.initializers.zeros,
+    )(jnp.square(nn.relu(hidden)))
+    return y_BTD, x_BTD[:, -1]

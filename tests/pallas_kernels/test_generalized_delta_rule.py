@@ -1,0 +1,98 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import generalized_delta_rule as rule
+from pallas_kernels.generalized_delta_rule import chunked, reference
+from tests.pallas_kernels.testing import assert_close, fast_jit
+
+B, H, T, K, E = 2, 2, 37, 5, 3
+FASTEST = -np.exp(-0.5)  # of RWKV-7's log decays
+
+
+def inputs(dtype=np.float64, *, resets=True, length=T, decays=None):
+  """As in RWKV-7: p = -kappa of norm 1, b = a kappa; keys are its keywords."""
+  rng = np.random.default_rng(0)
+  shape = B, H, length, K
+  kappa = rng.normal(size=shape)
+  kappa /= np.linalg.norm(kappa, axis=-1, keepdims=True)
+  if decays is None:
+    decays = rng.uniform(FASTEST, 0, size=shape)
+  arrays = dict(
+    keys=rng.normal(size=shape),
+    values=rng.normal(size=(*shape[:3], E)),
+    queries=rng.normal(size=shape),
+    log_decay=np.broadcast_to(decays, shape),
+    erase_read=-kappa,
+    erase_write=kappa * rng.uniform(size=shape),
+    weight=rng.normal(size=(B, H, E, K)),
+  )
+  arrays = {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
+  if resets:  # also in the first token, and two in a row
+    reset = rng.uniform(size=shape[:3]) < 0.1
+    reset[0, 0, [0, 20, 21]] = True
+    arrays["reset"] = jnp.asarray(reset)
+  return arrays
+
+
+def values_and_vjp(run, arrays):
+  arrays = dict(arrays)
+  reset = arrays.pop("reset", None)
+
+  def outputs(arrays):
+    return run(arrays.pop("keys"), arrays.pop("values"), **arrays, reset=reset)
+
+  def both(arrays):
+    out, pull = jax.vjp(outputs, arrays)
+    rng = np.random.default_rng(1)
+    cotangent = jax.tree.map(
+      lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), out
+    )
+    return out, pull(cotangent)
+
+  return fast_jit(both)(arrays)
+
+
+@functools.cache
+def expected(**options):
+  return values_and_vjp(
+    reference.generalized_delta_rule_reference, inputs(**options)
+  )
+
+
+@pytest.mark.parametrize("chunk_length", [1, 4, 16, 32, 100])
+@pytest.mark.parametrize("resets", [True, False])
+def test_chunked_equals_reference_values_and_vjps(chunk_length, resets):
+  with jax.enable_x64(True):
+    run = functools.partial(
+      rule.generalized_delta_rule, chunk_length=chunk_length
+    )
+    got = values_and_vjp(run, inputs(resets=resets))
+    assert_close(got, expected(resets=resets), 1e-11)
+
+
+@pytest.mark.parametrize("chunk_length", [16, 64, chunked.MAX_CHUNK_LENGTH])
+def test_fastest_and_slowest_decay_keep_float32(chunk_length):
+  """Channels that lose the most and those that lose nothing, side by side."""
+  decays = np.where(np.arange(K) % 2, FASTEST, -1e-6)
+  arrays = dict(length=chunked.MAX_CHUNK_LENGTH, decays=decays, resets=False)
+  run = functools.partial(
+    rule.generalized_delta_rule, chunk_length=chunk_length
+  )
+  got = values_and_vjp(run, inputs(np.float32, **arrays))
+  with jax.enable_x64(True):
+    want = values_and_vjp(
+      reference.generalized_delta_rule_reference, inputs(**arrays)
+    )
+  assert_close(got, want, 1e-5)
+
+
+def test_chunks_that_are_too_long_are_refused():
+  arrays = inputs(np.float32, resets=False)
+  with pytest.raises(ValueError, match="chunk_length=129 is not in 1 .. 128"):
+    rule.generalized_delta_rule(
+      arrays.pop("keys"), arrays.pop("values"), **arrays, chunk_length=129
+    )
