@@ -9,7 +9,7 @@ W [3 K + 4, K] is all four parts one above the other; b_t are four numbers, the
 learn rate of each.  The layer's output is W_o y_t of all heads.  W_0 is a slow
 parameter; without writes (the twin) y_t = W_0 phi(x_t).
 
-Source: Irie et al. 2022, 2202.05780, eq. 5-8, and their code (IDSIA/
+Source: Irie et al. 2022, 2202.05780, and their code (IDSIA/
 modern-srwm), whose initial values these are: N(0, 1/K), for what makes q
 N(0, 1e-4/K).  Every token's write is nonlinear in the state: a loop over the
 tokens, whose backward pass recomputes (`pallas_kernels/scan.py`).

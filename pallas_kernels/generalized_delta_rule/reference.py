@@ -1,4 +1,4 @@
-"""The generalized delta rule, token by token (RWKV-7, 2503.14456, eq. 17-18).
+"""The generalized delta rule, token by token (RWKV-7, 2503.14456).
 
   S_t = S_{t-1} (diag(w_t) + p_t b_t^T) + v_t k_t^T,    o_t = S_t r_t
 

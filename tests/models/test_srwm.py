@@ -20,7 +20,7 @@ def softmax(x):
 
 
 def head(start, xs, segments, is_live):
-  """One head's y [T, K] of its inputs [T, K]: 2202.05780, eq. 5-8."""
+  """One head's y [T, K] of its inputs [T, K] (2202.05780)."""
   size = xs.shape[1]
   matrix, outputs = start, []
   for t, x in enumerate(xs):
