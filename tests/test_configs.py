@@ -200,6 +200,10 @@ NEGATIVE = {"setting": "negative_eigenvalues"}
       {"model": {"sequence_layer": "retnet", "width": 18, "num_heads": 2}},
       "rotary positions need an even width",
     ),
+    (
+      {"model": {"sequence_layer": "samba", "num_layers": 3}},
+      "num_layers=3 is not a multiple of 2: samba has mamba and transformer",
+    ),
     ({"model": {"width": 15, "num_heads": 3}}, "need an even width"),
     ({"model": {"num_heads": 4, "num_kv_heads": 3}}, "=3 does not divide"),
     (
