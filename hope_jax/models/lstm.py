@@ -85,9 +85,10 @@ class LSTM(nn.Module):
     start = (state or init_state(cfg, x_BTD.shape[0]))["memory"]
     reset = None if segments is None else document_starts(segments)
     by_token = lambda x: x.swapaxes(0, 1)
-    end, y = jax.lax.scan(
-      step, start, jax.tree.map(by_token, (projected, reset))
-    )
+    with jax.named_scope("recurrence"):
+      end, y = jax.lax.scan(
+        step, start, jax.tree.map(by_token, (projected, reset))
+      )
     y_BTD = by_token(y)
     # There are no pairs for a CMS, which the config refuses.
     return MixerOutput(y_BTD, y_BTD, y_BTD, state and {"memory": end})

@@ -268,18 +268,19 @@ class TimeMix(nn.Module):
     reset = None
     if segments is not None:
       reset = document_starts(segments)[:, None].repeat(heads, 1)
-    out = rule.generalized_delta_rule(
-      rkv[1],
-      rkv[2],
-      queries=rkv[0],
-      log_decay=split(gates["log_decay"]),
-      erase_read=-kappa,
-      erase_write=kappa * split(gates["rate"]),
-      weight=start["memory"]["weight"],
-      reset=reset,
-      chunk_length=min(cfg.memory.chunk_length, chunked.MAX_CHUNK_LENGTH),
-      checkpoint=cfg.memory.remat,
-    )
+    with jax.named_scope("recurrence"):
+      out = rule.generalized_delta_rule(
+        rkv[1],
+        rkv[2],
+        queries=rkv[0],
+        log_decay=split(gates["log_decay"]),
+        erase_read=-kappa,
+        erase_write=kappa * split(gates["rate"]),
+        weight=start["memory"]["weight"],
+        reset=reset,
+        chunk_length=min(cfg.memory.chunk_length, chunked.MAX_CHUNK_LENGTH),
+        checkpoint=cfg.memory.remat,
+      )
     y_BTD = ReadOut(cfg, name="readout")(out.outputs, rkv, gates["gate"], layer)
     if state is not None:
       state = {"memory": {"weight": out.weight}, "shift": x_BTD[:, -1]}
