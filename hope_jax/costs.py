@@ -33,7 +33,7 @@ OWNERS = (
   (r"mixer/recurrence", "recurrence"),
   (r"mixer/gates/(eta|alpha)", r"\1"),
   (r"mixer/memory_[qkv]", "projections"),
-  (r"mixer/(?:gates|memory|initial/memory)", "memory"),
+  (r"mixer/(?:gates|memory|initial/(?!boxes))", "memory"),
   (r"mixer/(?:boxes|initial/boxes)", "boxes"),
   (r"mixer/(?:keys|values|position|first)\b", "attention"),
   (r"mixer/attention/(?:conv|query|key|value|out)", "projections"),

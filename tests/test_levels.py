@@ -61,7 +61,7 @@ CONFIGS = {
   "titans_mag": make(
     "titans_mag",
     attention_window=16,
-    memory=MemoryConfig(chunk_length=8, adaptive=(), remat="none"),
+    memory=MemoryConfig(chunk_length=8, adaptive=("k",), remat="none"),
   ),
   "ttt_mlp": make("ttt_mlp"),
   "rwkv7": make("rwkv7"),
@@ -118,7 +118,7 @@ def test_parameters_and_bytes_add_up_to_the_real_ones(case):
     memories = size(state[0].mixer["memory"])
     assert bytes_of["memory"] == memories
     assert bytes_of["attention"] == size(state[1].mixer)
-  if config.model.memory_chunks:
+  if "hope" in config.model.sequence_layer and config.model.memory_chunks:
     boxes = sum(bytes_of[b] for b in config.model.memory.adaptive)
     assert boxes == size(state.mixer["boxes"])
   assert "rest" not in bytes_of
