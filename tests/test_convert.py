@@ -64,8 +64,9 @@ CASES = {
   "llama_tied": ("llama", LLAMA | {"tie_word_embeddings": True}),
   "mistral": (
     "mistral",
-    LLAMA | {"sliding_window": None, "num_key_value_heads": 1},
+    LLAMA | {"sliding_window": 7, "num_key_value_heads": 1},
   ),
+  "mamba": ("mamba", SIZES | {"layer_norm_epsilon": 1e-3}),
   "mamba2": ("mamba2", MAMBA2),
   "mamba2_tied": ("mamba2", MAMBA2 | {"tie_word_embeddings": True}),
   "qwen3_next": ("qwen3_next", QWEN | EXPERTS),
@@ -296,7 +297,6 @@ def test_files_that_cannot_be_read_are_named(llama):
       {"vocab_size": "97"},
       "model.vocab_size='97' must be of type int",
     ),
-    ("mistral", {"sliding_window": 4096}, "sliding_window=4096, but only None"),
     ("mamba2", {"n_groups": 8}, "n_groups=8, but only 1"),
     ("mamba2", {"num_heads": 4}, "num_heads=4, but only 2"),
     ("mamba2", {"time_step_limit": [0.1, 1.0]}, "time_step_limit"),

@@ -93,6 +93,27 @@ def _write_mamba2(model: ModelConfig) -> dict[str, Any]:
   return {"num_heads": linear.layout(model).heads}
 
 
+def _read_mamba(values: dict[str, Any]) -> dict[str, Any]:
+  rank, ours = values["time_step_rank"], -(-values["hidden_size"] // 16)
+  if rank not in ("auto", ours):
+    raise Unsupported("time_step_rank", rank, ours)
+  return {"num_heads": 1, "ffn_hidden": 0}
+
+
+def _write_mamba(model: ModelConfig) -> dict[str, Any]:
+  return {"time_step_rank": -(-model.width // 16)}
+
+
+def _read_mistral(values: dict[str, Any]) -> dict[str, Any]:
+  window = values["sliding_window"] or 0
+  return _read_llama(values) | {"attention_window": window}
+
+
+def _write_mistral(model: ModelConfig) -> dict[str, Any]:
+  window = model.attention_window or None
+  return _write_llama(model) | {"sliding_window": window}
+
+
 def _read_qwen(values: dict[str, Any]) -> dict[str, Any]:
   layers, width = values["num_hidden_layers"], values["hidden_size"]
   kinds = values.get("layer_types") or ["full_attention"]
@@ -178,14 +199,17 @@ QWEN3_NEXT = Architecture(
   rules=renaming.qwen3_next,
   unused=("rope_base",),
 )
-# The first of a sequence layer is the one that is written.
+# The first of a sequence layer is the one that is written; with a window
+# Mistral.
 ARCHITECTURES = {
   "llama": LLAMA,
   "mistral": LLAMA._replace(
     name="MistralForCausalLM",
-    fixed=ALWAYS | {"sliding_window": None},
+    fixed=ALWAYS,
     defaults=dict(LLAMA.defaults)
     | {"sliding_window": 4096, "num_key_value_heads": 8},
+    read=_read_mistral,
+    write=_write_mistral,
   ),
   "mamba2": Architecture(
     name="Mamba2ForCausalLM",
@@ -211,6 +235,29 @@ ARCHITECTURES = {
     read=_read_mamba2,
     write=_write_mamba2,
     rules=renaming.mamba2,
+    unused=("rope_base", "num_heads"),
+  ),
+  "mamba": Architecture(
+    name="MambaForCausalLM",
+    layer="mamba",
+    fields=SIZES
+    | {"conv_kernel": "conv_window", "layer_norm_epsilon": "norm_eps"},
+    fixed=ALWAYS
+    | {
+      "state_size": 16,
+      "expand": 2,
+      "use_bias": False,
+      "use_conv_bias": True,
+    },
+    defaults={
+      "conv_kernel": 4,
+      "layer_norm_epsilon": 1e-5,
+      "time_step_rank": "auto",
+      "tie_word_embeddings": True,
+    },
+    read=_read_mamba,
+    write=_write_mamba,
+    rules=renaming.mamba,
     unused=("rope_base", "num_heads"),
   ),
   "qwen3_next": QWEN3_NEXT,
@@ -271,12 +318,15 @@ def write_config(model: ModelConfig) -> tuple[Architecture, dict[str, Any]]:
       f"transformers has no model like model.sequence_layer="
       f"{model.sequence_layer}: only {', '.join(kinds)} can be converted"
     )
-  found = ARCHITECTURES[kinds[model.sequence_layer]]
+  kind = kinds[model.sequence_layer]
+  if kind == "llama" and model.attention_window:
+    kind = "mistral"
+  found = ARCHITECTURES[kind]
   fixed = {k: v for k, v in found.fixed.items() if v is not None}
   same = {name: getattr(model, ours) for name, ours in found.fields.items()}
   values = {
     "architectures": [found.name],
-    "model_type": kinds[found.layer],
+    "model_type": kind,
     "dtype": "float32",
     **fixed,
     **same,

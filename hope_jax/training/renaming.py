@@ -27,6 +27,7 @@ import numpy as np
 
 from hope_jax.model_config import ModelConfig
 from hope_jax.models import linear
+from hope_jax.models.mamba import KEY_DIM
 
 Arrays = dict[str, np.ndarray]
 LAYER = "{}"  # in a name: the layer's number
@@ -190,6 +191,37 @@ def mamba2(model: ModelConfig) -> list[Rule]:
     Rule(f"{layer}mixer.conv1d.bias", named("blocks.mixer.conv_{}.bias"), SAME),
     one(f"{layer}mixer.out_proj.weight", "blocks.mixer.readout.output.kernel"),
     *(one(layer + k, f"blocks.{v}", SAME) for k, v in vectors.items()),
+  ]
+
+
+def mamba(model: ModelConfig) -> list[Rule]:
+  """MambaForCausalLM: x, z, B, C are value, gate, key, query; dt has a low
+  rank."""
+  inner, layer, mixer = 2 * model.width, "backbone.layers.{}.", "blocks.mixer."
+  rank = -(-model.width // 16)
+  both = {f"{mixer}value.kernel": inner, f"{mixer}readout.gate.kernel": inner}
+  selected = {
+    f"{mixer}gates.step_low.kernel": rank,
+    f"{mixer}key.kernel": KEY_DIM,
+    f"{mixer}query.kernel": KEY_DIM,
+  }
+  same = {
+    "norm.weight": "blocks.norm_mixer.scale",
+    "mixer.conv1d.bias": f"{mixer}conv_value.bias",
+    "mixer.dt_proj.bias": f"{mixer}gates.step_bias",
+    "mixer.A_log": f"{mixer}gates.log_decay_rate",
+    "mixer.D": f"{mixer}readout.norm_skip",
+  }
+  return [
+    *_embeddings(model, "backbone", "embeddings norm_f", SAME),
+    Rule(f"{layer}mixer.in_proj.weight", both, TRANSPOSED),
+    Rule(f"{layer}mixer.x_proj.weight", selected, TRANSPOSED),
+    one(f"{layer}mixer.dt_proj.weight", f"{mixer}gates.step.kernel"),
+    one(
+      f"{layer}mixer.conv1d.weight", f"{mixer}conv_value.kernel", CONVOLUTION
+    ),
+    one(f"{layer}mixer.out_proj.weight", f"{mixer}readout.output.kernel"),
+    *(one(layer + theirs, ours, SAME) for theirs, ours in same.items()),
   ]
 
 
