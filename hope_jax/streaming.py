@@ -35,7 +35,6 @@ from hope_jax.config import ConfigError
 from hope_jax.data import text as text_lib
 from hope_jax.data.tokenizer import Tokenizer
 from hope_jax.memory import deep, self_modifying, ttt
-from hope_jax.memory.architectures import Weights
 from hope_jax.memory.chunks import ChunkState
 from hope_jax.memory.self_modifying import Boxes
 from hope_jax.model_config import MemoryConfig, ModelConfig
@@ -336,8 +335,8 @@ def _mixer_level(
   group = "memory" if level == "memory" else "boxes"
   state = mixer[group]  # a `ChunkState` of what learns by chunks
   fast: Any = (state if isinstance(state, dict) else state.now)["weight"]
-  if isinstance(fast.output, ttt.Layer):
-    fast = Weights(*(layer and layer.weight for layer in fast))
+  matrix = lambda x: x.weight if isinstance(x, ttt.Layer) else x
+  fast = type(fast)(*map(matrix, fast))
   initial = type(fast)(
     *(slow.get(f"{group}_{name}") for name in type(fast)._fields)
   )

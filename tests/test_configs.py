@@ -46,6 +46,14 @@ def _load(name: str, mode: str | None) -> config_lib.Config:
 
 
 @functools.cache
+def _logits(config: ModelConfig, length: int) -> jax.ShapeDtypeStruct:
+  model = language_model.LanguageModel(config)
+  tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+  output, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), tokens)
+  return output.logits
+
+
+@functools.cache
 def _parameters(config: ModelConfig) -> int:
   tokens = jax.ShapeDtypeStruct((1, 256), jnp.int32)
   shapes = jax.eval_shape(
@@ -57,11 +65,9 @@ def _parameters(config: ModelConfig) -> int:
 @pytest.mark.parametrize(("name", "mode"), list(_all_modes()))
 def test_config_builds_and_eval_shapes(name, mode):
   config = _load(name, mode)
-  model = language_model.LanguageModel(config.model)
-  shape = (1, config.data.sequence_length)
-  tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
-  output, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), tokens)
-  assert output.logits.shape == (*shape, config.model.vocab_size)
+  length = config.data.sequence_length
+  expected = (1, length, config.model.vocab_size)
+  assert _logits(config.model, length).shape == expected
 
 
 @pytest.mark.parametrize("model", _models.NAMES)

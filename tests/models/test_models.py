@@ -101,23 +101,14 @@ def with_live_zeros(params, seed=2):
   return jax.tree.map(change, params)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_model_is_causal(name):
-  model, params, tokens = init(make(name))
-  run = fast_jit(lambda tokens: model.apply({"params": params}, tokens).logits)
-  before, after = run(tokens), run(tokens.at[:, 21].add(1) % 31)
-  np.testing.assert_array_equal(before[:, :21], after[:, :21])
-  assert jnp.abs(before - after)[:, 21].max() > 1e-4
-  assert jnp.abs(before - after)[:, 30:].max() > 1e-5
+def check_causal(apply, tokens, full):
+  after = apply(tokens.at[:, 21].add(1) % 31).logits
+  np.testing.assert_array_equal(full[:, :21], after[:, :21])
+  assert jnp.abs(full - after)[:, 21].max() > 1e-4
+  assert jnp.abs(full - after)[:, 30:].max() > 1e-5
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_prefill_and_decode_equal_the_full_pass(name):
-  config = make(name)
-  model, params, tokens = init(config)
-  apply = fast_jit(lambda *a: model.apply({"params": params}, *a))
-  full = apply(tokens).logits
-  state = language_model.init_state(config, B)
+def check_prefill_and_decode_equal_the_full_pass(apply, tokens, full, state):
   out = apply(tokens[:, :29], state)
   logits = [out.logits]
   for t in range(29, T):
@@ -126,6 +117,31 @@ def test_prefill_and_decode_equal_the_full_pass(name):
   np.testing.assert_allclose(
     jnp.concatenate(logits, axis=1), full, atol=2e-5, rtol=1e-4
   )
+
+
+def check_documents_do_not_see_each_other(apply, tokens):
+  segments = (jnp.arange(T) >= 16).astype(jnp.int32)[None].repeat(B, 0)
+  packed = apply(tokens, None, segments).logits
+  apart = apply(jnp.roll(tokens, -16, axis=1)).logits
+  np.testing.assert_allclose(
+    packed[:, 16:], apart[:, : T - 16], atol=2e-5, rtol=1e-4
+  )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sequence_layer(name, subtests):
+  """One test: what is compiled for one check serves the others."""
+  config = make(name)
+  model, params, tokens = init(config)
+  apply = fast_jit(lambda *a: model.apply({"params": params}, *a))
+  full = apply(tokens).logits
+  with subtests.test("causal"):
+    check_causal(apply, tokens, full)
+  with subtests.test("prefill and decode"):
+    state = language_model.init_state(config, B)
+    check_prefill_and_decode_equal_the_full_pass(apply, tokens, full, state)
+  with subtests.test("documents"):
+    check_documents_do_not_see_each_other(apply, tokens)
 
 
 GROUPS = dict(num_heads=4, num_kv_heads=2, tied_embeddings=False)
@@ -162,20 +178,6 @@ def test_groups_are_heads_with_the_same_keys_and_values(name):
   apply = fast_jit(language_model.LanguageModel(whole).apply)
   found = apply({"params": params}, tokens).logits
   np.testing.assert_allclose(found, grouped, atol=2e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_documents_do_not_see_each_other(name):
-  model, params, tokens = init(make(name))
-  segments = (jnp.arange(T) >= 16).astype(jnp.int32)[None].repeat(B, 0)
-  apply = fast_jit(
-    lambda tokens, segments: (
-      model.apply({"params": params}, tokens, None, segments).logits
-    )
-  )
-  packed = apply(tokens, segments)
-  apart = apply(tokens[:, 16:], jnp.zeros((B, T - 16), jnp.int32))
-  np.testing.assert_allclose(packed[:, 16:], apart, atol=2e-5, rtol=1e-4)
 
 
 def without_rates(params):
