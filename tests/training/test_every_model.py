@@ -1,0 +1,135 @@
+"""What holds for every model of `configs/_models.py`: devices and resuming."""
+
+import json
+import math
+
+import numpy as np
+
+from configs import _base, _models
+from hope_jax import config as config_lib
+from hope_jax.model_config import PATTERNS
+from hope_jax.models.block import SEQUENCE_LAYERS
+from tests.training.test_sharding import child
+
+EVERY = """
+import json, pathlib, sys
+import jax
+import numpy as np
+from hope_jax import config as config_lib
+from hope_jax.config import MeshConfig
+from hope_jax.data import pipeline
+from hope_jax.training import checkpoints, sharding, step
+from tests.pallas_kernels.testing import fast_compile
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+def start(abstract):
+  \"""A state of noise: initialising would be one more compilation.\"""
+  rng = np.random.default_rng(0)
+  def put(scale):
+    return lambda x: jax.device_put(
+      (scale * rng.normal(size=x.shape)).astype(x.dtype), x.sharding)
+  state = jax.tree.map(put(0.0), abstract)
+  return state.replace(
+    params=jax.tree.map(put(0.1), abstract.params),
+    fast=jax.tree.map(put(0.1), abstract.fast))
+
+def prepare(config, mesh):
+  source = pipeline.load(config)["train"]
+  batches = pipeline.TrainBatches(source, 8, (0, 8), 2)
+  batches = [
+    sharding.put_batch(batches[n], mesh, 8, (0, 8)) for n in range(2)]
+  compiled = step.build(config, mesh)
+  abstract = compiled.abstract_state
+  with sharding.activate(mesh):
+    train_step = fast_compile(compiled.train_step, abstract, batches[0])
+  return abstract, train_step, batches
+
+def scalars(metrics):
+  return float(metrics.loss), float(metrics.grad_norm)
+
+def run(config, folder):
+  one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+  abstract, train_step, batches = prepare(config, one)
+  state, expected = start(abstract), []
+  for batch in batches:
+    state, metrics = train_step(state, batch)
+    expected.append(scalars(metrics))
+
+  cube = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+  abstract, train_step, (first, second) = prepare(config, cube)
+  state, before = train_step(start(abstract), first)
+  weights = jax.tree.leaves(state.params)
+  held = sum(x.addressable_shards[0].data.size for x in weights)
+  manager = checkpoints.open_manager(folder, config.train)
+  checkpoints.save(manager, 1, state)
+  state, after = train_step(state, second)
+  again = checkpoints.restore(manager, abstract)
+  resumed = train_step(again, second)
+  manager.close()
+  pairs = zip(*map(jax.tree.leaves, ((state, after), resumed)), strict=True)
+  return {
+    "one": expected,
+    "eight": [scalars(before), scalars(after)],
+    "resumes": all(np.array_equal(a, b) for a, b in pairs),
+    "held": held / sum(x.size for x in weights),
+  }
+
+report = {}
+for name, fields in json.loads(sys.argv[1]).items():
+  config = config_lib.from_config_dict(fields)
+  report[name] = run(config, pathlib.Path(sys.argv[2]) / name)
+print(json.dumps(report))
+"""
+
+
+def tiny(name):
+  """The smallest model of this name, as the configs make it."""
+  group = _models.model(
+    name,
+    "tiny",
+    memory_chunks=(8, 16),
+    cms_chunks=(8, 16, 0),
+    vocab_size=256,
+    width=16,
+    num_layers=len(PATTERNS.get(name, (name,))),
+  )
+  group["memory"]["chunk_length"] = 8
+  if group["memory"]["hidden"]:
+    group["memory"]["hidden"] = 16
+  if group["ffn_hidden"]:
+    group["ffn_hidden"] = 32
+  if "cms" in group:
+    group["cms"]["hidden"] = (8, 8, 16)
+  if "attention_window" in group:
+    group["attention_window"] = 8
+  fields = _base.make(
+    model=group,
+    data={"sequence_length": 32, "batch_size": 8},
+    eval={"batch_size": 8},
+    # Adam divides by the gradient's size: of rounding errors it makes steps.
+    opt={"peak_lr": 1e-2, "warmup_steps": 1, "eps": 1e-4},
+  )
+  config = config_lib.from_config_dict(fields)
+  fields.train.carry_state = not config.model.has_longest_context
+  return config_lib.to_dict(config_lib.from_config_dict(fields))
+
+
+def test_devices_and_resuming(tmp_path, compilation_cache, subtests):
+  """Two steps on 8 devices are those on one, and the second of them from a
+  checkpoint is the same bit for bit, carried state included."""
+  configs = {name: tiny(name) for name in _models.NAMES}
+  layers = {fields["model"]["sequence_layer"] for fields in configs.values()}
+  assert layers == {*SEQUENCE_LAYERS, *PATTERNS}
+  arguments = [json.dumps(configs), str(tmp_path)]
+  done = child(EVERY, arguments, compilation_cache)
+  assert "Involuntary full rematerialization" not in done.stderr
+  found = json.loads(done.stdout.splitlines()[-1])
+  assert [*found] == [*_models.NAMES]
+  for name, run in found.items():
+    with subtests.test(name):
+      losses = [loss for loss, _ in run["one"]]
+      assert all(map(math.isfinite, losses)) and losses[0] != losses[1]
+      np.testing.assert_allclose(run["eight"], run["one"], rtol=1e-5)
+      assert run["resumes"]
+      assert run["held"] < 0.5  # of the parameters, by each device
