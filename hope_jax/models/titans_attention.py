@@ -156,7 +156,7 @@ class MemoryAsContext(nn.Module):
     )
     initial, _ = titans.InitialWeights(cfg, name="initial")()
     persistent = attention.PersistentTokens(cfg, name="persistent")()
-    outputs, memory = run_segments(
+    out = run_segments(
       tokens,
       kernels,
       initial,
@@ -164,12 +164,14 @@ class MemoryAsContext(nn.Module):
       cfg,
       state=before,
       segments=segments,
+      with_dynamics=self.is_mutable_collection("dynamics"),
     )
+    layers.sow_dynamics(self, "memory", out.dynamics)
     if state is not None:
-      state = {"memory": memory, "conv": conv}
+      state = {"memory": out.state, "conv": conv}
     y_BTD = layers.dense(
       cfg.width, cfg, ("heads", "embed"), "output", is_output=True
-    )(outputs.reshape(shape).astype(x_BTD.dtype))
+    )(out.outputs.reshape(shape).astype(x_BTD.dtype))
     return MixerOutput(y_BTD, projected["key"], projected["value"], state)
 
   def _gates(self, x_BTD: jax.Array) -> rules.Gates:
@@ -237,7 +239,8 @@ def run_segments(
   *,
   state: chunks.ChunkState | None,
   segments: jax.Array | None,
-) -> tuple[jax.Array, chunks.ChunkState | None]:
+  with_dynamics: bool = False,
+) -> deep.MemoryOutput:
   """o [B, T, H, K] of all tokens, and the state after them."""
   cfg, live = config.memory, config.is_live("memory")
   batch, length = tokens.query.shape[:2]
@@ -268,19 +271,24 @@ def run_segments(
     )
     after = {x: now[x] for x in ("weight", "momentum")}
     query = q, deep.slow_hidden(base, q)
+    dynamics = None
     if live:
       loss = deep.inner_loss(start, base, k, v, cfg)
       after, read = deep.learn_chunk(
         start, now, loss, k, query, tokens.gates, decays, cfg
       )
       o = deep.read_out(base, q, read)
+      if with_dynamics:
+        dynamics = deep.dynamics_of(
+          initial, after, tokens.gates, k, cfg, base, loss
+        )
     else:
       o = architectures.forward(whole, q, cfg.activation).outputs
     if segment is not None:
       after["segment"] = segment
-    return after, y_BTHK * rms_normalize(o).swapaxes(1, 2)
+    return after, (y_BTHK * rms_normalize(o).swapaxes(1, 2), dynamics)
 
-  outputs, after = chunks.scan_chunks(
+  (outputs, dynamics), after = chunks.scan_chunks(
     step,
     state,
     (xs, decays),
@@ -290,7 +298,11 @@ def run_segments(
     continued=continued,
     docs=chunks.documents(segments, layout, origin),
   )
-  return layout.merge(outputs, axis=1), deep.difference(initial, after, cfg)
+  return deep.MemoryOutput(
+    layout.merge(outputs, axis=1),
+    deep.difference(initial, after, cfg),
+    None if dynamics is None else deep.summarize(dynamics),
+  )
 
 
 def _beside(x_BHTK: jax.Array) -> jax.Array:
