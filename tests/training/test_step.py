@@ -7,22 +7,14 @@ import numpy as np
 import optax
 import pytest
 
-from hope_jax.config import DataConfig, MeshConfig
+from configs import _models
+from hope_jax.config import DataConfig, MeshConfig, from_config_dict
 from hope_jax.data import pipeline
-from hope_jax.model_config import (
-  LINEAR_LAYERS,
-  MEMORY_LAYERS,
-  PATTERNS,
-  RECURRENT_LAYERS,
-  STATE_SPACE_LAYERS,
-  CMSConfig,
-  MemoryConfig,
-  ModelConfig,
-)
+from hope_jax.model_config import CMSConfig, MemoryConfig, ModelConfig
 from hope_jax.models import language_model
-from hope_jax.models.block import SEQUENCE_LAYERS
 from hope_jax.training import sharding, step
 from tests.pallas_kernels.testing import fast_compile, fast_jit
+from tests.training import test_every_model
 
 # Recorded on a CPU with jax 0.10.2; see CHANGELOG before changing them.
 GOLDEN_LOSS = [5.549557, 5.488030]
@@ -84,25 +76,12 @@ def test_train_step_does_not_recompile(tiny):
   assert compiled.train_step._cache_size() == 1
 
 
-@pytest.mark.parametrize("name", [*SEQUENCE_LAYERS, *PATTERNS])
-def test_train_step_keeps_the_types_of_the_state(tiny, name):
+@pytest.mark.parametrize("name", _models.NAMES)
+def test_train_step_keeps_the_types_of_the_state(name):
   """Or the second step compiles again."""
-  config = carrying(tiny, slowest=16)
-  without_cms = (*LINEAR_LAYERS, *RECURRENT_LAYERS, *STATE_SPACE_LAYERS)
-  without_cms += tuple(PATTERNS)
-  carries = name in (*MEMORY_LAYERS, *without_cms)
-  config = dataclasses.replace(
-    config,
-    model=dataclasses.replace(
-      config.model,
-      sequence_layer=name,
-      attention_window=8 if name in PATTERNS else 0,
-      cms=CMSConfig() if name in without_cms else config.model.cms,
-    ),
-    train=dataclasses.replace(config.train, carry_state=carries),
-  )
+  config = from_config_dict(test_every_model.tiny(name))
   compiled, mesh, source = build(config)
-  batch = pipeline.TrainBatches(source, 4, (0, 4), 1)[0]
+  batch = pipeline.TrainBatches(source, 8, (0, 8), 1)[0]
   with sharding.activate(mesh):
     before = jax.eval_shape(compiled.init, jax.random.key(0))
     after, _ = jax.eval_shape(compiled.train_step, before, batch)
