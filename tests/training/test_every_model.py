@@ -108,10 +108,11 @@ def tiny(name):
     data={"sequence_length": 32, "batch_size": 8},
     eval={"batch_size": 8},
     # Adam divides by the gradient's size: of rounding errors it makes steps.
-    opt={"peak_lr": 1e-2, "warmup_steps": 1, "eps": 1e-4},
+    opt={"peak_lr": 1e-2, "warmup_steps": 1, "eps": 1e-2},
   )
   config = config_lib.from_config_dict(fields)
-  fields.train.carry_state = not config.model.has_longest_context
+  carries = not config.model.has_longest_context
+  fields.update({"train": {"carry_state": carries}})
   return config_lib.to_dict(config_lib.from_config_dict(fields))
 
 
