@@ -63,7 +63,7 @@ def run(config, folder):
   abstract, train_step, (first, second) = prepare(config, cube)
   state, before = train_step(start(abstract), first)
   error = jax.tree.map(
-    lambda a, b: float(np.abs(a - b).max() / np.abs(a).max()),
+    lambda a, b: float(np.abs(a - b).max() / (np.abs(a).max() or 1)),
     gradient, jax.device_get(moments(state)))
   weights = jax.tree.leaves(state.params)
   held = sum(x.addressable_shards[0].data.size for x in weights)
