@@ -77,6 +77,8 @@ class LSTM(nn.Module):
         state = jax.tree.map(lambda s: jnp.where(is_new[:, None], 0, s), state)
       z = x + jnp.dot(state["hidden"].astype(x.dtype), recurrent)
       z = z.astype(jnp.float32) + bias[None]
+      # Left to the compiler, gradients are wrong on a mesh of all three axes.
+      z = nn.with_logical_constraint(z, ("batch", "gates"))
       i, f, g, o = jnp.split(z, 4, axis=-1)
       cell = nn.sigmoid(f) * state["cell"] + nn.sigmoid(i) * jnp.tanh(g)
       hidden = nn.sigmoid(o) * jnp.tanh(cell)

@@ -25,9 +25,8 @@ def test_model_learns_the_smallest_recall(name, tmp_path):
   if name in NOT_EXPECTED:
     pytest.skip(NOT_EXPECTED[name])
   fields = mqar.get_config(name)
-  fields.train.update(
-    steps=600, eval_every=0, dynamics_every=0, checkpoint_every=0
-  )
+  without = dict.fromkeys(("eval_every", "dynamics_every"), 0)
+  fields.update({"train": {"steps": 600, "checkpoint_every": 0, **without}})
   result = loop.run(config_lib.from_config_dict(fields), tmp_path)
   jax.clear_caches()
   assert result["accuracy"] > 2 * GUESSING
