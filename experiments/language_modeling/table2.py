@@ -21,6 +21,7 @@ from experiments.language_modeling import paper
 from experiments.subwords import Size
 from experiments.trials import Evaluation, Plan, Trial, slug, staged
 
+MIN_ROWS = 10  # of a correlation
 TEXT, RECALL = "text", "MQAR"
 NOVELS = "novels"
 # Both fast and slow kinds of memory, and attention; no rank is claimed.
@@ -271,6 +272,7 @@ def paper_lines(
     theirs = paper.ranked(size, rows)
     for line in found:
       row = line["model"]
+      line[f"paper {size}"] = ""
       if row not in theirs:
         continue
       numbers = paper.TABLE[size][row]
@@ -299,11 +301,13 @@ def _our_rank(
 def correlations(
   records: Sequence[runner.Record],
 ) -> dict[str, dict[int, float]]:
-  """Size -> seed -> Spearman's correlation of our ranks with the paper's."""
+  """Size -> seed -> Spearman's correlation of our ranks with the paper's, for
+  sizes at which it has enough rows."""
   by_seed = perplexities(records)
   return {
     size: {seed: paper.spearman(seen, size) for seed, seen in by_seed.items()}
-    for size in paper.TABLE
+    for size, rows in paper.TABLE.items()
+    if len(rows) >= MIN_ROWS
   }
 
 
@@ -318,7 +322,7 @@ def _correlation_text(found: Mapping[str, Mapping[int, float]]) -> str:
       f"* {size}, {len(paper.TABLE[size])} rows: {statistics.fmean(values):.2f}"
       f" ({min(values):.2f} to {max(values):.2f})\n"
     )
-  return f"{text}\n"
+  return text
 
 
 # ------------------------------------------------------------------ report
@@ -340,7 +344,7 @@ def report(
   beside = paper_lines(records, with_ranks=is_claimed)
   text = (
     f"{tables.markdown(lines(records, sizes))}\n{tables.markdown(beside)}\n"
-    f"{_correlation_text(found) if is_claimed else note}{PAPER_NOTE}\n"
+    f"{_correlation_text(found) if is_claimed else note}\n{PAPER_NOTE}\n"
     f"{tables.caption(records)}"
   )
   (folder / "table.md").write_text(text)
