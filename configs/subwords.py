@@ -9,8 +9,7 @@ Modes: a model, optionally with `gpu` (60M parameters, 105M tokens, T 2048,
   (4 steps): `hope`, `titans,gpu`, `rwkv7,smoke`.
 Data: the folders that experiments/subwords.py makes.  Training mixes WikiText-2
   and the novels one to five, as their sizes are; validation and test are
-  WikiText-2's own, whole.  105M tokens are five or
-  six epochs of both.
+  WikiText-2's own, whole.  105M tokens are five or six epochs of both.
 Hardware: two CPU cores; `gpu` is for one GPU.
 Measured: not trained yet at either size; parameter counts are tested.
 """
