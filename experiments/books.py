@@ -40,8 +40,9 @@ def read(path: pathlib.Path) -> str:
   return text.read(epath.Path(path)).tobytes().decode().translate(ASCII)
 
 
-def prepare(source: pathlib.Path, folder: pathlib.Path = FOLDER) -> None:
-  """Writes all parts to `folder`."""
+def splits(source: pathlib.Path) -> dict[str, dict[str, str]]:
+  """Split -> book -> text: novels to train on, a passage of every other one;
+  and `long`, the test books whole."""
   novels = {path.stem: path for path in (source / "novels").glob("*.txt")}
   books = sorted((source / "longbooks").glob("*.txt"))
   train = sorted(set(novels) - set(VALIDATION))
@@ -50,18 +51,24 @@ def prepare(source: pathlib.Path, folder: pathlib.Path = FOLDER) -> None:
       f"{source} must hold novels/*.txt (with {', '.join(VALIDATION)}) and"
       " longbooks/*.txt: set --data to their folder"
     )
-  (folder / "long").mkdir(parents=True, exist_ok=True)
-  whole = {path.name: read(path) for path in books}
-  for name, content in whole.items():
-    (folder / "long" / name).write_text(content)
-  passages = {
-    "valid": [read(novels[stem]) for stem in VALIDATION],
-    "test": list(whole.values()),
+  passage = slice(SKIP, SKIP + PASSAGE)
+  whole = {path.stem: read(path) for path in books}
+  return {
+    "train": {stem: read(novels[stem]) for stem in train},
+    "valid": {stem: read(novels[stem])[passage] for stem in VALIDATION},
+    "test": {stem: content[passage] for stem, content in whole.items()},
+    "long": whole,
   }
-  for split, found in passages.items():
-    parts = [content[SKIP : SKIP + PASSAGE] for content in found]
-    (folder / f"{split}.txt").write_text("".join(parts))
-  (folder / "train.txt").write_text("".join(read(novels[s]) for s in train))
+
+
+def prepare(source: pathlib.Path, folder: pathlib.Path = FOLDER) -> None:
+  """Writes all parts to `folder`."""
+  parts = splits(source)
+  (folder / "long").mkdir(parents=True, exist_ok=True)
+  for stem, content in parts.pop("long").items():
+    (folder / "long" / f"{stem}.txt").write_text(content)
+  for split, found in parts.items():
+    (folder / f"{split}.txt").write_text("".join(found.values()))
 
 
 def prepare_for(flags: argparse.Namespace) -> None:

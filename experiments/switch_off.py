@@ -6,32 +6,80 @@ memory model's work, so its loss alone proves nothing.  A claim needs the
 *switch-off* (the live-trained model with its writes off at evaluation).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from experiments.trials import Evaluation, Trial
 
 TWIN = {"model.inner_rates": "off"}
 
-# The rows of every comparison: row -> (mode of the config, overrides).
-ROWS = {
-  "Transformer++": ("transformer", {}),
-  "Transformer++ conv": ("transformer_conv", {}),
-  "Titans": ("titans", {}),
-  "Titans twin": ("titans", TWIN),
-  "Hope": ("hope", {}),
-  "Hope twin": ("hope", TWIN),
+# The models of all comparisons: row -> mode of the config.
+MODELS = {
+  "Transformer++": "transformer",
+  "Transformer++ conv": "transformer_conv",
+  "RetNet": "retnet",
+  "DeltaNet": "deltanet",
+  "Gated DeltaNet": "gated_deltanet",
+  "Comba": "comba",
+  "Mamba": "mamba",
+  "Mamba2": "mamba2",
+  "Samba": "samba",
+  "RWKV-7": "rwkv7",
+  "LSTM": "lstm",
+  "SRWM": "srwm",
+  "TTT-Linear": "ttt_linear",
+  "TTT-MLP": "ttt_mlp",
+  "DLA": "dla",
+  "Memora": "memora",
+  "Titans": "titans",
+  "Titans MAC": "titans_mac",
+  "Titans MAG": "titans_mag",
+  "Titans MAL": "titans_mal",
+  "Hope": "hope",
+  "Hope-Attention": "hope_attention",
 }
 
+# What learns in the sequence by a rate of its own, and so has a twin -> the
+# levels, beside all of them, whose writes are switched off.
 _LEVELS = {
-  "titans": (),  # its memory is all it has
+  "srwm": (),  # its memory is all it has
+  "ttt_linear": (),
+  "ttt_mlp": (),
+  "dla": (),
+  "memora": (),
+  "titans": (),
+  "titans_mac": (),
+  "titans_mag": (),
+  "titans_mal": (),
   "hope": (
     ("memory",),
     ("k", "v", "eta", "alpha"),
     ("cms_0",),
     ("cms_1",),
   ),
+  "hope_attention": (("cms_0",), ("cms_1",)),
 }
+
+
+def with_twins(rows: Iterable[str]) -> tuple[str, ...]:
+  """The models `rows`, and after each that has one its twin."""
+  found = []
+  for row in rows:
+    found.append(row)
+    if MODELS[row] in _LEVELS:
+      found.append(f"{row} twin")
+  return tuple(found)
+
+
+# All rows -> (mode of the config, overrides).
+ROWS = {
+  row: (MODELS[row.removesuffix(" twin")], TWIN if row not in MODELS else {})
+  for row in with_twins(MODELS)
+}
+# Those that two cores can repeat on many seeds.
+CORE_ROWS = with_twins(
+  ("Transformer++", "Transformer++ conv", "Titans", "Hope")
+)
 
 LONG = 4096  # tokens
 

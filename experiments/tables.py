@@ -79,6 +79,21 @@ def scores(record: Record, label: str | None = None) -> Scores:
   return {"loss": result["test_loss"], "accuracy": result["accuracy"]}
 
 
+def description(done: Sequence[Record]) -> dict[str, str]:
+  """The columns DESCRIPTION of a row's finished trials."""
+  if not done:
+    return dict.fromkeys(DESCRIPTION, "-")
+  results = [record.result or {} for record in done]
+  speed = statistics.median(r["tokens_per_second"] for r in results)
+  described = (
+    f"{results[0]['parameters']:,}",
+    f"{results[0]['tokens']:,}",
+    f"{speed:,.0f}",
+    f"{results[0]['config']['opt']['peak_lr']:g}",
+  )
+  return dict(zip(DESCRIPTION, described, strict=True))
+
+
 def _row(
   name: str, records: list[Record], columns: Columns
 ) -> list[dict[str, str]]:
@@ -87,17 +102,8 @@ def _row(
   measured = [scores(record) for record in done]
   lines = [{"model": name}]
   lines[0].update((key, cell(measured)) for key, cell in columns.items())
-  lines[0].update(dict.fromkeys(DESCRIPTION, "-"))
+  lines[0].update(description(done))
   if done:
-    results = [record.result or {} for record in done]
-    speed = statistics.median(r["tokens_per_second"] for r in results)
-    described = (
-      f"{results[0]['parameters']:,}",
-      f"{results[0]['tokens']:,}",
-      f"{speed:,.0f}",
-      f"{results[0]['config']['opt']['peak_lr']:g}",
-    )
-    lines[0].update(zip(DESCRIPTION, described, strict=True))
     for label in done[0].evaluations:
       measured = [scores(record, label) for record in done]
       line = {"model": f"{name}, {switch_off.describe(label)}"}

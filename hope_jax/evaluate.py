@@ -4,7 +4,8 @@ python -m hope_jax.evaluate --workdir=runs/x --split=test
 python -m hope_jax.evaluate --workdir=runs/x --writes=off --level=memory,cms_0
 
 `--writes=off` switches the memories' writes off: of all of them, or of the
-levels named by `--level`.  `--length=4096` reads longer sequences than training
+levels named by `--level`.  `--path` reads other data than training's, of the
+same kind and tokenizer.  `--length=4096` reads longer sequences than training
 did (text).  `--positions` adds the scores of the first 64 positions, the next
 64, the next 128 ...: does more context help?  `--dynamics` adds what the
 memories did in the split's first batch, per layer and level: learn rates,
@@ -37,6 +38,7 @@ def define_flags() -> None:
   flags.DEFINE_enum("split", "test", ["valid", "test"], "evaluated split")
   flags.DEFINE_enum("writes", "on", ["on", "off"], "inner learning")
   flags.DEFINE_list("level", [], "with --writes=off: these levels only")
+  flags.DEFINE_string("path", None, "data, if not training's")
   flags.DEFINE_integer("length", None, "tokens per sequence, if not training's")
   flags.DEFINE_bool("positions", False, "also scores by position")
   flags.DEFINE_bool("dynamics", False, "also what the memories do inside")
@@ -53,6 +55,14 @@ def switch_off(model: ModelConfig, levels: tuple[str, ...]) -> ModelConfig:
     frozen = model.frozen_levels + levels
     return dataclasses.replace(model, frozen_levels=frozen)
   return dataclasses.replace(model, inner_rates="off")
+
+
+def elsewhere(config: Config, path: str) -> Config:
+  """`config` on the data in `path`."""
+  if config.data.kind == "mqar":
+    raise ConfigError("--path is for data that is read, not for mqar")
+  data = dataclasses.replace(config.data, path=path, weights=())
+  return dataclasses.replace(config, data=data)
 
 
 def lengthen(config: Config, length: int) -> Config:
@@ -121,6 +131,8 @@ def main() -> None:
     config = dataclasses.replace(config, model=model)
   elif levels:
     raise ConfigError("--level needs --writes=off")
+  if args.path is not None:
+    config = elsewhere(config, args.path)
   if args.length is not None:
     config = lengthen(config, args.length)
   scores = {
@@ -128,6 +140,7 @@ def main() -> None:
     "model": config.model.sequence_layer,
     "writes": args.writes,
     "levels": list(levels),
+    "path": config.data.path,
     "length": config.data.sequence_length,
     **evaluate(
       config,

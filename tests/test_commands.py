@@ -216,6 +216,18 @@ def test_evaluate_without_writes_scores_another_model(titans):
   assert losses[1] == losses[2]  # its only level is all of it
 
 
+def test_evaluate_elsewhere_reads_the_other_data(titans, tmp_path):
+  folder, config = titans
+  for split in ("train", "valid", "test"):
+    (tmp_path / f"{split}.txt").write_text("another text " * 12)
+  other = evaluate.elsewhere(config, str(tmp_path))
+  scores = [evaluate.evaluate(c, folder, "test") for c in (config, other)]
+  assert scores[0]["loss"] != scores[1]["loss"]
+  mqar = dataclasses.replace(config.data, kind="mqar")
+  with pytest.raises(ConfigError, match="--path is for data that is read"):
+    evaluate.elsewhere(dataclasses.replace(config, data=mqar), "x")
+
+
 def test_evaluate_at_another_length_reads_as_many_tokens(titans):
   folder, config = titans  # batches of 2 x 32 tokens
   longer = evaluate.lengthen(config, 64)

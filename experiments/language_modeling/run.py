@@ -2,10 +2,12 @@
 
 python -m experiments.language_modeling.run --scale=demo
 python -m experiments.language_modeling.run --scale=cpu --data=FOLDER
+python -m experiments.language_modeling.run --scale=t2 --data=FOLDER
 
 Writes results.json, table.md and PNG plots; see README.md for the protocol.
 """
 
+import argparse
 import math
 import pathlib
 import statistics
@@ -14,8 +16,10 @@ import sys
 from collections.abc import Sequence
 
 from experiments import plots, runner, switch_off, tables
+from experiments.language_modeling import paper, table2
 from experiments.trials import ROOT, Plan, slug, staged
 
+SCALES = ("demo", "cpu", "smoke", *table2.SCALES)
 # The longest first: what follows fills the other cores.
 DEMO_ROWS = ("Hope", "Titans", "Transformer++", "Transformer++ conv")
 RATES = (2e-3, 4e-3, 8e-3)
@@ -24,16 +28,6 @@ SEEDS = (0, 1, 2)
 STEPS = 180
 PROMPT, SAMPLE_TOKENS = "ROMEO:", 400
 
-# Table 2: model, parameters, tokens, WikiText perplexity, mean accuracy of
-# the reasoning tasks (340M: NeurIPS version and Titans paper).
-PAPER = (
-  ("Transformer++", "340M", "15B", 31.52, 42.92),
-  ("Titans (LMM)", "340M", "15B", 26.18, 46.17),
-  ("Hope", "340M", "15B", 26.05, 46.90),
-  ("Transformer++", "1.3B", "100B", 17.92, 53.38),
-  ("Titans", "1.3B", "100B", 15.60, 56.82),
-  ("Hope", "1.3B", "100B", 14.39, 58.04),
-)
 PAPER_NOTE = """\
 Rows "paper" are Table 2's, for reference: WikiText perplexity per subword
 (and mean accuracy on the reasoning tasks) after training on web text.  They
@@ -80,16 +74,24 @@ def cpu_plan(data: str) -> Plan:
       ),
     )
     for group, (config, switch, fields) in texts.items()
-    for row in switch_off.ROWS
+    for row in switch_off.CORE_ROWS
   ]
   return staged(rows, rates=RATES, seeds=SEEDS)
 
 
-PLANS = {
-  "demo": lambda flags: demo_plan(),
-  "cpu": lambda flags: cpu_plan(flags.data),
-  "smoke": lambda flags: demo_plan(",smoke"),
-}
+def make_plan(flags: argparse.Namespace) -> Plan:
+  """The plan of the flags' scale."""
+  if flags.scale in table2.SCALES:
+    return table2.plan(table2.SCALES[flags.scale])
+  if flags.scale == "cpu":
+    return cpu_plan(flags.data)
+  return demo_plan(",smoke" if flags.scale == "smoke" else "")
+
+
+def prepare(flags: argparse.Namespace) -> None:
+  """Makes the data of the flags' scale."""
+  if flags.scale in table2.SCALES:
+    table2.prepare(flags.data, table2.SCALES[flags.scale])
 
 
 def relative_change(scores: Sequence[tables.Scores]) -> str:
@@ -117,15 +119,17 @@ COLUMNS = {
 
 
 def paper_lines() -> list[tables.Line]:
-  """Table 2's rows as lines of ours."""
+  """Rows of Table 2 as lines of ours."""
   return [
     {
-      "model": f"paper: {model}",
-      "perplexity": f"{perplexity:.2f} ({accuracy:.2f})",
-      "parameters": parameters,
-      "tokens": tokens,
+      "model": f"paper: {row}",
+      "perplexity": f"{numbers.perplexity:.2f} ({numbers.accuracy:.2f})",
+      "parameters": size,
+      "tokens": paper.TOKENS[size],
     }
-    for model, parameters, tokens, perplexity, accuracy in PAPER
+    for size in ("340M", "1.3B")
+    for row in ("Transformer++", "Titans", "Hope")
+    for numbers in (paper.TABLE[size][row],)
   ]
 
 
@@ -153,6 +157,9 @@ def report(
   records: Sequence[runner.Record], folder: pathlib.Path, scale: str
 ) -> None:
   """Writes and prints everything that a reader wants to see."""
+  if scale in table2.SCALES:
+    table2.report(records, folder, scale)
+    return
   order = list(switch_off.ROWS)
   records = sorted(records, key=lambda record: order.index(record.trial.row))
   folder.mkdir(parents=True, exist_ok=True)
@@ -178,7 +185,7 @@ def report(
     "language_modeling",
     records,
     scale=scale,
-    paper=[list(row) for row in PAPER],
+    paper=paper.TABLE,
     table=text,
     samples=samples,
   )
@@ -189,14 +196,9 @@ def report(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  flags = runner.arguments("language_modeling", tuple(PLANS), argv)
-  plan = PLANS[flags.scale](flags)
-  experiment = runner.Runner(
-    plan, flags.out, jobs=flags.jobs, budget=flags.budget
-  )
-  code = experiment.run()
-  report(experiment.records(), flags.report, flags.scale)
-  return code
+  flags = runner.arguments("language_modeling", SCALES, argv)
+  plans = {flags.scale: lambda: make_plan(flags)}
+  return runner.main("language_modeling", plans, report, argv, prepare)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def _rows(group: str, switch: str) -> list[Trial]:
       overrides={"train.keep_checkpoints": 1, "train.eval_every": 0},
       evaluations=switch_off.switch_offs(row)[: 1 if end else None],
     )
-    for row in switch_off.ROWS
+    for row in switch_off.CORE_ROWS
   ]
 
 
@@ -75,7 +75,7 @@ def report(
 ) -> None:
   """Writes and prints the accuracy tables and the bar chart."""
   folder.mkdir(parents=True, exist_ok=True)
-  text, points = "", {row: {} for row in switch_off.ROWS}
+  text, points = "", {row: {} for row in switch_off.CORE_ROWS}
   for group in GROUPS:
     text += f"{group}\n\n{tables.table(records, group, COLUMNS)}\n"
     for row, trials in tables.by_row(records, group).items():

@@ -145,7 +145,7 @@ def test_plots_are_written(tmp_path):
 @pytest.mark.parametrize("module", [language_modeling, mqar])
 def test_report_of_a_partly_failed_experiment(tmp_path, module, capsys):
   group = next(iter(getattr(module, "GROUPS", {"text": ""})))
-  rows = list(switch_off.ROWS)
+  rows = switch_off.CORE_ROWS
   records = [
     _record(rows[2], 0, 1.0, group=group, folder=str(tmp_path)),
     _record(rows[0], 0, 1.0, group=group, status=FAILED),

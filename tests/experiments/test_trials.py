@@ -127,7 +127,7 @@ def test_mqar_has_three_seeds_of_every_row_at_all_sizes():
     final = [t for t in planned if t.group == group and t.is_final]
     seeds = sorted((t.row, t.seed) for t in final)
     assert seeds == sorted(
-      (row, n) for row in switch_off.ROWS for n in range(3)
+      (row, n) for row in switch_off.CORE_ROWS for n in range(3)
     )
     assert {trials.resolve(t).data.num_pairs for t in final} == {pairs}
 

@@ -1,0 +1,235 @@
+"""Table 2's harness, without training anything."""
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import pytest
+from etils import epath
+
+from configs import subwords as config_subwords
+from experiments import books, subwords, switch_off, trials
+from experiments.language_modeling import paper, table2
+from experiments.runner import DONE, LEFT, Record
+from experiments.subwords import Size
+from hope_jax import config as config_lib
+from hope_jax.config import Config
+from hope_jax.data import records, tokenizer
+
+SIZES = {
+  "wikitext2": Size(tokens=10, bytes=20, words=5),
+  "novels": Size(tokens=10, bytes=40, words=5),
+}
+
+
+def _planned(scale: table2.Scale) -> Sequence[trials.Trial]:
+  """All trials of a scale: of its grid, the first rate is the best."""
+  plan = table2.plan(scale)
+  rates = (scale.rates[0], scale.recall_rates[0])
+  results = {
+    trial.name: {
+      "valid_loss": float(trial.overrides["opt.peak_lr"] not in rates)
+    }
+    for trial in plan({})
+  }
+  return plan(results)
+
+
+def _records(
+  scale: table2.Scale, losses: Mapping[str, float], missing: str = ""
+) -> list[Record]:
+  """Everything done, with a row's test loss; but the last seed of `missing`."""
+  config = config_lib.to_dict(Config())
+  found = []
+  for trial in _planned(scale):
+    is_left = trial.row == missing and trial.seed == scale.seeds[-1]
+    result = {
+      "parameters": 1_500_000,
+      "tokens": 1_024_000,
+      "test_loss": losses.get(trial.row, 9.0),
+      "accuracy": 0.5,
+      "tokens_per_second": 1000.0,
+      "config": config,
+    }
+    off = {e.label: {"loss": 1.0, "accuracy": 0.25} for e in trial.evaluations}
+    status, folder = LEFT if is_left else DONE, pathlib.Path("none")
+    done = (None, {}) if is_left else (result, off)
+    found.append(Record(trial, status, *done, "", folder))
+  return found
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+  monkeypatch.setattr(table2.plots, "loss_curves", lambda *_: None)
+  monkeypatch.setattr(table2.plots, "bars", lambda *_, **__: None)
+
+
+def test_measures_of_a_hand_example():
+  # Each of 10 targets costs one bit: 10 bits in 5 words and in 20 bytes.
+  loss = math.log(2)
+  assert table2.word_perplexity(loss, SIZES["wikitext2"]) == pytest.approx(4)
+  assert table2.bits_per_byte(loss, SIZES["wikitext2"]) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name", ["t2", "gpu"])
+def test_rows_have_equal_tokens_and_one_grid(name):
+  scale = table2.SCALES[name]
+  settings: dict[str, dict[str, set]] = {}
+  for trial in table2.plan(scale)({}):
+    config = trials.resolve(trial)
+    tokens = config.train.steps * (
+      config.data.batch_size * config.data.sequence_length
+    )
+    if trial.group == table2.TEXT:
+      assert tokens >= {"t2": 1e6, "gpu": 1e8}[name]
+      assert config.eval.batches == 0  # measures are of whole splits
+      assert config.data.path.startswith(scale.data.folder)
+    row = settings.setdefault(trial.group, {}).setdefault(trial.row, set())
+    row.add((config.opt.peak_lr, tokens, config.opt.warmup_steps))
+  for rows in settings.values():
+    assert tuple(rows) == scale.rows
+    assert len(set(map(frozenset, rows.values()))) == 1
+    assert len(rows["Hope"]) == 3
+  seeds = {trial.seed for trial in _planned(scale) if trial.is_final}
+  assert seeds == {"t2": {0}, "gpu": {0, 1, 2}}[name]
+
+
+def test_scales_have_the_promised_rows():
+  models = [r for r in table2.SCALES["t2"].rows if r in switch_off.MODELS]
+  assert len(models) == 8
+  assert set(paper.ROWS) <= set(table2.SCALES["gpu"].rows)
+  assert set(paper.ROWS) <= set(switch_off.MODELS)
+
+
+def test_all_that_learns_in_the_sequence_has_a_twin_and_its_switch_offs():
+  for row, mode in switch_off.MODELS.items():
+    trial = trials.Trial("", row, row, "configs/shakespeare.py", mode)
+    levels = trials.resolve(trial).model.fast_levels
+    assert (f"{row} twin" in switch_off.ROWS) == bool(levels), row
+    off = switch_off.switch_offs(row)
+    named = [e.flags[-1].removeprefix("--level=") for e in off[1:]]
+    assert bool(off) == bool(levels)
+    assert {n for name in named for n in name.split(",")} in (set(), {*levels})
+    assert not switch_off.switch_offs(f"{row} twin" if levels else row)
+
+
+def test_ranks_share_places_and_follow_the_direction():
+  assert paper.ranks([3.0, 1.0, 3.0, 2.0]) == [3.5, 1.0, 3.5, 2.0]
+  # Hope has the lowest perplexity of three and the highest accuracy.
+  ranked = paper.ranked("760M", ["Samba", "Mamba", "RetNet", "Hope"])
+  assert ranked == {"Samba": (2, 2), "RetNet": (3, 3), "Hope": (1, 1)}
+
+
+def test_spearman_of_the_papers_own_and_the_reversed_order():
+  theirs = {row: n.perplexity for row, n in paper.TABLE["760M"].items()}
+  assert paper.spearman(theirs, "760M") == pytest.approx(1)
+  theirs = {row: -value for row, value in theirs.items()}
+  assert paper.spearman(theirs, "760M") == pytest.approx(-1)
+
+
+@pytest.mark.parametrize(
+  ("name", "missing"), [("t2", ""), ("gpu", "Hope"), ("gpu", "Titans twin")]
+)
+def test_no_correlation_from_a_cpu_or_an_unfinished_run(
+  tmp_path, name, missing
+):
+  scale = table2.SCALES[name]
+  table2.report(_records(scale, {}, missing), tmp_path, name, SIZES)
+  text = (tmp_path / "table.md").read_text()
+  assert "Spearman" not in text and "our rank" not in text
+  assert ("check of the pipeline only" in text) == (name == "t2")
+  assert "18.68 / 52.28 (1, 1)" in text  # the paper's rank is always there
+  assert not json.loads((tmp_path / "results.json").read_text())["correlations"]
+
+
+def test_finished_gpu_run_has_ranks_and_correlations(tmp_path):
+  losses = {r: math.log(n.perplexity) for r, n in paper.TABLE["340M"].items()}
+  losses |= {r: math.log(n.perplexity) for r, n in paper.TABLE["760M"].items()}
+  found = _records(table2.SCALES["gpu"], losses)
+  table2.report(found, tmp_path, "gpu", SIZES)
+  text = (tmp_path / "table.md").read_text()
+  assert "* 760M, 11 rows: 1.00 (1.00 to 1.00)" in text
+  (line,) = (x for x in text.splitlines() if "(1, 1)" in x and "18.68" in x)
+  assert "1 (1 to 1)" in line
+
+
+def test_table_has_every_measure_of_a_row(tmp_path):
+  found = _records(table2.SCALES["t2"], {"Titans": math.log(2)})
+  line, off = (
+    x
+    for x in table2.lines(found, SIZES)
+    if x["model"].startswith("Titans") and "twin" not in x["model"]
+  )
+  assert line == {
+    "model": "Titans",
+    "WikiText ppl": "2.00",
+    "WikiText word ppl": "4.0",
+    "WikiText bits/byte": "0.500",
+    "novels ppl": "2.72",
+    "novels bits/byte": f"{10 / math.log(2) / 40:.3f}",
+    "MQAR %": "50.0",
+    "parameters": "1,500,000",
+    "tokens": "1,024,000",
+    "tokens/s": "1,000",
+    "peak lr": "0.001",
+    "seeds": "1",
+    "trials": "3 + 3",
+  }
+  assert off["model"] == "Titans, writes off: all"
+  assert (off["WikiText ppl"], off["MQAR %"]) == ("2.72", "25.0")
+
+
+@pytest.fixture
+def source(tmp_path) -> pathlib.Path:
+  """A folder of texts: every document says what it is."""
+  novels = [*books.VALIDATION, "Train_A_1900", "Train_B_1901"]
+  names = {
+    "wikitext2": ["train", "valid", "test"],
+    "novels": novels,
+    "longbooks": ["long"],
+  }
+  for folder, documents in names.items():
+    for name in documents:
+      path = tmp_path / "source" / folder / f"{name}.txt"
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_text(f"{folder} {name} says äh : six seven \n " * 40)
+  return tmp_path / "source"
+
+
+def test_prepare_trains_the_tokenizer_on_training_text_only(
+  source, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(books, "SKIP", 0)
+  seen, train = [], tokenizer.train
+  monkeypatch.setattr(
+    tokenizer,
+    "train",
+    lambda texts, size: seen.extend(texts) or train(texts, size),
+  )
+  scale = config_subwords.Scale("tiny", pieces=288, length=32, align=8)
+  subwords.prepare(source, scale, tmp_path / "out")
+  subwords.prepare(source, scale, tmp_path / "out")  # nothing is left to do
+  assert sorted(text.split()[1] for text in seen) == [
+    "Train_A_1900",
+    "Train_B_1901",
+    "train",
+  ]
+  sizes = subwords.sizes(scale, tmp_path / "out")
+  text = "wikitext2 test says äh : six seven \n " * 40
+  assert sizes["wikitext2"].words == 7 * 40
+  assert sizes["wikitext2"].bytes == len(text.encode()) == len(text) + 40
+  words = tokenizer.load(tmp_path / "out" / tokenizer.MODEL)
+  # The first token is not predicted, the end token is.
+  assert sizes["wikitext2"].tokens == len(words.encode(text))
+  config = config_lib.DataConfig(
+    kind="records",
+    path=",".join(str(tmp_path / "out" / name) for name in sizes),
+    sequence_length=32,
+  )
+  sources = records.load(config, 288)
+  test = sources["test"]
+  weights = sum(float(test[i]["weights"].sum()) for i in range(len(test)))
+  assert weights == sizes["wikitext2"].tokens
+  manifest = records.read_manifest(epath.Path(tmp_path / "out/novels/train"))
+  assert manifest.counts["documents"] == 2
