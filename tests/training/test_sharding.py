@@ -151,7 +151,7 @@ def child(program, arguments, environment):
     env=os.environ | environment | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
     capture_output=True,
     text=True,
-    timeout=400,
+    timeout=900,
     check=False,
   )
   assert done.returncode == 0, done.stderr[-3000:]
