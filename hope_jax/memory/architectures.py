@@ -62,7 +62,12 @@ class Trace(NamedTuple):
 
 
 def whole(initial: Any, difference: Any) -> Any:
-  """W = M_0 + D for every sequence: [H, ...] + [B, H, ...], or for one."""
+  """W = M_0 + D for every sequence: [H, ...] + [B, H, ...], or for one.
+
+  `initial` None: the rule acts on W itself.
+  """
+  if initial is None:
+    return difference
 
   def add(m, d):
     return (m if m.ndim == d.ndim else m[None]) + d

@@ -179,7 +179,7 @@ def inner_loss(
   prediction - vhat, clipped, which is constant in D: the erase term completes
   the error token by token.
   """
-  whole = start if slow is None else architectures.whole(slow, start)
+  whole = architectures.whole(slow, start)
   trace = architectures.forward(whole, keys, cfg.activation)
   predictions, features = trace.outputs, trace.inputs.output
   targets = values
@@ -316,7 +316,7 @@ def dynamics_of(
   above error_clip).
   """
   weight = after["weight"]
-  final = weight if slow is None else architectures.whole(slow, weight)
+  final = architectures.whole(slow, weight)
   later = architectures.forward(final, keys, cfg.activation).outputs
   return {
     "learn_rate": jnp.mean(gates.learn_rate),

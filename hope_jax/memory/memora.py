@@ -68,7 +68,7 @@ def run_memory(
 
   def step(start, now, inputs, live):
     after, read = learn_chunk(
-      _logits(base, start), base, now["weight"], inputs, live, cfg
+      architectures.whole(base, start), base, now["weight"], inputs, live, cfg
     )
     return {"weight": after, "momentum": None}, read
 
@@ -97,11 +97,6 @@ def run_memory(
     }
   state = deep.difference(initial, after, cfg) if continued else None
   return deep.MemoryOutput(layout.merge(read, axis=2), state, dynamics)
-
-
-def _logits(base: Weights | None, difference: Weights) -> Weights:
-  """Z from what the rule acts on."""
-  return difference if base is None else architectures.whole(base, difference)
 
 
 def read_at(

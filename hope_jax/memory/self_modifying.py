@@ -246,7 +246,7 @@ def run_projections(
   base = chunks.per_sequence(slow, p.k.shape[0], ("heads",))
 
   def step(start, now, p, live):
-    start = start if base is None else architectures.whole(base, start)
+    start = architectures.whole(base, start)
     made = project(start, p, cfg)
     gates = made.gates._replace(
       retention=rules.retained(made.gates.retention, cfg)
@@ -256,8 +256,7 @@ def run_projections(
     )
     dynamics = {}
     if with_dynamics:
-      final = after["weight"]
-      final = final if base is None else architectures.whole(base, final)
+      final = architectures.whole(base, after["weight"])
       later = forward(final, made.k, cfg)
       dynamics = _dynamics(initial, final, gates, trace, later, targets, cfg)
     return after, (made, dynamics)

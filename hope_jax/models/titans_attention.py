@@ -259,7 +259,7 @@ def run_segments(
 
   def step(start, now, inputs, is_token):
     tokens, decays = inputs
-    whole = start if base is None else architectures.whole(base, start)
+    whole = architectures.whole(base, start)
     read = architectures.forward(whole, tokens.retrieval, cfg.activation)
     h_BTD = _beside(rms_normalize(read.outputs))
     y_BTHK, segment = _attend(
