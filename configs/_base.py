@@ -29,6 +29,7 @@ DEFAULTS = {
       "original_context_length": 8192,
     },
     "norm_eps": 1e-6,
+    "initializer": "normal",
     "tied_embeddings": True,
     "memory": {
       "architecture": "mlp",

@@ -243,6 +243,11 @@ MEMORIES = {
   "ttt_linear": {"adaptive": (), "initial_learn_rate": 1.0},
   "ttt_mlp": {"adaptive": (), "initial_learn_rate": 0.1},
 }
+# Of their authors' code; every other model has `normal`.
+INITIALIZERS = {
+  **dict.fromkeys(("mamba", "mamba2", "samba"), "uniform"),
+  "gated_deltanet": "small",
+}
 SEGMENT = 4
 # Hidden widths of these memories are so many head widths.
 EXPANSION = {"dla": 4, "memora": 4, "ttt_mlp": 4}
@@ -273,6 +278,7 @@ def model(
   group = {
     "sequence_layer": sequence_layer,
     "conv_window": 0 if name in WITHOUT_CONVOLUTION else 4,
+    "initializer": INITIALIZERS.get(name, "normal"),
     "memory": {
       "chunk_length": MINI_BATCH.get(name, memory_chunks[0]),
       "projection_chunk_length": memory_chunks[1],

@@ -269,6 +269,7 @@ class ModelConfig:
     context_length: positions of attention's cache when generating; with a
       window it has as many as that, and sequences may be of any length.
     norm_eps: added to the mean square in norms with a learned scale.
+    initializer: how linear maps begin, `layers.initializer`.
     tied_embeddings: logits are read with the embedding; off: with a matrix of
       their own.
     remat: what the outer backward pass keeps of a block.
@@ -288,6 +289,7 @@ class ModelConfig:
   rope_base: float = 10000.0
   rope_scaling: RopeScaling = RopeScaling()
   norm_eps: float = 1e-6
+  initializer: str = "normal"
   tied_embeddings: bool = True
   memory: MemoryConfig = MemoryConfig()
   cms: CMSConfig = CMSConfig()
@@ -301,6 +303,8 @@ class ModelConfig:
     known += STATE_SPACE_LAYERS + RECURRENT_LAYERS + tuple(PATTERNS)
     check_choice(self.sequence_layer, "model.sequence_layer", known)
     check_choice(self.inner_rates, "model.inner_rates", ("on", "off"))
+    starts = "normal", "uniform", "small"
+    check_choice(self.initializer, "model.initializer", starts)
     check_choice(self.dtype, "model.dtype", ("float32", "bfloat16"))
     check_choice(self.remat, "model.remat", ("none", "full", "dots"))
     sizes = "vocab_size", "width", "num_layers", "num_heads"

@@ -2,15 +2,15 @@
 
 Slow weights are Linen parameters with logical axis names (`training/
 sharding.py` maps them to mesh axes).  Parameters are float32, activations
-have the model's dtype.  All linear maps are without bias, initial values
-N(0, 0.02), output projections divided by sqrt(2 num_layers) (spec 02).
+have the model's dtype.  All linear maps are without bias; how they begin is the
+config's `initializer`.
 
 Legend: B batch, T tokens, D model, F hidden, W window.
 """
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -19,6 +19,32 @@ import jax.numpy as jnp
 from hope_jax.model_config import ModelConfig
 
 INIT_STD = 0.02
+
+
+def uniform(scale: float, fan: Literal["fan_in", "fan_avg"] = "fan_in") -> Any:
+  """U(-b, b) with b^2 = 3 scale / (inputs, or mean of inputs and outputs)."""
+  return nn.initializers.variance_scaling(scale, fan, "uniform")
+
+
+def initializer(config: ModelConfig, *, is_output: bool) -> Any:
+  """The start of a linear map from n inputs, D model width, L blocks.
+
+  `is_output`: it ends on the residual stream, to which a block adds r times.
+
+    config   inner map          output map
+    normal   N(0, 0.02)         N(0, 0.02) / sqrt(2 L)       GPT-2; spec 02
+    uniform  U(+-1 / sqrt(n))   U(+-1 / sqrt(n)) / sqrt(r L)  Mamba's code
+    small    N(0, sqrt(0.4/D))  N(0, 1 / (L sqrt(D)))         GPT-NeoX's code
+  """
+  width, blocks = config.width, config.num_layers
+  if config.initializer == "small":
+    std = 1 / (blocks * width**0.5) if is_output else (0.4 / width) ** 0.5
+    return nn.initializers.normal(std)
+  if config.initializer == "uniform":
+    additions = blocks * (2 if config.ffn_hidden else 1)
+    return uniform(1 / (3 * additions) if is_output else 1 / 3)
+  std = INIT_STD / (2 * blocks) ** 0.5 if is_output else INIT_STD
+  return nn.initializers.normal(std)
 
 
 def dense(
@@ -32,10 +58,9 @@ def dense(
 ) -> nn.Dense:
   """A linear map without bias; `axes` are its kernel's logical axes.
 
-  `kernel_init`: a published start in place of the module's.
+  `kernel_init`: a published start in place of the config's.
   """
-  std = INIT_STD / (2 * config.num_layers) ** 0.5 if is_output else INIT_STD
-  kernel_init = kernel_init or nn.initializers.normal(std)
+  kernel_init = kernel_init or initializer(config, is_output=is_output)
   return nn.Dense(
     features,
     use_bias=False,
@@ -72,6 +97,7 @@ def norm(config: ModelConfig, name: str) -> nn.Module:
 class ShortConv(nn.Module):
   """Causal depthwise convolution: y_t = sum_j kernel_j x_{t-j} (+ bias).
 
+  Both begin uniform in +-1 / sqrt(window).
   The state is the last window - 1 inputs, [B, W-1, D], of the last document.
   Taps that reach across a segment border read zero; the state's inputs belong
   to segment 0.
@@ -90,16 +116,11 @@ class ShortConv(nn.Module):
   ) -> tuple[jax.Array, jax.Array]:
     batch, length, width = x_BTD.shape
     bound = self.window**-0.5
-    kernel: Any = self.param(
-      "kernel",
-      nn.with_logical_partitioning(
-        lambda key, shape: jax.random.uniform(
-          key, shape, minval=-bound, maxval=bound
-        ),
-        ("window", "heads"),
-      ),
-      (self.window, width),
+    init = lambda key, shape: jax.random.uniform(
+      key, shape, minval=-bound, maxval=bound
     )
+    box = nn.with_logical_partitioning(init, ("window", "heads"))
+    kernel: Any = self.param("kernel", box, (self.window, width))
     kernel_WD = kernel.astype(self.dtype)
     if state is None:
       state = jnp.zeros((batch, self.window - 1, width), x_BTD.dtype)
@@ -116,8 +137,8 @@ class ShortConv(nn.Module):
         tap_BTD = jnp.where(same[:, :, None], tap_BTD, 0)
       y_BTD = y_BTD + tap_BTD * kernel_WD[back][None, None]
     if self.use_bias:
-      init = nn.with_logical_partitioning(nn.initializers.zeros, ("heads",))
-      bias: Any = self.param("bias", init, (width,))
+      box = nn.with_logical_partitioning(init, ("heads",))
+      bias: Any = self.param("bias", box, (width,))
       y_BTD = y_BTD + bias.astype(self.dtype)[None, None]
     last = padded[:, length:]
     if number is not None:
@@ -139,6 +160,7 @@ def projections(
   segments: jax.Array | None,
   *,
   use_bias: bool = False,
+  kernel_init: Any = None,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
   """A linear map to each width, then a causal convolution where configured.
 
@@ -146,7 +168,8 @@ def projections(
   """
   projected, new_state = {}, {}
   for name, width in widths.items():
-    p = dense(width, config, ("embed", "heads"), name)(x_BTD)
+    axes = "embed", "heads"
+    p = dense(width, config, axes, name, kernel_init=kernel_init)(x_BTD)
     if config.conv_window:
       p, new_state[name] = ShortConv(
         config.conv_window, p.dtype, use_bias, name=f"conv_{name}"

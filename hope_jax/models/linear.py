@@ -20,6 +20,13 @@ Comba 2506.02475, Mamba2 2405.21060.  Layouts as published: values twice as wide
 as keys in RetNet, Gated DeltaNet and Comba, the last two with 3/4 of the heads;
 Mamba2 has heads of 64, states of 128, twice the width, and no FFN.
 
+Initial values are of the authors' code: A uniform in 1 .. 16 in Mamba2, in
+0 .. 16 in Gated DeltaNet and Comba; softplus(a) log-uniform in 0.001 .. 0.1;
+c = sigmoid(1); d = 0.02, from a width of 2048 on 1 (Comba at 340M and 1.3B).
+RetNet's and DeltaNet's maps here begin Xavier-uniform with gain 2^-5/2, but W_o
+with 1 in RetNet and divided by sqrt(2 L) in DeltaNet; those of the FFN, and all
+of the others, as the config's `initializer` says.
+
 All are choices of `pallas_kernels.linear_rule`, exact for any chunk length.
 
 Legend: B batch, T tokens, D model, H heads, K head dim, E value dim of a head.
@@ -103,9 +110,23 @@ class Rule(NamedTuple):
   erase: jax.Array | None
 
 
-def _log_decay_rate(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """A of Mamba2: log of uniform(1, 16)."""
-  return jnp.log(jax.random.uniform(key, shape, minval=1.0, maxval=16.0))
+def _kernel_init(config: ModelConfig, *, is_output: bool = False) -> Any:
+  """The start of RetNet's and DeltaNet's maps; None: the config's."""
+  if config.sequence_layer not in ("retnet", "deltanet"):
+    return None
+  gain = 2**-2.5
+  if is_output:
+    is_retnet = config.sequence_layer == "retnet"
+    gain = 1.0 if is_retnet else gain / (2 * config.num_layers) ** 0.5
+  return layers.uniform(gain**2, "fan_avg")
+
+
+def _log_decay_rate(lowest: float) -> Any:
+  """A: log of uniform(lowest, 16), where 0 means a little more."""
+  low = max(lowest, 1e-4)
+  return lambda key, shape: jnp.log(
+    jax.random.uniform(key, shape, minval=low, maxval=16.0)
+  )
 
 
 def step_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -131,13 +152,16 @@ class LinearGates(nn.Module):
       return Rule(ones * gamma_H[None, :, None], ones, None), None
 
     def per_token(name: str) -> jax.Array:
-      dense = layers.dense(heads, cfg, ("embed", "heads"), name)
+      dense = layers.dense(
+        heads, cfg, ("embed", "heads"), name, kernel_init=_kernel_init(cfg)
+      )
       return dense(x_BTD).swapaxes(1, 2).astype(jnp.float32)
 
     if name == "deltanet":
       rate = nn.sigmoid(per_token("rate"))
       return Rule(ones, rate, rate), None
-    speed = jnp.exp(self._per_head("log_decay_rate", _log_decay_rate))
+    init = _log_decay_rate(1.0 if name == "mamba2" else 0.0)
+    speed = jnp.exp(self._per_head("log_decay_rate", init))
     step = per_token("step") + self._per_head("step_bias", step_bias)
     step = nn.softplus(step)
     alpha = jnp.exp(-speed * step)
@@ -146,8 +170,9 @@ class LinearGates(nn.Module):
     rate = nn.sigmoid(per_token("rate"))
     if name == "gated_deltanet":
       return Rule(alpha, rate, alpha * rate), None
-    feedback = nn.sigmoid(self._per_head("feedback", _constant(0.0)))
-    correction = self._per_head("correction", _constant(0.02))
+    feedback = nn.sigmoid(self._per_head("feedback", _constant(1.0)))
+    correction = 0.02 if cfg.width < 2048 else 1.0
+    correction = self._per_head("correction", _constant(correction))
     return Rule(alpha, rate, feedback * rate), correction * feedback
 
   def _per_head(self, name: str, init: Any) -> jax.Array:
@@ -178,7 +203,13 @@ class LinearMemory(nn.Module):
     start = state or init_state(cfg, x_BTD.shape[0])
     before = start["memory"]
     projected, conv = layers.projections(
-      x_BTD, _widths(cfg), cfg, start["conv"], segments, use_bias=is_mamba
+      x_BTD,
+      _widths(cfg),
+      cfg,
+      start["conv"],
+      segments,
+      use_bias=is_mamba,
+      kernel_init=_kernel_init(cfg),
     )
     if cfg.conv_window:
       projected = {name: nn.silu(p) for name, p in projected.items()}
@@ -289,12 +320,19 @@ class LinearReadOut(nn.Module):
     y = o.swapaxes(1, 2).reshape(*x_BTD.shape[:2], width)
     if shape.gate != "none":
       activate = {"swish": nn.silu, "sigmoid": nn.sigmoid}[shape.gate]
-      dense = layers.dense(width, cfg, ("embed", "heads"), "gate")
+      dense = layers.dense(
+        width, cfg, ("embed", "heads"), "gate", kernel_init=_kernel_init(cfg)
+      )
       y = y * activate(dense(x_BTD)).astype(y.dtype)
     if is_mamba:
       y = rms_normalize(y, cfg.norm_eps) * self._scale(width)[None, None]
     return layers.dense(
-      cfg.width, cfg, ("heads", "embed"), "output", is_output=True
+      cfg.width,
+      cfg,
+      ("heads", "embed"),
+      "output",
+      is_output=True,
+      kernel_init=_kernel_init(cfg, is_output=True),
     )(y)
 
   def _scale(self, size: int) -> Any:

@@ -6,7 +6,8 @@
 
 The paper calls q, k, v, s C, B, x, dt.  Each of E = 2 D channels has a state of
 16, whose 16 decays A start at 1 .. 16 (S4D-real), and a step s, through a rank
-of D / 16, that starts log-uniform in 0.001 .. 0.1.  Published without FFNs.
+R = D / 16, that starts log-uniform in 0.001 .. 0.1; W_2 starts uniform in
++-1 / sqrt(R).  Published without FFNs.
 
 Legend: B batch, T tokens, D model, E channels, K state of a channel, R rank.
 """
@@ -49,12 +50,6 @@ def _log_decay_rate(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return jnp.broadcast_to(jnp.log(jnp.arange(1.0, 1.0 + shape[1])), shape)
 
 
-def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-  """W_2: the variance of a projection from R numbers is kept."""
-  bound = shape[0] ** -0.5
-  return jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
-
-
 class Gates(nn.Module):
   """s [B, T, E] and A [E, K], in float32."""
 
@@ -70,7 +65,7 @@ class Gates(nn.Module):
       width,
       use_bias=False,
       dtype=jnp.dtype(cfg.dtype),
-      kernel_init=boxed(_uniform, ("rank", "heads")),
+      kernel_init=boxed(layers.uniform(1 / 3), ("rank", "heads")),
       name="step",
     )(low_BTR)
     bias: Any = self.param(
