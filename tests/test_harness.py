@@ -307,6 +307,10 @@ DATA["commonsense/boolq_val.jsonl"] = CHOICES | {"choices": ["yes", "no"]}
 DATA["commonsense/csqa_val.jsonl"] = CHOICES | {"choices": list("vwxyz")}
 BABI = "1 Al is in Rome.\n2 Bo left.\n3 Where is Al? \tRome\t1\n4 Al ran.\n"
 BABI += "5 Where is Al? \tRome\t1\n1 Cy sat.\n2 Who sat? \tCy\t1\n"
+WIKITEXT = "".join(
+  f" \n = {title} = \n \n {title} is 1 @.@ 5 . \n \n = = Use = = \n \n Few . \n"
+  for title in ("Tea", "Du Fu", "Go ( game )")
+)
 PROMPTS = {  # of the last document, up to the answer
   "piqa": "Question: Open a jar\nAnswer:",
   "winogrande": "Tim met Tom and Tim",
@@ -319,6 +323,7 @@ PROMPTS = {  # of the last document, up to the answer
   "arc_challenge": QUESTION,
   "openbookqa": "Why?",
   "commonsense_qa": "Question: Why?\nA. v\nB. w\nC. x\nD. y\nE. z\nAnswer:",
+  "wikitext": " = Go (game) =\n\nGo (game) is 1.5.\n\n== Use ==\n\nFew.\n",
   "babi_qa1": "Passage: Cy sat.\nQuestion: Who sat?\nAnswer:",
 }
 CHANCE = {"piqa": 1 / 2, "social_iqa": 1 / 3, "boolq": 1 / 2, "arc_easy": 1 / 4}
@@ -333,6 +338,8 @@ def data(tmp_path_factory):
     path = folder / "qa" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(3 * (json.dumps(row) + "\n"))
+  (folder / "wikitext2").mkdir()
+  (folder / "wikitext2" / "test.txt").write_text(WIKITEXT)
   (folder / "qa" / "babi" / "en").mkdir(parents=True)
   for split in ("train", "test"):
     name = f"qa1_single-supporting-fact_{split}.txt"
@@ -358,6 +365,12 @@ def test_local_tasks_through_the_harness(transformer, data):
     transformer, "loglikelihood", [("The end of the", " story")]
   )[0]
   assert perplexity.score == pytest.approx(np.exp(-log_prob), rel=1e-3)
+  pages = [r.args[0] for t in tasks for r in t.instances if "Few" in r.args[0]]
+  log_probs = ask(transformer, "loglikelihood_rolling", [(x,) for x in pages])
+  words = by_name["wikitext", "word_perplexity"]
+  count = len(WIKITEXT.split()) + 2 * 3  # the harness counts the borders, too
+  assert words.score == pytest.approx(np.exp(-sum(log_probs) / count), rel=1e-4)
+  assert words.documents == 3 and words.chance is None
   scores = ask(
     transformer,
     "loglikelihood",
@@ -424,6 +437,11 @@ def test_wrong_tasks_and_data(tmp_path, monkeypatch):
   bad.write_text("{")
   with pytest.raises(ConfigError, match="piqa_val.jsonl of --data is no JSON"):
     harness.load_tasks(["piqa"], TASKS, str(tmp_path))
+  pages = tmp_path / "wikitext2" / "test.txt"
+  pages.parent.mkdir()
+  pages.write_text(" = = Uses = = \n")
+  with pytest.raises(ConfigError, match="wikitext2/test.txt .* has no article"):
+    harness.load_tasks(["wikitext"], TASKS, str(tmp_path))
   import lm_eval.tasks
 
   only_ours = functools.partial(

@@ -198,6 +198,12 @@ def split_heads(x_BTD: jax.Array, heads: int) -> jax.Array:
   return x.swapaxes(1, 2).astype(jnp.float32)
 
 
+def merge_heads(x_BHTK: jax.Array) -> jax.Array:
+  """[B, H, T, K] -> [B, T, H K]: heads side by side."""
+  x = x_BHTK.swapaxes(1, 2)
+  return x.reshape(*x.shape[:2], -1)
+
+
 def silu_gate(gate: jax.Array, up: jax.Array) -> jax.Array:
   """silu(gate) * up, SwiGLU's hidden activation."""
   return nn.silu(gate) * up

@@ -317,7 +317,7 @@ class LinearReadOut(nn.Module):
         o = o - jnp.mean(o, axis=-1, keepdims=True)
       scale = self._scale(shape.value_dim)[None, None, None]
       o = rms_normalize(o, cfg.norm_eps) * scale
-    y = o.swapaxes(1, 2).reshape(*x_BTD.shape[:2], width)
+    y = layers.merge_heads(o)
     if shape.gate != "none":
       activate = {"swish": nn.silu, "sigmoid": nn.sigmoid}[shape.gate]
       dense = layers.dense(

@@ -229,7 +229,7 @@ class ReadOut(_Layer):
     bonus = self.channels("bonus", lambda i: 0.0)
     o = o * by_head(scale) + by_head(bias)
     o = o + jnp.sum(r * k * by_head(bonus), axis=-1, keepdims=True) * v
-    y_BTD = o.swapaxes(1, 2).reshape(gate_BTD.shape) * gate_BTD
+    y_BTD = layers.merge_heads(o) * gate_BTD
     return layers.dense(
       cfg.width,
       cfg,

@@ -104,7 +104,7 @@ class SelfReferentialMatrix(nn.Module):
       weights = Weights(None, initial), Weights(None, difference)
       change = {"relative_change": deep.relative_change(*weights)}
       layers.sow_dynamics(self, "memory", change)
-    y = y.swapaxes(1, 2).reshape(x_BTD.shape)
+    y = layers.merge_heads(y)
     y_BTD = layers.dense(
       cfg.width, cfg, ("heads", "embed"), "output", is_output=True
     )(y)

@@ -49,7 +49,7 @@ class SlowProjections(nn.Module):
 
 
 class Gates(nn.Module):
-  """Logits of learn rate, retention and momentum decay, [B, H, T] each.
+  """Logits of learn rate and retention, momentum decay beta, [B, H, T] each.
 
   Slow projections plus biases per head, which start at the configured learn
   rate, at half-lives spread log-uniformly over the heads, and at the configured
@@ -80,7 +80,7 @@ class Gates(nn.Module):
     }
     if cfg.momentum == "none":
       del starts["beta"]
-    logits = {}
+    gates = {}
     for name, start in starts.items():
       bias: Any = self.param(
         f"{name}_bias",
@@ -95,8 +95,8 @@ class Gates(nn.Module):
       )
       slope = layers.dense(heads, self.config, ("embed", "heads"), name)
       logit = logit + slope(x_BTD).swapaxes(1, 2).astype(jnp.float32)
-      logits[name] = logit
-    return logits
+      gates[name] = nn.sigmoid(logit) if name == "beta" else logit
+    return gates
 
 
 def initial_shapes(config: ModelConfig) -> tuple[Weights, Boxes]:
@@ -170,7 +170,7 @@ class ReadOut(nn.Module):
     )
     normed = rms_normalize(o_BHTK, cfg.norm_eps)
     normed = normed * scale[None, None, None]
-    o_BTD = normed.swapaxes(1, 2).reshape(x_BTD.shape)
+    o_BTD = layers.merge_heads(normed)
     gate = layers.dense(cfg.width, cfg, ("embed", "heads"), "gate")(x_BTD)
     o_BTD = o_BTD.astype(gate.dtype) * nn.silu(gate)
     return layers.dense(
@@ -216,8 +216,7 @@ class SelfModifyingTitans(nn.Module):
     projected, conv = SlowProjections(cfg, name="projections")(
       x_BTD, state["conv"] if state else None, segments
     )
-    logits = Gates(cfg, name="gates")(x_BTD)
-    beta = logits.get("beta")
+    gates = Gates(cfg, name="gates")(x_BTD)
     memory, boxes = InitialWeights(cfg, name="initial")()
     made, boxes_state, dynamics = self_modifying.run_projections(
       boxes,
@@ -225,9 +224,9 @@ class SelfModifyingTitans(nn.Module):
         k=projected["key"],
         v=projected["value"],
         q=projected["query"],
-        eta=logits["eta"],
-        alpha=logits["alpha"],
-        beta=None if beta is None else nn.sigmoid(beta),
+        eta=gates["eta"],
+        alpha=gates["alpha"],
+        beta=gates.get("beta"),
       ),
       cfg.memory,
       state=state["boxes"] if state else None,
@@ -252,9 +251,7 @@ class SelfModifyingTitans(nn.Module):
     )
     layers.sow_dynamics(self, "memory", out.dynamics)
     y_BTD = ReadOut(cfg, name="readout")(x_BTD, out.outputs)
-    keys, values = (
-      x.swapaxes(1, 2).reshape(x_BTD.shape) for x in (made.k, made.v)
-    )
+    keys, values = layers.merge_heads(made.k), layers.merge_heads(made.v)
     if state is not None:
       state = {"memory": out.state, "boxes": boxes_state, "conv": conv}
     return MixerOutput(y_BTD, keys, values, state)

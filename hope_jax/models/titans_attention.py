@@ -22,6 +22,7 @@ Legend: B batch, T tokens, N segments, C segment length, D model, H heads,
 K head dim, P persistent tokens.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -176,10 +177,10 @@ class MemoryAsContext(nn.Module):
 
   def _gates(self, x_BTD: jax.Array) -> rules.Gates:
     cfg = self.config.memory
-    logits = titans.Gates(self.config, name="gates")(x_BTD)
-    beta = logits.get("beta")
-    beta = None if beta is None else nn.sigmoid(beta)
-    gates = self_modifying.open_gates(logits["eta"], logits["alpha"], beta, cfg)
+    made = titans.Gates(self.config, name="gates")(x_BTD)
+    gates = self_modifying.open_gates(
+      made["eta"], made["alpha"], made.get("beta"), cfg
+    )
     return gates._replace(retention=rules.retained(gates.retention, cfg))
 
   def _kernel_of(self, name: str) -> jax.Array:
@@ -242,7 +243,7 @@ def run_segments(
   with_dynamics: bool = False,
 ) -> deep.MemoryOutput:
   """o [B, T, H, K] of all tokens, and the state after them."""
-  cfg, live = config.memory, config.is_live("memory")
+  cfg = config.memory
   batch, length = tokens.query.shape[:2]
   continued = state is not None
   layout = chunks.plan(length, cfg.chunk_length, state)
@@ -256,40 +257,9 @@ def run_segments(
   split = lambda tree, axis: jax.tree.map(lambda x: layout.split(x, axis), tree)
   xs = _Tokens(*split(tokens[:3], 1), *split(tokens[3:], 2))
   decays = rules.piece_decays(xs.gates, layout.live, rules.rule_read(cfg))
-
-  def step(start, now, inputs, is_token):
-    tokens, decays = inputs
-    whole = architectures.whole(base, start)
-    read = architectures.forward(whole, tokens.retrieval, cfg.activation)
-    h_BTD = _beside(rms_normalize(read.outputs))
-    y_BTHK, segment = _attend(
-      tokens, h_BTD, kernels, persistent, place, is_token, now, config
-    )
-    y_BTD = y_BTHK.reshape(h_BTD.shape)
-    q, k, v = (
-      kernels.vectors(y_BTD, f"memory_{x}", config) for x in ("q", "k", "v")
-    )
-    after = {x: now[x] for x in ("weight", "momentum")}
-    query = q, deep.slow_hidden(base, q)
-    dynamics = None
-    if live:
-      loss = deep.inner_loss(start, base, k, v, cfg)
-      after, read = deep.learn_chunk(
-        start, now, loss, k, query, tokens.gates, decays, cfg
-      )
-      o = deep.read_out(base, q, read)
-      if with_dynamics:
-        dynamics = deep.dynamics_of(
-          initial, after, tokens.gates, k, cfg, base, loss
-        )
-    else:
-      o = architectures.forward(whole, q, cfg.activation).outputs
-    if segment is not None:
-      after["segment"] = segment
-    return after, (y_BTHK * rms_normalize(o).swapaxes(1, 2), dynamics)
-
+  weights = initial, base
   (outputs, dynamics), after = chunks.scan_chunks(
-    step,
+    _segment_step(weights, kernels, persistent, place, config, with_dynamics),
     state,
     (xs, decays),
     layout,
@@ -305,10 +275,51 @@ def run_segments(
   )
 
 
-def _beside(x_BHTK: jax.Array) -> jax.Array:
-  """Heads side by side, [B, T, D]."""
-  x = x_BHTK.swapaxes(1, 2)
-  return x.reshape(*x.shape[:2], -1)
+def _segment_step(
+  weights: tuple[Any, Any],
+  kernels: _Kernels,
+  persistent: attention.Persistent | None,
+  place: jax.Array,
+  config: ModelConfig,
+  with_dynamics: bool,
+) -> Callable:
+  """What `chunks.scan_chunks` does with a segment -> (o, dynamics).
+
+  `weights`: M_0, and the same per sequence."""
+  cfg, (initial, base) = config.memory, weights
+
+  def step(start, now, inputs, is_token):
+    tokens, decays = inputs
+    whole = architectures.whole(base, start)
+    read = architectures.forward(whole, tokens.retrieval, cfg.activation)
+    h_BTD = layers.merge_heads(rms_normalize(read.outputs))
+    y_BTHK, segment = _attend(
+      tokens, h_BTD, kernels, persistent, place, is_token, now, config
+    )
+    y_BTD = y_BTHK.reshape(h_BTD.shape)
+    q, k, v = (
+      kernels.vectors(y_BTD, f"memory_{x}", config) for x in ("q", "k", "v")
+    )
+    after = {x: now[x] for x in ("weight", "momentum")}
+    query = q, deep.slow_hidden(base, q)
+    dynamics = None
+    if config.is_live("memory"):
+      loss = deep.inner_loss(start, base, k, v, cfg)
+      after, read = deep.learn_chunk(
+        start, now, loss, k, query, tokens.gates, decays, cfg
+      )
+      o = deep.read_out(base, q, read)
+      if with_dynamics:
+        dynamics = deep.dynamics_of(
+          initial, after, tokens.gates, k, cfg, base, loss
+        )
+    else:
+      o = architectures.forward(whole, q, cfg.activation).outputs
+    if segment is not None:
+      after["segment"] = segment
+    return after, (y_BTHK * rms_normalize(o).swapaxes(1, 2), dynamics)
+
+  return step
 
 
 def _attend(

@@ -146,7 +146,7 @@ class TestTimeTraining(nn.Module):
     if state is not None:
       state = {"memory": out.state, "conv": conv}
     y_BTD = ReadOut(cfg, name="readout")(x_BTD, out.outputs)
-    keys = k.swapaxes(1, 2).reshape(x_BTD.shape)
+    keys = layers.merge_heads(k)
     return MixerOutput(y_BTD, keys, value, state)
 
   def _rotate(self, x_BTD: jax.Array, place: jax.Array) -> jax.Array:
@@ -177,7 +177,7 @@ class ReadOut(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array, o_BHTK: jax.Array) -> jax.Array:
     cfg = self.config
-    o_BTD = layer_normalize(o_BHTK.swapaxes(1, 2).reshape(x_BTD.shape))
+    o_BTD = layer_normalize(layers.merge_heads(o_BHTK))
     of_norm = lambda name, init: self.param(
       name, nn.with_logical_partitioning(init, ("norm",)), (cfg.width,)
     )

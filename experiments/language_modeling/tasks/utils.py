@@ -1,7 +1,7 @@
 """Local data for the tasks of this folder, and what YAML cannot say.
 
 Prompts and measures are those of lm-eval's tasks of the same names.  `data` is
-the command's `--data`: data/qa/commonsense, lambada, squad, babi.
+the command's `--data`, with wikitext2 and qa/commonsense, lambada, squad, babi.
 """
 
 import collections
@@ -12,27 +12,31 @@ import string
 from typing import Any
 
 import datasets
+from lm_eval.tasks.wikitext import preprocess_wikitext
 
 from hope_jax.config import ConfigError
 
 Document = dict[str, Any]
 LETTERS = "ABCDE"
+TITLE = re.compile(r"^ = (?=[^=\n]*[^=] = $)", re.MULTILINE)
+page_text = preprocess_wikitext.wikitext_detokenizer
+page_scores = preprocess_wikitext.process_results
 
 
 def _read(data: str, file: str) -> str:
-  path = pathlib.Path(data) / "qa" / file
+  path = pathlib.Path(data) / file
   try:
     return path.read_text(encoding="utf-8")
   except (OSError, UnicodeDecodeError) as error:
     raise ConfigError(
-      f"cannot read {path}: --data must name the folder that holds qa/{file}"
+      f"cannot read {path}: --data must name the folder that holds {file}"
     ) from error
 
 
 def load(*, data: str, file: str, **_: Any) -> dict[str, datasets.Dataset]:
   """The lines of a .jsonl file as the split `test`."""
   # Not splitlines: texts may contain other line breaks.
-  lines = _read(data, file).strip("\n").split("\n")
+  lines = _read(data, f"qa/{file}").strip("\n").split("\n")
   try:
     rows = [json.loads(line) for line in lines]
   except ValueError as error:
@@ -40,11 +44,24 @@ def load(*, data: str, file: str, **_: Any) -> dict[str, datasets.Dataset]:
   return {"test": datasets.Dataset.from_list(rows)}
 
 
+def load_pages(
+  *, data: str, file: str, **_: Any
+) -> dict[str, datasets.Dataset]:
+  """The articles of a WikiText file; ` = Title = ` begins one."""
+  text = _read(data, file)
+  starts = [title.start() for title in TITLE.finditer(text)]
+  if not starts:
+    raise ConfigError(f"{file} of --data has no article: no line ` = Title = `")
+  ends = [*starts[1:], len(text)]
+  pages = [text[i:j] for i, j in zip(starts, ends, strict=True)]
+  return {"test": datasets.Dataset.from_dict({"page": pages})}
+
+
 def load_babi(*, data: str, name: str, **_: Any) -> dict[str, datasets.Dataset]:
   """The splits of a bAbI task, a document for each question."""
   return {
     split: datasets.Dataset.from_list(
-      babi_documents(_read(data, f"babi/en/{name}_{split}.txt"))
+      babi_documents(_read(data, f"qa/babi/en/{name}_{split}.txt"))
     )
     for split in ("train", "test")
   }
