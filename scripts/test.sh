@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All tests, on two processes; arguments go to pytest
-# (scripts/test.sh -k mqar; --slow adds the tests that take minutes).
+# (scripts/test.sh -k mqar; --slow adds the longest tests, and repeats on further
+# models).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
@@ -17,4 +18,4 @@ if [ ! -d "$compilers" ] && ! "$python" -m pip install --quiet \
 fi
 export HOPE_COMPILERS=$compilers
 
-exec "$python" -m pytest -n "${TEST_JOBS:-2}" "$@"
+exec "$python" -m pytest -n "${TEST_JOBS:-2}" --dist loadfile "$@"

@@ -85,7 +85,7 @@ def bucket(server, monkeypatch, tmp_path):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
   parser.addoption(
-    "--slow", action="store_true", help="also run tests that take minutes"
+    "--slow", action="store_true", help="also run the longest tests and repeats"
   )
 
 
@@ -94,7 +94,7 @@ def pytest_collection_modifyitems(
 ) -> None:
   if config.getoption("--slow"):
     return
-  skip = pytest.mark.skip(reason="takes minutes: run with --slow")
+  skip = pytest.mark.skip(reason="left to --slow")
   for item in items:
     if "slow" in item.keywords:
       item.add_marker(skip)

@@ -11,6 +11,7 @@ from scripts import (
   benchmark_memory,
   benchmark_titans_pytorch,
 )
+from tests.tiers import slow
 
 
 @pytest.mark.parametrize("policy", ["chunk", "sqrt"])
@@ -43,13 +44,17 @@ def test_calls_take_turns_and_warm_up():
 SMALL = ["--lengths=48", "--chunks=16", "--tokens=96", "--heads=1", "--dim=8"]
 
 
-def test_benchmark_memory_times_every_layer(monkeypatch, capsys):
+@pytest.mark.parametrize(
+  "layers", [("linear_rule", "attention"), slow(benchmark_memory.LAYERS)]
+)
+def test_benchmark_memory_times_layers(monkeypatch, capsys, layers):
   rates = benchmark_memory.Rates(1e9, 1e9)
   monkeypatch.setattr(benchmark_memory, "measure_rates", lambda *_: rates)
-  benchmark_memory.main([*SMALL, "--rounds=1"])
+  benchmark_memory.main([*SMALL, "--rounds=1", f"--layers={','.join(layers)}"])
   shown = capsys.readouterr().out.splitlines()
-  cells = [[c.strip() for c in line.split("|")[1:-1]] for line in shown[2:7]]
-  assert tuple(row[0] for row in cells) == benchmark_memory.LAYERS
+  cells = [[c.strip() for c in line.split("|")[1:-1]] for line in shown[2:]]
+  cells = cells[: len(layers)]
+  assert tuple(row[0] for row in cells) == layers
   assert all(row[2] == "2 x 48" and float(row[4]) > 0 for row in cells)
 
 

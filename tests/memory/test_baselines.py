@@ -11,6 +11,7 @@ from hope_jax.memory.rules import Gates
 from hope_jax.model_config import MemoryConfig
 from tests.memory import baselines
 from tests.pallas_kernels.testing import fast_jit
+from tests.tiers import slow
 
 B, H, T, K, F = 2, 2, 23, 6, 10
 
@@ -43,8 +44,17 @@ def in_pieces(run, state):
   return jnp.concatenate(outputs, axis=2)
 
 
-@pytest.mark.parametrize("retention", ["start", "zero"])
-@pytest.mark.parametrize("read", ["token_pre", "token_post", "chunk"])
+@pytest.mark.parametrize(
+  ("read", "retention"),
+  [
+    ("token_pre", "zero"),
+    ("token_post", "start"),
+    ("chunk", "start"),
+    slow("token_pre", "start"),
+    slow("token_post", "zero"),
+    slow("chunk", "zero"),
+  ],
+)
 def test_memora_equals_token_loop(read, retention):
   cfg = MemoryConfig(
     **{"adaptive": (), "target": "shared", "delta_rule": "none"},

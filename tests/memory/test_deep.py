@@ -16,6 +16,7 @@ from hope_jax.memory.rules import Gates
 from hope_jax.model_config import MemoryConfig
 from tests.memory import oracle
 from tests.pallas_kernels.testing import fast_jit
+from tests.tiers import slow
 
 B, H, T, K, F = 2, 2, 21, 4, 6
 
@@ -268,7 +269,7 @@ def test_memory_outer_gradients_equal_token_loop():
     np.testing.assert_allclose(a, b, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("remat", ["chunk", "sqrt"])
+@pytest.mark.parametrize("remat", [slow("chunk"), "sqrt"])
 def test_memory_remat_keeps_gradients(remat):
   case = random_memory(length=200)
 

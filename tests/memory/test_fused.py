@@ -21,6 +21,7 @@ from tests.memory.test_deep import (
 )
 from tests.memory.test_self_modifying import random_boxes
 from tests.pallas_kernels.testing import assert_close, fast_jit
+from tests.tiers import slow
 
 KERNELS = {
   "implementation": "pallas_tpu",
@@ -101,8 +102,8 @@ OPTIONS = [
   {},
   {"setting": "token_exact", "read": "token_post"},
   {"read": "chunk", "momentum": "none", "architecture": "matrix"},
-  {"delta_rule": "none", "target": "shared", "activation": "gelu"},
-  {"retention": "zero", "momentum": "sum", "step_scale": "sum"},
+  slow({"delta_rule": "none", "target": "shared", "activation": "gelu"}),
+  slow({"retention": "zero", "momentum": "sum", "step_scale": "sum"}),
   {"setting": "negative_eigenvalues", "architecture": "matrix"},
 ]
 
@@ -116,8 +117,10 @@ def test_kernels_equal_xla_values_and_vjps(options):
 
 BOXES = [
   {"adaptive": ("k", "v", "q", "eta", "alpha")},
-  {"adaptive": ("v",), "momentum": "none"},
-  {"adaptive": ("eta", "alpha"), "delta_rule": "none", "retention": "none"},
+  slow({"adaptive": ("v",), "momentum": "none"}),
+  slow(
+    {"adaptive": ("eta", "alpha"), "delta_rule": "none", "retention": "none"}
+  ),
   {"architecture": "matrix", "retention": "zero"},
 ]
 

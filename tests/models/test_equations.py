@@ -13,6 +13,7 @@ from hope_jax.memory.self_modifying import Boxes
 from tests.memory import baselines, oracle
 from tests.models.test_models import CMS, init, make
 from tests.pallas_kernels.testing import fast_jit
+from tests.tiers import slow
 
 MIXER_VALUE = dataclasses.replace(CMS, value="mixer_value")
 MIXER_PAIR = dataclasses.replace(CMS, value="mixer_pair", half_life=20.0)
@@ -317,18 +318,18 @@ def perturbed(params, seed=0):
 @pytest.mark.parametrize(
   ("name", "fields"),
   [
-    ("transformer", {"conv_window": 0}),
+    slow("transformer", {"conv_window": 0}),
     ("transformer", {"conv_window": 4}),
     ("titans", {}),
-    ("titans", {"inner_rates": "off"}),
+    slow("titans", {"inner_rates": "off"}),
     ("hope", {}),
-    ("hope", {"inner_rates": "off"}),
-    ("titans", {"cms": MIXER_PAIR}),
+    slow("hope", {"inner_rates": "off"}),
+    slow("titans", {"cms": MIXER_PAIR}),
     ("hope_attention", {}),
-    ("hope_attention", {"cms": MIXER_VALUE}),
+    slow("hope_attention", {"cms": MIXER_VALUE}),
     ("hope_attention", {"cms": MIXER_PAIR}),
     ("hope_attention", {"cms": NESTED}),
-    ("hope_attention", {"cms": INDEPENDENT}),
+    slow("hope_attention", {"cms": INDEPENDENT}),
     ("retnet", {"conv_window": 0}),
     ("deltanet", {}),
     ("gated_deltanet", {"num_heads": 4}),
@@ -337,7 +338,8 @@ def perturbed(params, seed=0):
     ("dla", {}),
     ("memora", {}),
     ("ttt_linear", {}),
-    ("ttt_mlp", {"cms": MIXER_PAIR}),
+    ("ttt_mlp", {}),
+    slow("ttt_mlp", {"cms": MIXER_PAIR}),
   ],
   ids=str,
 )

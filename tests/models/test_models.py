@@ -18,6 +18,7 @@ from hope_jax.model_config import (
 from hope_jax.models import language_model, layers
 from hope_jax.models.block import SEQUENCE_LAYERS
 from tests.pallas_kernels.testing import fast_jit
+from tests.tiers import slow
 
 B, T = 2, 40
 TITANS = MemoryConfig(
@@ -50,6 +51,10 @@ MEMORIES = {
   "ttt_linear": dataclasses.replace(TITANS, initial_learn_rate=1.0),
   "ttt_mlp": dataclasses.replace(TITANS, hidden=12, initial_learn_rate=0.4),
 }
+MOSTLY_MEMORIES = [
+  slow(name) if name in ("titans", "dla", "ttt_linear") else name
+  for name in MEMORIES
+]
 WINDOWS = {"titans_mag": 6, "titans_mal": 6, "samba": 13}
 NAMES = (*SEQUENCE_LAYERS, *PATTERNS)
 
@@ -196,14 +201,14 @@ def without_rates(params):
 @pytest.mark.parametrize(
   ("name", "read"),
   [
-    ("titans", "token_pre"),
+    slow("titans", "token_pre"),
     ("titans", "chunk"),
     ("hope", "token_pre"),
     ("hope_attention", "token_pre"),
-    ("dla", "token_post"),
-    ("memora", "token_pre"),
+    slow("dla", "token_post"),
+    slow("memora", "token_pre"),
     ("memora", "chunk"),
-    ("ttt_linear", "token_post"),
+    slow("ttt_linear", "token_post"),
     ("ttt_mlp", "token_post"),
   ],
 )
@@ -226,7 +231,7 @@ def test_rates_zero_is_the_twin(name, read):
     np.testing.assert_array_equal(*logits)
 
 
-@pytest.mark.parametrize("name", MEMORIES)
+@pytest.mark.parametrize("name", MOSTLY_MEMORIES)
 def test_every_initial_state_and_gate_gets_a_gradient(name):
   model, params, tokens = init(make(name))
 
@@ -252,12 +257,19 @@ def test_every_initial_state_and_gate_gets_a_gradient(name):
       assert (rates != 0).all()
 
 
-def test_every_level_of_hope_changes_the_output():
+@pytest.mark.parametrize(
+  "levels",
+  [
+    ("memory", "alpha", "cms_1"),
+    slow(("memory", "k", "v", "q", "eta", "alpha", "cms_0", "cms_1")),
+  ],
+)
+def test_every_level_of_hope_changes_the_output(levels):
   config = make("hope")
   model, params, tokens = init(config)
   live = fast_jit(model.apply)({"params": params}, tokens).logits
   assert len(config.fast_levels) == 8
-  for level in config.fast_levels:
+  for level in levels:
     frozen = dataclasses.replace(config, frozen_levels=(level,))
     off = fast_jit(language_model.LanguageModel(frozen).apply)(
       {"params": params}, tokens
@@ -265,7 +277,7 @@ def test_every_level_of_hope_changes_the_output():
     assert jnp.abs(live - off).max() > 1e-6, level
 
 
-@pytest.mark.parametrize("name", ["transformer", "hope", "rwkv7"])
+@pytest.mark.parametrize("name", ["transformer", slow("hope"), "rwkv7"])
 def test_remat_and_dtype_keep_the_function(name):
   config = make(name)
   model, params, tokens = init(config)
@@ -290,7 +302,7 @@ def test_remat_and_dtype_keep_the_function(name):
   assert error < 3e-2
 
 
-@pytest.mark.parametrize("name", MEMORIES)
+@pytest.mark.parametrize("name", MOSTLY_MEMORIES)
 def test_dynamics_are_finite_scalars_per_layer(name):
   model, params, tokens = init(make(name))
   collect = fast_jit(lambda *args: model.apply(*args, mutable=["dynamics"])[1])
@@ -301,7 +313,9 @@ def test_dynamics_are_finite_scalars_per_layer(name):
     assert leaf.shape == (2,) and jnp.isfinite(leaf).all()
 
 
-@pytest.mark.parametrize("name", ["titans", "titans_mac", "hope", "memora"])
+@pytest.mark.parametrize(
+  "name", [slow("titans"), "titans_mac", slow("hope"), "memora"]
+)
 def test_piece_may_begin_with_a_new_document_anywhere(name):
   """A session goes on with another text, inside a chunk of its memories."""
   config = make(name)
@@ -316,8 +330,18 @@ def test_piece_may_begin_with_a_new_document_anywhere(name):
   np.testing.assert_allclose(ours, expected, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["titans", "titans_mac", "hope", "ttt_mlp"])
-@pytest.mark.parametrize("piece_length", [None, 8])
+@pytest.mark.parametrize(
+  ("name", "piece_length"),
+  [
+    ("titans_mac", None),
+    ("hope", 8),
+    ("ttt_mlp", 8),
+    *(slow("titans", length) for length in (None, 8)),
+    slow("titans_mac", 8),
+    slow("hope", None),
+    slow("ttt_mlp", None),
+  ],
+)
 def test_documents_in_pieces_equal_one_pass(name, piece_length):
   """A long document goes on in the next piece; a new one starts anew."""
   cms = dataclasses.replace(CMS, chunk_lengths=(4, 20, 0))
