@@ -18,4 +18,6 @@ if [ ! -d "$compilers" ] && ! "$python" -m pip install --quiet \
 fi
 export HOPE_COMPILERS=$compilers
 
-exec "$python" -m pytest -n "${TEST_JOBS:-2}" --dist loadfile "$@"
+# In the files' order: their longest test would be last and alone otherwise.
+exec "$python" -m pytest -n "${TEST_JOBS:-2}" --dist loadfile \
+  --no-loadscope-reorder "$@"

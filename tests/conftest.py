@@ -28,8 +28,7 @@ def compilation(request):
   """XLA's optimisations take most of the suite's time; they stay in modules
   marked `optimized`: those of whole runs, as users make them."""
   fast = request.node.get_closest_marker("optimized") is None
-  if os.environ.get(FAST) != str(fast):
-    jax.clear_caches()
+  jax.clear_caches()  # gigabytes of what another module compiled
   jax.config.update("jax_disable_most_optimizations", fast)
   os.environ[FAST] = str(fast)  # for the processes that tests start
 
