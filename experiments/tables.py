@@ -71,6 +71,22 @@ def final(records: Iterable[Record]) -> list[Record]:
   return [r for r in records if r.status == DONE and r.trial.is_final]
 
 
+def final_by_row(
+  records: Iterable[Record], group: str
+) -> dict[str, list[Record]]:
+  """The finished trials of a group that count, by row."""
+  return {row: final(trials) for row, trials in by_row(records, group).items()}
+
+
+def accuracies(records: Iterable[Record], group: str) -> dict[str, list[float]]:
+  """Test accuracies of a group in percent, of the rows that have any."""
+  return {
+    row: [100 * scores(record)["accuracy"] for record in done]
+    for row, done in final_by_row(records, group).items()
+    if done
+  }
+
+
 def scores(record: Record, label: str | None = None) -> Scores:
   """Test scores of a finished trial, or of one of its evaluations."""
   if label is not None:

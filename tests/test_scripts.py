@@ -11,7 +11,7 @@ from scripts import (
   benchmark_memory,
   benchmark_titans_pytorch,
 )
-from tests.tiers import slow
+from tests.tiers import slow_case
 
 
 @pytest.mark.parametrize("policy", ["chunk", "sqrt"])
@@ -45,7 +45,7 @@ SMALL = ["--lengths=48", "--chunks=16", "--tokens=96", "--heads=1", "--dim=8"]
 
 
 @pytest.mark.parametrize(
-  "layers", [("linear_rule", "attention"), slow(benchmark_memory.LAYERS)]
+  "layers", [("linear_rule", "attention"), slow_case(benchmark_memory.LAYERS)]
 )
 def test_benchmark_memory_times_layers(monkeypatch, capsys, layers):
   rates = benchmark_memory.Rates(1e9, 1e9)

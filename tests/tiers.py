@@ -3,6 +3,6 @@
 import pytest
 
 
-def slow(*values):
+def slow_case(*values):
   """A case of `parametrize` that runs with --slow only."""
   return pytest.param(*values, marks=pytest.mark.slow)

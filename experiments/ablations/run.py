@@ -161,17 +161,13 @@ def report(
   text = f"{tables.markdown(lines(records))}\n{NOTE}{tables.caption(records)}"
   (folder / "table.md").write_text(text)
   recall = {
-    row: {RECALL: [100 * tables.scores(r)["accuracy"] for r in done]}
-    for row, trials in tables.by_row(records, RECALL).items()
-    if (done := tables.final(trials))
+    row: {RECALL: values}
+    for row, values in tables.accuracies(records, RECALL).items()
   }
   plots.bars(
     folder / "recall.png", recall, title="Recall", ylabel="test accuracy (%)"
   )
-  curves = {
-    row: tables.final(trials)
-    for row, trials in tables.by_row(records, BOOKS).items()
-  }
+  curves = tables.final_by_row(records, BOOKS)
   plots.loss_curves(folder / "loss.png", curves, BOOKS)
   tables.write_results(
     folder / "results.json", "ablations", records, scale=scale, table=text

@@ -167,10 +167,7 @@ def report(
   for group in dict.fromkeys(record.trial.group for record in records):
     table = tables.table(records, group, COLUMNS, paper_lines())
     text += f"{group}\n\n{table}\n"
-    rows = {
-      row: tables.final(trials)
-      for row, trials in tables.by_row(records, group).items()
-    }
+    rows = tables.final_by_row(records, group)
     picture = f"loss_{group.lower().replace(' ', '_')}.png"
     plots.loss_curves(folder / picture, rows, f"{group}, scale {scale}")
   text += f"{PAPER_NOTE}\n{tables.caption(records)}"

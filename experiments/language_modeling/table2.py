@@ -348,15 +348,11 @@ def report(
     f"{tables.caption(records)}"
   )
   (folder / "table.md").write_text(text)
-  rows = {
-    row: tables.final(trials)
-    for row, trials in tables.by_row(records, TEXT).items()
-  }
+  rows = tables.final_by_row(records, TEXT)
   plots.loss_curves(folder / "loss.png", rows, f"text, scale {name}")
   recall = {
-    row: {RECALL: [100 * tables.scores(r)["accuracy"] for r in done]}
-    for row, trials in tables.by_row(records, RECALL).items()
-    if (done := tables.final(trials))
+    row: {RECALL: values}
+    for row, values in tables.accuracies(records, RECALL).items()
   }
   plots.bars(
     folder / "recall.png", recall, title="Recall", ylabel="test accuracy (%)"

@@ -121,6 +121,17 @@ def _kernel_init(config: ModelConfig, *, is_output: bool = False) -> Any:
   return layers.uniform(gain**2, "fan_avg")
 
 
+def _dense(
+  features: int, config: ModelConfig, name: str, *, is_output: bool = False
+) -> nn.Dense:
+  """A map from the model's width to the heads, or from them to it."""
+  axes = ("heads", "embed") if is_output else ("embed", "heads")
+  init = _kernel_init(config, is_output=is_output)
+  return layers.dense(
+    features, config, axes, name, is_output=is_output, kernel_init=init
+  )
+
+
 def _log_decay_rate(lowest: float) -> Any:
   """A: log of uniform(lowest, 16), where 0 means a little more."""
   low = max(lowest, 1e-4)
@@ -152,9 +163,7 @@ class LinearGates(nn.Module):
       return Rule(ones * gamma_H[None, :, None], ones, None), None
 
     def per_token(name: str) -> jax.Array:
-      dense = layers.dense(
-        heads, cfg, ("embed", "heads"), name, kernel_init=_kernel_init(cfg)
-      )
+      dense = _dense(heads, cfg, name)
       return dense(x_BTD).swapaxes(1, 2).astype(jnp.float32)
 
     if name == "deltanet":
@@ -320,20 +329,11 @@ class LinearReadOut(nn.Module):
     y = layers.merge_heads(o)
     if shape.gate != "none":
       activate = {"swish": nn.silu, "sigmoid": nn.sigmoid}[shape.gate]
-      dense = layers.dense(
-        width, cfg, ("embed", "heads"), "gate", kernel_init=_kernel_init(cfg)
-      )
+      dense = _dense(width, cfg, "gate")
       y = y * activate(dense(x_BTD)).astype(y.dtype)
     if is_mamba:
       y = rms_normalize(y, cfg.norm_eps) * self._scale(width)[None, None]
-    return layers.dense(
-      cfg.width,
-      cfg,
-      ("heads", "embed"),
-      "output",
-      is_output=True,
-      kernel_init=_kernel_init(cfg, is_output=True),
-    )(y)
+    return _dense(cfg.width, cfg, "output", is_output=True)(y)
 
   def _scale(self, size: int) -> Any:
     init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))

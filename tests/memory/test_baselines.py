@@ -11,7 +11,7 @@ from hope_jax.memory.rules import Gates
 from hope_jax.model_config import MemoryConfig
 from tests.memory import baselines
 from tests.pallas_kernels.testing import fast_jit
-from tests.tiers import slow
+from tests.tiers import slow_case
 
 B, H, T, K, F = 2, 2, 23, 6, 10
 
@@ -50,9 +50,9 @@ def in_pieces(run, state):
     ("token_pre", "zero"),
     ("token_post", "start"),
     ("chunk", "start"),
-    slow("token_pre", "start"),
-    slow("token_post", "zero"),
-    slow("chunk", "zero"),
+    slow_case("token_pre", "start"),
+    slow_case("token_post", "zero"),
+    slow_case("chunk", "zero"),
   ],
 )
 def test_memora_equals_token_loop(read, retention):

@@ -10,7 +10,7 @@ import pytest
 from hope_jax.memory import chunks, cms
 from tests.memory import oracle
 from tests.pallas_kernels.testing import fast_jit
-from tests.tiers import slow
+from tests.tiers import slow_case
 
 B, T, D, F, C = 2, 22, 5, 7, 4
 RULE = {
@@ -47,8 +47,13 @@ def run(slow, n, value, state=None, **kwargs):
   [
     (1.0, 0.9, True),
     (0.0, 1.0, False),
-    *(slow(1.0, *rest) for rest in ((1.0, True), (1.0, False), (0.9, False))),
-    *(slow(0.0, *rest) for rest in ((1.0, True), (0.9, True), (0.9, False))),
+    *(
+      slow_case(1.0, *rest)
+      for rest in ((1.0, True), (1.0, False), (0.9, False))
+    ),
+    *(
+      slow_case(0.0, *rest) for rest in ((1.0, True), (0.9, True), (0.9, False))
+    ),
   ],
 )
 def test_level_equals_loop_of_gradient_steps(error_clip, alpha, has_keys):
@@ -147,7 +152,9 @@ def test_document_may_begin_inside_a_chunk():
   np.testing.assert_allclose(packed[:, 10:], after, atol=1e-12)
 
 
-@pytest.mark.parametrize("size", [1, 3, slow(4), slow(5), 11, slow(21)])
+@pytest.mark.parametrize(
+  "size", [1, 3, slow_case(4), slow_case(5), 11, slow_case(21)]
+)
 def test_documents_in_pieces_equal_one_pass(size):
   """Pieces number their documents anew: 0 goes on with the state's."""
   slow, n, value = random_level()

@@ -16,7 +16,7 @@ from hope_jax.memory.rules import Gates
 from hope_jax.model_config import MemoryConfig
 from tests.memory import oracle
 from tests.pallas_kernels.testing import fast_jit
-from tests.tiers import slow
+from tests.tiers import slow_case
 
 B, H, T, K, F = 2, 2, 21, 4, 6
 
@@ -269,7 +269,7 @@ def test_memory_outer_gradients_equal_token_loop():
     np.testing.assert_allclose(a, b, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("remat", [slow("chunk"), "sqrt"])
+@pytest.mark.parametrize("remat", [slow_case("chunk"), "sqrt"])
 def test_memory_remat_keeps_gradients(remat):
   case = random_memory(length=200)
 

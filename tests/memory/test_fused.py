@@ -21,7 +21,7 @@ from tests.memory.test_deep import (
 )
 from tests.memory.test_self_modifying import random_boxes
 from tests.pallas_kernels.testing import assert_close, fast_jit
-from tests.tiers import slow
+from tests.tiers import slow_case
 
 KERNELS = {
   "implementation": "pallas_tpu",
@@ -102,8 +102,8 @@ OPTIONS = [
   {},
   {"setting": "token_exact", "read": "token_post"},
   {"read": "chunk", "momentum": "none", "architecture": "matrix"},
-  slow({"delta_rule": "none", "target": "shared", "activation": "gelu"}),
-  slow({"retention": "zero", "momentum": "sum", "step_scale": "sum"}),
+  slow_case({"delta_rule": "none", "target": "shared", "activation": "gelu"}),
+  slow_case({"retention": "zero", "momentum": "sum", "step_scale": "sum"}),
   {"setting": "negative_eigenvalues", "architecture": "matrix"},
 ]
 
@@ -117,8 +117,8 @@ def test_kernels_equal_xla_values_and_vjps(options):
 
 BOXES = [
   {"adaptive": ("k", "v", "q", "eta", "alpha")},
-  slow({"adaptive": ("v",), "momentum": "none"}),
-  slow(
+  slow_case({"adaptive": ("v",), "momentum": "none"}),
+  slow_case(
     {"adaptive": ("eta", "alpha"), "delta_rule": "none", "retention": "none"}
   ),
   {"architecture": "matrix", "retention": "zero"},

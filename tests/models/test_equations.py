@@ -13,7 +13,7 @@ from hope_jax.memory.self_modifying import Boxes
 from tests.memory import baselines, oracle
 from tests.models.test_models import CMS, init, make
 from tests.pallas_kernels.testing import fast_jit
-from tests.tiers import slow
+from tests.tiers import slow_case
 
 MIXER_VALUE = dataclasses.replace(CMS, value="mixer_value")
 MIXER_PAIR = dataclasses.replace(CMS, value="mixer_pair", half_life=20.0)
@@ -318,18 +318,18 @@ def perturbed(params, seed=0):
 @pytest.mark.parametrize(
   ("name", "fields"),
   [
-    slow("transformer", {"conv_window": 0}),
+    slow_case("transformer", {"conv_window": 0}),
     ("transformer", {"conv_window": 4}),
     ("titans", {}),
-    slow("titans", {"inner_rates": "off"}),
+    slow_case("titans", {"inner_rates": "off"}),
     ("hope", {}),
-    slow("hope", {"inner_rates": "off"}),
-    slow("titans", {"cms": MIXER_PAIR}),
+    slow_case("hope", {"inner_rates": "off"}),
+    slow_case("titans", {"cms": MIXER_PAIR}),
     ("hope_attention", {}),
-    slow("hope_attention", {"cms": MIXER_VALUE}),
+    slow_case("hope_attention", {"cms": MIXER_VALUE}),
     ("hope_attention", {"cms": MIXER_PAIR}),
     ("hope_attention", {"cms": NESTED}),
-    slow("hope_attention", {"cms": INDEPENDENT}),
+    slow_case("hope_attention", {"cms": INDEPENDENT}),
     ("retnet", {"conv_window": 0}),
     ("deltanet", {}),
     ("gated_deltanet", {"num_heads": 4}),
@@ -339,7 +339,7 @@ def perturbed(params, seed=0):
     ("memora", {}),
     ("ttt_linear", {}),
     ("ttt_mlp", {}),
-    slow("ttt_mlp", {"cms": MIXER_PAIR}),
+    slow_case("ttt_mlp", {"cms": MIXER_PAIR}),
   ],
   ids=str,
 )

@@ -14,7 +14,7 @@ from hope_jax import config as config_lib
 from hope_jax.models import language_model
 from tests.pallas_kernels.testing import fast_jit
 
-D, F = 128, 288  # the width of `tiny`, RetNet's hidden width
+D = 128  # the width of `tiny`
 
 
 @functools.cache

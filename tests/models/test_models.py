@@ -18,7 +18,7 @@ from hope_jax.model_config import (
 from hope_jax.models import language_model, layers
 from hope_jax.models.block import SEQUENCE_LAYERS
 from tests.pallas_kernels.testing import fast_jit
-from tests.tiers import slow
+from tests.tiers import slow_case
 
 B, T = 2, 40
 TITANS = MemoryConfig(
@@ -52,7 +52,7 @@ MEMORIES = {
   "ttt_mlp": dataclasses.replace(TITANS, hidden=12, initial_learn_rate=0.4),
 }
 MOSTLY_MEMORIES = [
-  slow(name) if name in ("titans", "dla", "ttt_linear") else name
+  slow_case(name) if name in ("titans", "dla", "ttt_linear") else name
   for name in MEMORIES
 ]
 WINDOWS = {"titans_mag": 6, "titans_mal": 6, "samba": 13}
@@ -201,14 +201,14 @@ def without_rates(params):
 @pytest.mark.parametrize(
   ("name", "read"),
   [
-    slow("titans", "token_pre"),
+    slow_case("titans", "token_pre"),
     ("titans", "chunk"),
     ("hope", "token_pre"),
     ("hope_attention", "token_pre"),
-    slow("dla", "token_post"),
-    slow("memora", "token_pre"),
+    slow_case("dla", "token_post"),
+    slow_case("memora", "token_pre"),
     ("memora", "chunk"),
-    slow("ttt_linear", "token_post"),
+    slow_case("ttt_linear", "token_post"),
     ("ttt_mlp", "token_post"),
   ],
 )
@@ -261,7 +261,7 @@ def test_every_initial_state_and_gate_gets_a_gradient(name):
   "levels",
   [
     ("memory", "alpha", "cms_1"),
-    slow(("memory", "k", "v", "q", "eta", "alpha", "cms_0", "cms_1")),
+    slow_case(("memory", "k", "v", "q", "eta", "alpha", "cms_0", "cms_1")),
   ],
 )
 def test_every_level_of_hope_changes_the_output(levels):
@@ -277,7 +277,7 @@ def test_every_level_of_hope_changes_the_output(levels):
     assert jnp.abs(live - off).max() > 1e-6, level
 
 
-@pytest.mark.parametrize("name", ["transformer", slow("hope"), "rwkv7"])
+@pytest.mark.parametrize("name", ["transformer", slow_case("hope"), "rwkv7"])
 def test_remat_and_dtype_keep_the_function(name):
   config = make(name)
   model, params, tokens = init(config)
@@ -314,7 +314,7 @@ def test_dynamics_are_finite_scalars_per_layer(name):
 
 
 @pytest.mark.parametrize(
-  "name", [slow("titans"), "titans_mac", slow("hope"), "memora"]
+  "name", [slow_case("titans"), "titans_mac", slow_case("hope"), "memora"]
 )
 def test_piece_may_begin_with_a_new_document_anywhere(name):
   """A session goes on with another text, inside a chunk of its memories."""
@@ -336,10 +336,10 @@ def test_piece_may_begin_with_a_new_document_anywhere(name):
     ("titans_mac", None),
     ("hope", 8),
     ("ttt_mlp", 8),
-    *(slow("titans", length) for length in (None, 8)),
-    slow("titans_mac", 8),
-    slow("hope", None),
-    slow("ttt_mlp", None),
+    *(slow_case("titans", length) for length in (None, 8)),
+    slow_case("titans_mac", 8),
+    slow_case("hope", None),
+    slow_case("ttt_mlp", None),
   ],
 )
 def test_documents_in_pieces_equal_one_pass(name, piece_length):

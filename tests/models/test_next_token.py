@@ -15,7 +15,7 @@ from hope_jax.model_config import CMSConfig, MemoryConfig, ModelConfig
 from hope_jax.models import cms, language_model
 from hope_jax.models.block import BlockState
 from tests.pallas_kernels.testing import fast_jit
-from tests.tiers import slow
+from tests.tiers import slow_case
 
 B, T, V, LAYERS = 2, 22, 11, 3
 CHUNKS, LEARNING = (4, 8), 2
@@ -158,10 +158,10 @@ def loop(config, model, params, tokens):
 @pytest.mark.parametrize(
   "fields",
   [
-    slow({}),
+    slow_case({}),
     {"error_clip": 0.0, "half_life": 20.0, "tied_embeddings": False},
     {"connection": "nested"},
-    slow({"connection": "independent"}),
+    slow_case({"connection": "independent"}),
   ],
   ids=str,
 )
@@ -177,7 +177,7 @@ def test_equals_loop_of_gradient_steps(fields):
 
 @pytest.mark.parametrize(
   ("layer", "pieces"),
-  [("transformer", (1,) * T), slow("titans", (4, 8, 2, 2, 4, 2))],
+  [("transformer", (1,) * T), slow_case("titans", (4, 8, 2, 2, 4, 2))],
 )
 def test_in_pieces_equals_one_pass(layer, pieces):
   config = make(sequence_layer=layer)
@@ -255,7 +255,7 @@ def test_twin_is_the_plain_model(fields):
   np.testing.assert_allclose(jnp.concatenate(parts, 1), plain, atol=1e-5)
 
 
-@pytest.mark.parametrize("order", [2, slow(1)])
+@pytest.mark.parametrize("order", [2, slow_case(1)])
 def test_outer_gradient_goes_through_the_inner_one(order):
   """Second order: the gradient of the loop; first: of one whose steps are
   constants."""

@@ -19,7 +19,7 @@ from hope_jax.config import (
 )
 from hope_jax.model_config import CMSConfig, MemoryConfig, ModelConfig
 from hope_jax.training import sharding
-from tests.tiers import slow
+from tests.tiers import slow_case
 
 ONE = jax.devices()[:1]
 
@@ -251,7 +251,7 @@ print(json.dumps([len(inside), found]))
 """
 
 
-@pytest.mark.parametrize("connection", ["sequential", slow("nested")])
+@pytest.mark.parametrize("connection", ["sequential", slow_case("nested")])
 def test_devices_do_not_talk_inside_the_chunk_loops(connection):
   """Gradients of M_0 and W_0 are summed over the devices once a sequence."""
   config = Config(

@@ -14,7 +14,7 @@ from hope_jax.model_config import CMSConfig, MemoryConfig, ModelConfig
 from hope_jax.models import language_model
 from hope_jax.training import sharding, step
 from tests.pallas_kernels.testing import fast_compile, fast_jit
-from tests.tiers import slow
+from tests.tiers import slow_case
 from tests.training import test_every_model
 
 # Recorded on a CPU with jax 0.10.2; see CHANGELOG before changing them.
@@ -95,7 +95,7 @@ def test_train_step_learns(tiny):
   assert metrics[-1].loss < metrics[0].loss - 1.0
 
 
-@pytest.mark.parametrize("parts", [slow(2), 4])
+@pytest.mark.parametrize("parts", [slow_case(2), 4])
 def test_accumulate_equals_one_batch(tiny, parts):
   config = recall(tiny)
   train = dataclasses.replace(config.train, accumulate=parts)
@@ -194,7 +194,7 @@ def carrying(config, name="hope", accumulate=1, slowest=64):
 
 
 @pytest.mark.parametrize(
-  ("name", "accumulate"), [slow("titans", 1), ("hope", 2)]
+  ("name", "accumulate"), [slow_case("titans", 1), ("hope", 2)]
 )
 def test_carried_state_equals_the_uncut_pass(tiny, name, accumulate):
   config = carrying(tiny, name, accumulate)
