@@ -29,6 +29,9 @@ if [ "$(cat .venv/requirements.cksum 2>/dev/null)" != "$wanted" ]; then
   fi
   echo "installing requirements.txt"
   "$python" -m pip install --quiet --disable-pip-version-check \
-    -r requirements.txt
+    "$(grep '^uv==' requirements.txt)"
+  # Four times as fast as pip, whose folders of wheels it does not know by itself.
+  UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}" \
+    .venv/bin/uv pip install --quiet --python "$python" -r requirements.txt
   echo "$wanted" >.venv/requirements.cksum
 fi

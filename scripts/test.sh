@@ -11,8 +11,8 @@ libtpu=$("$python" -c 'import tomllib
 with open("pyproject.toml", "rb") as file:
   print(tomllib.load(file)["project"]["optional-dependencies"]["aot"][0])')
 compilers=.cache/compilers/$libtpu
-if [ ! -d "$compilers" ] && ! "$python" -m pip install --quiet \
-  --disable-pip-version-check --no-deps --target "$compilers" "$libtpu"; then
+if [ ! -d "$compilers" ] && ! .venv/bin/uv pip install --quiet \
+  --python "$python" --no-deps --target "$compilers" "$libtpu"; then
   rm -rf "$compilers"
   echo "warning: no $libtpu: the tests that compile for a TPU are skipped" >&2
 fi

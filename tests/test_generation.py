@@ -14,6 +14,7 @@ from hope_jax.generation import Sampling
 from hope_jax.models import language_model
 from tests.models.test_models import init, larger, make
 from tests.pallas_kernels.testing import fast_jit
+from tests.tiers import slow_case
 
 GREEDY = Sampling(temperature=0.0)
 PROMPTS = [np.array([5, 1, 7, 20, 30]), np.array([3]), np.arange(9) * 7 % 31]
@@ -25,7 +26,9 @@ def small_pieces(monkeypatch):
   monkeypatch.setattr(generation, "BLOCK", 3)
 
 
-@pytest.fixture(scope="module", params=["transformer", "hope", "samba"])
+@pytest.fixture(
+  scope="module", params=["transformer", slow_case("hope"), "samba"]
+)
 def model(request):
   config = make(request.param, num_layers=2 if request.param == "samba" else 1)
   _, params, _ = init(config)

@@ -23,6 +23,7 @@ from hope_jax.models import language_model
 from hope_jax.training import checkpoints, sharding, step, workdir
 from tests.models.test_models import make
 from tests.pallas_kernels.testing import fast_jit
+from tests.tiers import slow_case
 
 pytest.importorskip("lm_eval")
 
@@ -80,7 +81,10 @@ def make_run(folder, model):
   return session.open_run(folder)
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(
+  scope="module",
+  params=["transformer", "titans", slow_case("hope"), "gated_deltanet"],
+)
 def run(request, tmp_path_factory):
   """A run of each kind of model."""
   fields = NAMES[request.param]

@@ -294,6 +294,16 @@ class NestedLevel(NamedTuple):
   live: bool
   epsilon: float = 1e-6
 
+  def per_sequence(self, batch_size: int) -> "NestedLevel":
+    """Its parameters for a scan over chunks, see `chunks.per_sequence`."""
+    scale = chunks.per_sequence(self.scale, batch_size, ("act",))
+    rule = _rule_per_sequence(self.rule, batch_size)
+    return self._replace(scale=scale, rule=rule)
+
+  def normalize(self, x: jax.Array) -> jax.Array:
+    """n [B, C, D] of x [B, C, D], with parameters per sequence."""
+    return architectures.rms_normalize(x, self.epsilon) * self.scale[:, None]
+
 
 def run_nested(
   slow: LevelWeights,
@@ -321,18 +331,14 @@ def run_nested(
   """
   lengths = [level.rule.chunk_length for level in levels]
   origin = zero_state(slow, x.shape[0])
-  continued = state is not None
-  if state is None:
-    state = [chunks.fresh(origin) for _ in levels]
-  layout = chunks.plan(x.shape[1], lengths[0], state[0] if continued else None)
+  first = None if state is None else state[0]
+  layout = chunks.plan(x.shape[1], lengths[0], first)
+  states = state or [chunks.fresh(origin) for _ in levels]
   docs = chunks.documents(segments, layout, origin)
-  borders = _borders(layout, state, lengths)
+  borders = _borders(layout, states, lengths)
   nothing = ((origin["weight"],) * 2,) * len(levels)
   base = _per_sequence(slow, x.shape[0])
-  rates = [_rule_per_sequence(level.rule, x.shape[0]) for level in levels]
-  scales = chunks.per_sequence(
-    [level.scale for level in levels], x.shape[0], ("act",)
-  )
+  copies = [level.per_sequence(x.shape[0]) for level in levels]
   x, keys, values = _whole_rows(x, keys, values)
 
   def body(carry, inputs):
@@ -344,12 +350,10 @@ def run_nested(
     carry = _restart(carry, borders, levels)
     written = None if keys is None else slow_products(base, keys)
     after, dynamics = [], []
-    for level, rule, scale, (start, now) in zip(
-      levels, rates, scales, carry, strict=True
-    ):
-      n = architectures.rms_normalize(x, level.epsilon) * scale[:, None]
-      tokens = Tokens(slow_products(base, n), written, values)
-      new, read = learn_chunk(base, start, now, tokens, rule, live, masks)
+    for level, copy, (start, now) in zip(levels, copies, carry, strict=True):
+      reads = slow_products(base, copy.normalize(x))
+      tokens = Tokens(reads, written, values)
+      new, read = learn_chunk(base, start, now, tokens, copy.rule, live, masks)
       x = x + read.y
       new = new if level.live else now
       if with_dynamics:
@@ -361,15 +365,14 @@ def run_nested(
 
   flags = docs and (docs.begins, docs.inherits, docs.keeps)
   xs = jax.tree.map(lambda x: layout.split(x, axis=1), (x, values, keys))
-  carry = tuple((s.start, s.now["weight"]) for s in state)
+  carry = tuple((s.start, s.now["weight"]) for s in states)
   carry, (y, dynamics) = checkpointed_scan(
     body, carry, (xs, layout.live, borders, flags), policy=policy
   )
   dynamics = [deep.summarize(d) for d in dynamics]
   y = layout.merge(y, axis=1)
-  if not continued:
-    return y, None, dynamics
-  return y, _after(carry, state, layout, levels), dynamics
+  after = None if state is None else _after(carry, states, layout, levels)
+  return y, after, dynamics
 
 
 def _after(

@@ -320,9 +320,23 @@ def learn_chunk(
   lead_decays = lead if arithmetic.in_kernel else lead + 1  # pieces, B, H
   boxed_decays = jax.tree.map(lambda x: jnp.expand_dims(x, lead_decays), decays)
   boxed_gates = jax.tree.map(lambda x: jnp.expand_dims(x, lead), gates)
-  chunk_length = cfg.projection_chunk_length
   momentum = now["momentum"] or Boxes(None, None, None)
   weight, after_momentum, back = {}, {}, []
+
+  def write(layer, inputs, error, gates, decays):
+    out = rules.write_layer(
+      inputs,
+      error,
+      getattr(now["weight"], layer),
+      getattr(momentum, layer),
+      gates,
+      decays,
+      cfg,
+      chunk_length=cfg.projection_chunk_length,
+      arithmetic=arithmetic,
+    )
+    weight[layer], after_momentum[layer] = out.weight, out.momentum
+
   first = 0
   for kind, boxes in (("projection", PROJECTIONS), ("gate", GATES)):
     boxes = members(cfg, boxes)
@@ -335,18 +349,8 @@ def learn_chunk(
       on = jnp.array([box not in frozen for box in boxes], jnp.float32)
       error *= on.reshape(-1, *(1,) * 2)[(None,) * lead]
     back.append(jnp.einsum("...CE,...EF->...CF", error, getattr(start, kind)))
-    out = rules.write_layer(
-      trace.features[..., first : first + len(boxes), :, :],
-      error,
-      getattr(now["weight"], kind),
-      getattr(momentum, kind),
-      boxed_gates,
-      boxed_decays,
-      cfg,
-      chunk_length=chunk_length,
-      arithmetic=arithmetic,
-    )
-    weight[kind], after_momentum[kind] = out.weight, out.momentum
+    features = trace.features[..., first : first + len(boxes), :, :]
+    write(kind, features, error, boxed_gates, boxed_decays)
     first += len(boxes)
 
   if start.hidden is not None:
@@ -354,18 +358,7 @@ def learn_chunk(
     errors = rules.clip_norm(
       jnp.concatenate(back, axis=-3) * slope, cfg.error_clip
     )
-    out = rules.write_layer(
-      made.k,
-      _side_by_side(errors),
-      now["weight"].hidden,
-      momentum.hidden,
-      gates,
-      decays,
-      cfg,
-      chunk_length=chunk_length,
-      arithmetic=arithmetic,
-    )
-    weight["hidden"], after_momentum["hidden"] = out.weight, out.momentum
+    write("hidden", made.k, _side_by_side(errors), gates, decays)
   absent = dict.fromkeys(Boxes._fields)
   written = Boxes(**(absent | weight))
   after: dict[str, Any] = {

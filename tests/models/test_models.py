@@ -126,7 +126,7 @@ def check_prefill_and_decode_equal_the_full_pass(apply, tokens, full, state):
 
 def check_documents_do_not_see_each_other(apply, tokens):
   segments = (jnp.arange(T) >= 16).astype(jnp.int32)[None].repeat(B, 0)
-  packed = apply(tokens, None, segments).logits
+  packed = apply(tokens, segments).logits
   apart = apply(jnp.roll(tokens, -16, axis=1)).logits
   np.testing.assert_allclose(
     packed[:, 16:], apart[:, : T - 16], atol=2e-5, rtol=1e-4
@@ -139,14 +139,16 @@ def test_sequence_layer(name, subtests):
   config = make(name)
   model, params, tokens = init(config)
   apply = fast_jit(lambda *a: model.apply({"params": params}, *a))
-  full = apply(tokens).logits
+  one = jnp.zeros((B, T), jnp.int32)
+  packed = lambda tokens, segments=one: apply(tokens, None, segments)
+  full = packed(tokens).logits
   with subtests.test("causal"):
-    check_causal(apply, tokens, full)
+    check_causal(packed, tokens, full)
   with subtests.test("prefill and decode"):
     state = language_model.init_state(config, B)
     check_prefill_and_decode_equal_the_full_pass(apply, tokens, full, state)
   with subtests.test("documents"):
-    check_documents_do_not_see_each_other(apply, tokens)
+    check_documents_do_not_see_each_other(packed, tokens)
 
 
 GROUPS = dict(num_heads=4, num_kv_heads=2, tied_embeddings=False)
@@ -233,16 +235,20 @@ def test_rates_zero_is_the_twin(name, read):
 
 @pytest.mark.parametrize("name", MOSTLY_MEMORIES)
 def test_every_initial_state_and_gate_gets_a_gradient(name):
+  """And the dynamics that training collects are finite scalars per layer."""
   model, params, tokens = init(make(name))
 
   def loss(params):
-    logits = model.apply({"params": params}, tokens).logits
+    output, sown = model.apply({"params": params}, tokens, mutable=["dynamics"])
     picked = jnp.take_along_axis(
-      nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1
+      nn.log_softmax(output.logits[:, :-1]), tokens[:, 1:, None], axis=-1
     )
-    return -jnp.mean(picked)
+    return -jnp.mean(picked), sown
 
-  gradient = fast_jit(jax.grad(loss))(params)
+  gradient, sown = fast_jit(jax.grad(loss, has_aux=True))(params)
+  assert jax.tree.leaves(sown)
+  for leaf in jax.tree.leaves(sown):
+    assert leaf.shape == (2,) and jnp.isfinite(leaf).all()
   mixer = gradient["blocks"]["mixer"]
   for group in ("initial", "gates"):
     for leaf_name, leaf in jax.tree_util.tree_leaves_with_path(mixer[group]):
@@ -300,17 +306,6 @@ def test_remat_and_dtype_keep_the_function(name):
   full = fast_jit(model.apply)({"params": params}, tokens).logits
   error = jnp.abs(logits - full).mean() / jnp.abs(full).mean()
   assert error < 3e-2
-
-
-@pytest.mark.parametrize("name", MOSTLY_MEMORIES)
-def test_dynamics_are_finite_scalars_per_layer(name):
-  model, params, tokens = init(make(name))
-  collect = fast_jit(lambda *args: model.apply(*args, mutable=["dynamics"])[1])
-  sown = collect({"params": params}, tokens)
-  leaves = jax.tree.leaves(sown)
-  assert leaves
-  for leaf in leaves:
-    assert leaf.shape == (2,) and jnp.isfinite(leaf).all()
 
 
 @pytest.mark.parametrize(

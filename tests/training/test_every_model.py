@@ -23,6 +23,7 @@ from hope_jax.training import checkpoints, sharding, step
 from tests.pallas_kernels.testing import fast_compile
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+KEY = jax.random.key(0)
 
 def start(abstract):
   \"""A state of noise: initialising would be one more compilation.\"""
@@ -35,6 +36,9 @@ def start(abstract):
     params=jax.tree.map(put(0.1), abstract.params),
     fast=jax.tree.map(put(0.1), abstract.fast))
 
+def types(state):
+  return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state)
+
 def prepare(config, mesh):
   source = pipeline.load(config)["train"]
   batches = pipeline.TrainBatches(source, 8, (0, 8), 2)
@@ -44,6 +48,7 @@ def prepare(config, mesh):
   abstract = compiled.abstract_state
   with sharding.activate(mesh):
     train_step = fast_compile(compiled.train_step, abstract, batches[0])
+    assert types(jax.eval_shape(compiled.init, KEY)) == types(abstract)
   return abstract, train_step, batches
 
 def moments(state):
@@ -81,6 +86,7 @@ def run(config, folder):
       jax.tree_util.keystr(path, simple=True, separator="/"): x
       for path, x in jax.tree_util.tree_leaves_with_path(error)},
     "resumes": all(np.array_equal(a, b) for a, b in pairs),
+    "types": types(state) == types(abstract),
     "held": held / sum(x.size for x in weights),
   }
 
@@ -88,7 +94,6 @@ report = {}
 for name, fields in json.loads(sys.argv[1]).items():
   config = config_lib.from_config_dict(fields)
   report[name] = run(config, pathlib.Path(sys.argv[2]) / name)
-  jax.clear_caches()
 print(json.dumps(report))
 """
 
@@ -147,4 +152,5 @@ def test_devices_and_resuming(tmp_path, compilation_cache, subtests):
       worst = max(run["gradient_error"].items(), key=lambda item: item[1])
       assert worst[1] < 1e-3, worst
       assert run["resumes"]
+      assert run["types"]  # or the second step compiles again
       assert run["held"] < 0.5  # of the parameters, by each device

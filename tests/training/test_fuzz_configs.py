@@ -16,6 +16,7 @@ from hope_jax.model_config import (
   STATE_SPACE_LAYERS,
 )
 from hope_jax.training import loop, metrics
+from tests.tiers import slow_case
 from tests.training.test_loop import Killed, kill_at
 
 
@@ -88,7 +89,7 @@ def draw(rng):
 
 @pytest.mark.parametrize(
   "seed",
-  [*range(2), *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 60))],
+  [0, *(slow_case(n) for n in range(1, 60))],
 )
 def test_random_config_trains_resumes_and_generates(
   seed, tmp_path, monkeypatch
