@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments import switch_off
-from experiments.runner import DONE, Record
+from experiments.runner import DONE, FAILED, Record
 
 Scores = Mapping[str, Any]
 # Header -> cell from the scores of a row's seeds.
@@ -151,13 +151,18 @@ def machine() -> str:
 
 
 def caption(records: Sequence[Record]) -> str:
-  """Date, machine, seeds and how much is done: the line below a table."""
+  """Date and machine of this report, seeds, how much is done and what failed:
+  the lines below a table."""
   seeds = sorted({record.trial.seed for record in records})
   done = sum(record.status == DONE for record in records)
-  return (
+  lines = [
     f"{datetime.date.today().isoformat()}, {machine()}, seeds"
-    f" {', '.join(map(str, seeds))}; {done} of {len(records)} trials done.\n"
-  )
+    f" {', '.join(map(str, seeds))}; {done} of {len(records)} trials done."
+  ]
+  for record in records:
+    if record.status == FAILED:
+      lines.append(f"Failed: {record.trial.name}: {record.message}")
+  return "\n".join(lines) + "\n"
 
 
 def write_results(

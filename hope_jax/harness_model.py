@@ -1,13 +1,16 @@
 """A trained run as a model of lm-eval (extra `eval`), for `harness.py`.
 
-Recurrent models read any context whole.  Attention's cache is bounded
+Models whose state does not grow read any context whole, attention in a window
+as much of it as it sees.  The cache of attention without a window is bounded
 (`model.context_length`), so that for its models long contexts lose their
 beginning.
 
-Texts that nothing precedes (an empty context, a perplexity's text) follow the
-token of a line break.  Training never shows an end token as an input, and no
-begin token exists; a line break is one token of bytes and of the SentencePiece
-models made here, and what texts in training most often begin after.
+Where a checkpoint's tokenizer.json puts a token before every text (Llama 3's),
+contexts begin with it, and it stands before texts that nothing precedes (an
+empty context, a perplexity's text).  Elsewhere the token of a line break does:
+training here never shows an end token as an input, and no begin token exists; a
+line break is one token of bytes and of the SentencePiece models made here, and
+what texts in training most often begin after.
 """
 
 from collections.abc import Iterator
@@ -44,6 +47,8 @@ class HopeLM(TemplateLM):
     super().__init__()
     self._run, self.batch_size, self._seed = run, batch_size, seed
     begin = run.tokenizer.encode("\n").tolist()
+    if run.tokenizer.bos is not None:
+      begin = [run.tokenizer.bos]
     if not begin and run.tokenizer.eos is not None:
       begin = [run.tokenizer.eos]  # a model of others that drops line breaks
     if not begin:
@@ -57,7 +62,7 @@ class HopeLM(TemplateLM):
   def max_length(self) -> int | None:
     """How many tokens can be read, None: any number."""
     model = self._run.config.model
-    return model.context_length if model.has_attention else None
+    return model.context_length if model.has_longest_context else None
 
   @property
   def eot_token_id(self) -> int:
@@ -67,9 +72,14 @@ class HopeLM(TemplateLM):
   def tok_encode(
     self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
   ) -> list[int]:
-    """Token numbers; no tokenizer of ours adds special ones."""
-    del add_special_tokens, kwargs
-    return self._run.tokenizer.encode(string).tolist()
+    """Token numbers, after the begin token if texts have one and it is not
+    there."""
+    del kwargs
+    bos = self._run.tokenizer.bos
+    tokens = self._run.tokenizer.encode(string).tolist()
+    if bos is None or add_special_tokens is False or tokens[:1] == [bos]:
+      return tokens
+    return [bos, *tokens]
 
   def _bounded(self, context: list[int], continuation: list[int]) -> Request:
     """The request with as much of its context as can be read."""
@@ -113,7 +123,7 @@ class HopeLM(TemplateLM):
     del disable_tqdm
     windows, owners = [], []
     for number, request in enumerate(requests):
-      tokens = self.tok_encode(request.args[0])
+      tokens = self.tok_encode(request.args[0], add_special_tokens=False)
       pairs = utils.get_rolling_token_windows(
         tokens, self.prefix_token_id, self.max_length or max(1, len(tokens)), 1
       )

@@ -248,9 +248,9 @@ def _power_of_two(least: int, count: int) -> int:
 
 
 def with_cache(config: ModelConfig, count: int) -> ModelConfig:
-  """`config` whose attention, if any, has a cache for `count` tokens, not for
-  all that it could hold: of a few sizes."""
-  if not config.has_attention:
+  """`config` whose attention, if its cache grows, has one for `count` tokens,
+  not for all that it could hold: of a few sizes."""
+  if not config.has_longest_context:
     return config
   size = _power_of_two(LEAST_CACHE, count)
   return dataclasses.replace(config, context_length=size)

@@ -17,6 +17,8 @@ from etils import epath
 from flax import traverse_util
 from safetensors import numpy as safetensors
 
+from configs import wikitext2
+from hope_jax import config as config_lib
 from hope_jax import convert, evaluate, generate, generation
 from hope_jax.config import ConfigError, DataConfig
 from hope_jax.data import text as text_lib
@@ -334,6 +336,16 @@ def test_config_of_transformers_4_is_understood():
 def test_models_that_transformers_has_not_are_refused(model, message):
   with pytest.raises(ConfigError, match=message):
     hugging_face.write_config(model)
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "gated_deltanet"])
+def test_models_of_the_configs_are_written(name):
+  """However their training began."""
+  config = config_lib.from_config_dict(wikitext2.get_config(name)).model
+  assert config.initializer != "normal"
+  _, values = hugging_face.write_config(config)
+  _, again = hugging_face.read_config(values)
+  assert again.sequence_layer == name and again.width == config.width
 
 
 @pytest.fixture(scope="module")

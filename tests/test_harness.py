@@ -1,5 +1,6 @@
 """Runs under lm-eval: scores against full passes, and the real harness."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -168,6 +169,34 @@ def test_only_attention_forgets_the_beginning(run):
     with pytest.raises(ConfigError, match="121 tokens is too long.*=120"):
       model._bounded(context, [7] * (CONTEXT + 1))
   assert model._bounded(context, continuation) == (kept, continuation)
+
+
+def test_attention_in_a_window_reads_any_length(transformer):
+  lengths = []
+  for window in (0, 16):
+    config = transformer.config
+    model = dataclasses.replace(config.model, attention_window=window)
+    config = dataclasses.replace(config, model=model)
+    run = transformer._replace(config=config)
+    lengths.append(HopeLM(run).max_length)
+    assert (scoring.with_cache(model, 1000) == model) == bool(window)
+  assert lengths == [512, None]
+
+
+def test_texts_begin_with_the_token_of_their_tokenizer(transformer):
+  class WithBegin(Bytes):
+    bos = 7
+
+  model = HopeLM(transformer._replace(tokenizer=WithBegin()))
+  assert model.prefix_token_id == 7 and model.tok_encode("\a") == [7]
+  pair = model._encode_pair("a ", "b")
+  assert pair == ([7, *b"a"], [*b" b"])
+  asked = []
+  model._score = lambda windows, _: (
+    asked.extend(windows) or [scoring.Score(0.0, True)]
+  )
+  model.loglikelihood_rolling(instances("loglikelihood_rolling", [("ab",)]))
+  assert asked == [scoring.Request([7], [*b"ab"])]
 
 
 def test_rolling_scores_every_token_once(run, full):
@@ -383,6 +412,34 @@ def test_local_tasks_through_the_harness(transformer, data):
   assert by_name["piqa", "acc"].score == float(scores[0] > scores[1])
   table = harness.table(lines).splitlines()
   assert len(table) >= len(lines) + 2 and table[0].startswith("|")
+
+
+@pytest.mark.parametrize(
+  ("name", "path", "old"),
+  [
+    ("arc_easy", "commonsense/arc_easy_test.jsonl", "Why?"),
+    ("lambada_openai", "lambada/lambada_openai_ctx_cont.jsonl", "The end"),
+    ("squad", "squad/squad_v1_val_1000.jsonl", "Q?"),
+  ],
+)
+def test_examples_are_other_questions(
+  transformer, tmp_path, monkeypatch, name, path, old
+):
+  for method, answer in (
+    ("loglikelihood", (0.0, True)),
+    ("generate_until", ""),
+  ):
+    monkeypatch.setattr(
+      HopeLM, method, lambda _, asked, answer=answer: [answer] * len(asked)
+    )
+  file = tmp_path / "qa" / path
+  file.parent.mkdir(parents=True)
+  row, numbers = json.dumps(DATA[path]), range(4)
+  file.write_text("\n".join(row.replace(old, f"No{n}?") for n in numbers))
+  tasks = harness.load_tasks([name], TASKS, str(tmp_path))
+  harness.evaluate(transformer, tasks, num_fewshot=3)
+  for request in tasks[0].instances:
+    assert [request.args[0].count(f"No{n}?") for n in numbers] == [1] * 4
 
 
 def test_examples_and_limit(transformer, data):

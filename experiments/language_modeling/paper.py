@@ -5,6 +5,7 @@ all other rows of 340M and 400M from Titans (2501.00663).  `TTT` is compared
 with TTT-Linear; the paper does not say which of the two it is.
 """
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -70,7 +71,9 @@ ROWS = tuple(dict.fromkeys(row for rows in TABLE.values() for row in rows))
 
 
 def ranks(values: Sequence[float]) -> list[float]:
-  """1 for the lowest; equal values share the mean of their places."""
+  """1 for the lowest; equal values share the mean of their places, and what is
+  not a number is as bad as infinity."""
+  values = [math.inf if math.isnan(value) else value for value in values]
   places: dict[float, list[int]] = {}
   for place, value in enumerate(sorted(values), 1):
     places.setdefault(value, []).append(place)

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from experiments import plots, runner, switch_off, tables
 from experiments.language_modeling import paper, table2
 from experiments.trials import ROOT, Plan, slug, staged
+from hope_jax.training.evaluation import perplexity
 
 SCALES = ("demo", "cpu", "smoke", *table2.SCALES)
 # The longest first: what follows fills the other cores.
@@ -109,7 +110,7 @@ def relative_change(scores: Sequence[tables.Scores]) -> str:
 COLUMNS = {
   "test loss": lambda scores: tables.mean_std(s["loss"] for s in scores),
   "perplexity": lambda scores: tables.mean_std(
-    math.exp(s["loss"]) for s in scores
+    perplexity(s["loss"]) for s in scores
   ),
   "bits per byte": lambda scores: tables.mean_std(
     s["loss"] / math.log(2) for s in scores

@@ -20,6 +20,7 @@ from experiments import plots, runner, subwords, switch_off, tables
 from experiments.language_modeling import paper
 from experiments.subwords import Size
 from experiments.trials import Evaluation, Plan, Trial, slug, staged
+from hope_jax.training.evaluation import perplexity
 
 MIN_ROWS = 10  # of a correlation
 TEXT, RECALL = "text", "MQAR"
@@ -152,7 +153,7 @@ def prepare(data: str, scale: Scale) -> None:
 
 def word_perplexity(loss: float, size: Size) -> float:
   """exp of the nats per word: does not depend on the tokenizer."""
-  return math.exp(loss * size.tokens / size.words)
+  return perplexity(loss * size.tokens / size.words)
 
 
 def bits_per_byte(loss: float, size: Size) -> float:
@@ -165,7 +166,7 @@ def _text_cells(
 ) -> tables.Line:
   """The columns of a test split."""
   cells = {
-    f"{name} ppl": tables.mean_std(map(math.exp, losses), 2),
+    f"{name} ppl": tables.mean_std(map(perplexity, losses), 2),
     f"{name} word ppl": tables.mean_std(
       (word_perplexity(x, size) for x in losses), 1
     ),
@@ -239,16 +240,17 @@ def perplexities(
     trial = record.trial
     if trial.group == TEXT and trial.row in paper.ROWS:
       loss = tables.scores(record)["loss"]
-      found.setdefault(trial.seed, {})[trial.row] = math.exp(loss)
+      found.setdefault(trial.seed, {})[trial.row] = perplexity(loss)
   return found
 
 
 def is_complete(records: Sequence[runner.Record], scale: Scale) -> bool:
-  """Whether every row has all its seeds, of text and of recall."""
+  """Whether every row has all its seeds, of text and of recall, and no rate of
+  its grid is left (one that failed is named in the caption)."""
   done = {
     (r.trial.group, r.trial.row, r.trial.seed) for r in tables.final(records)
   }
-  return all(
+  return all(r.status != runner.LEFT for r in records) and all(
     (group, row, seed) in done
     for group in (TEXT, RECALL)
     for row in scale.rows

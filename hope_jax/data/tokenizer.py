@@ -23,14 +23,18 @@ SETTINGS = "tokenizer_config.json"  # beside the latter
 
 
 class Tokenizer(Protocol):
-  """What all kinds offer; `eos` ends a document, None if there is none; `files`
-  are what `load` needs, by name, the one to give it first."""
+  """What all kinds offer; `bos` is what the tokenizer of another's model puts
+  before every text, `eos` ends a document, None if there is none; `files` are
+  what `load` needs, by name, the one to give it first."""
 
   @property
   def name(self) -> str: ...
 
   @property
   def vocab_size(self) -> int: ...
+
+  @property
+  def bos(self) -> int | None: ...
 
   @property
   def eos(self) -> int | None: ...
@@ -62,7 +66,7 @@ class Bytes:
 
   name = BYTES
   vocab_size = VOCAB_SIZE
-  eos = None
+  bos = eos = None
   sha256 = hashlib.sha256(BYTES.encode()).hexdigest()
   files: Mapping[str, bytes] = {}
 
@@ -77,6 +81,8 @@ class Bytes:
 
 class SentencePiece:
   """A SentencePiece model, from the content of its file."""
+
+  bos = None  # the file does not say whether texts begin with one
 
   def __init__(self, model: bytes, name: str):
     import sentencepiece
@@ -140,12 +146,18 @@ class HuggingFace:
     known = self._tokenizer.get_vocab(with_added_tokens=True)
     self.vocab_size = max(known.values(), default=-1) + 1
     self.eos = known.get(eos) if eos else None
+    plain, full = (
+      self._tokenizer.encode("a", add_special_tokens=special).ids
+      for special in (False, True)
+    )
+    has_bos = full[1 : len(plain) + 1] == plain and full != plain
+    self.bos = full[0] if has_bos else None
 
   def __reduce__(self):
     return HuggingFace, (self.model, self.name, self._eos)
 
   def encode(self, text: str) -> np.ndarray:
-    """Text -> int32 [tokens], none added at the beginning or the end."""
+    """Text -> int32 [tokens], also `bos` only where the text spells it."""
     utf8(text)
     found = self._tokenizer.encode(text, add_special_tokens=False)
     return np.asarray(found.ids, np.int32)

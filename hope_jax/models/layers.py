@@ -97,7 +97,8 @@ def norm(config: ModelConfig, name: str) -> nn.Module:
 class ShortConv(nn.Module):
   """Causal depthwise convolution: y_t = sum_j kernel_j x_{t-j} (+ bias).
 
-  Both begin uniform in +-1 / sqrt(window).
+  Both begin uniform in +-1 / sqrt(window), as PyTorch's; with `is_normal` as
+  Flax's, from a (cut) normal distribution of variance 1 / window and from 0.
   The state is the last window - 1 inputs, [B, W-1, D], of the last document.
   Taps that reach across a segment border read zero; the state's inputs belong
   to segment 0.
@@ -106,6 +107,7 @@ class ShortConv(nn.Module):
   window: int
   dtype: Any
   use_bias: bool = False
+  is_normal: bool = False
 
   @nn.compact
   def __call__(
@@ -116,9 +118,12 @@ class ShortConv(nn.Module):
   ) -> tuple[jax.Array, jax.Array]:
     batch, length, width = x_BTD.shape
     bound = self.window**-0.5
-    init = lambda key, shape: jax.random.uniform(
+    init: Any = lambda key, shape: jax.random.uniform(
       key, shape, minval=-bound, maxval=bound
     )
+    of_bias = init
+    if self.is_normal:
+      init, of_bias = nn.initializers.lecun_normal(), nn.initializers.zeros
     box = nn.with_logical_partitioning(init, ("window", "heads"))
     kernel: Any = self.param("kernel", box, (self.window, width))
     kernel_WD = kernel.astype(self.dtype)
@@ -137,7 +142,7 @@ class ShortConv(nn.Module):
         tap_BTD = jnp.where(same[:, :, None], tap_BTD, 0)
       y_BTD = y_BTD + tap_BTD * kernel_WD[back][None, None]
     if self.use_bias:
-      box = nn.with_logical_partitioning(init, ("heads",))
+      box = nn.with_logical_partitioning(of_bias, ("heads",))
       bias: Any = self.param("bias", box, (width,))
       y_BTD = y_BTD + bias.astype(self.dtype)[None, None]
     last = padded[:, length:]

@@ -59,7 +59,8 @@ def init_state(
 
 
 class Initial(nn.Module):
-  """W_0 from N(0, 0.02), b_0 = 0, LN's scale 1 and bias 0, and what is learned
+  """W_0 from N(0, 0.02), the MLP's second layer N(0, 0.02 / sqrt(2 L)) with L
+  layers of the model, b_0 = 0, LN's scale 1 and bias 0, and what is learned
   beside 1 / t, from 0, [C]."""
 
   config: ModelConfig
@@ -67,18 +68,20 @@ class Initial(nn.Module):
   @nn.compact
   def __call__(self) -> tuple[Weights, ttt.Norm, jax.Array]:
     heads, dim = self.config.num_heads, self.config.head_dim
-    normal = nn.initializers.normal(layers.INIT_STD)
+    shapes = initial_shapes(self.config)
 
-    def layer(name: str, shapes: ttt.Layer | None) -> Any:
-      if shapes is None:
+    def layer(name: str, shape: ttt.Layer | None) -> Any:
+      if shape is None:
         return None
       axes = ("heads", "memory_out", "memory_in")
+      is_second = name == "output" and shapes.hidden is not None
+      depth = 2 * self.config.num_layers if is_second else 1
+      normal = nn.initializers.normal(layers.INIT_STD / depth**0.5)
       return ttt.Layer(
-        self._parameter(f"memory_{name}", normal, shapes.weight, axes),
-        self._parameter(f"bias_{name}", _zeros, shapes.bias, axes[:2]),
+        self._parameter(f"memory_{name}", normal, shape.weight, axes),
+        self._parameter(f"bias_{name}", _zeros, shape.bias, axes[:2]),
       )
 
-    shapes = initial_shapes(self.config)
     weights = Weights(*map(layer, shapes._fields, shapes))
     axes = ("heads", "norm")
     norm = ttt.Norm(
@@ -115,7 +118,11 @@ class TestTimeTraining(nn.Module):
     if cfg.conv_window:
       for name in projected:
         projected[name], conv[name] = layers.ShortConv(
-          cfg.conv_window, shared.dtype, use_bias=True, name=f"conv_{name}"
+          cfg.conv_window,
+          shared.dtype,
+          use_bias=True,
+          is_normal=True,
+          name=f"conv_{name}",
         )(shared, state["conv"][name] if state else None, segments)
     before = state["memory"] if state else None
     place = ttt.position(x_BTD.shape[1], before, cfg.memory)

@@ -86,9 +86,14 @@ def inner_dynamics(
   }
 
 
+def perplexity(loss: float) -> float:
+  """exp(loss), where that is a number; else the largest power that is one."""
+  return math.exp(min(loss, 700.0))
+
+
 def derived(loss: float, config: Config) -> dict[str, float]:
   """perplexity, and where tokens are bytes bits_per_byte."""
-  values = {"perplexity": math.exp(min(loss, 700.0))}
+  values = {"perplexity": perplexity(loss)}
   if isinstance(pipeline.load_tokenizer(config), tokenizer.Bytes):
     values["bits_per_byte"] = loss / math.log(2.0)
   return values

@@ -165,9 +165,11 @@ SCALING = {
   "original_max_position_embeddings": "original_context_length",
 }
 ALWAYS = {"hidden_act": "silu", "quantization_config": None}
-# Of `ModelConfig`: they say how to compute, or concern what is not there.
+# Of `ModelConfig`: they say how to begin or compute, or concern what is not
+# there.
 FREE = (
   "memory",
+  "initializer",
   "dtype",
   "remat",
   "inner_rates",

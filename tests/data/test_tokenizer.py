@@ -119,6 +119,24 @@ def test_tokenizer_json_is_saved_with_its_end_token(of_hugging_face, tmp_path):
     (tmp_path / name).unlink()
 
 
+def test_tokenizer_json_says_what_stands_before_a_text(
+  of_hugging_face, tmp_path
+):
+  from tokenizers import Tokenizer, processors
+
+  made = Tokenizer.from_buffer(of_hugging_face.files["tokenizer.json"])
+  found = []
+  for template in ("$A <end>", "<end> $A", "<end> $A <end>"):
+    made.post_processor = processors.TemplateProcessing(
+      single=template, special_tokens=[("<end>", 0)]
+    )
+    made.save(str(tmp_path / "tokenizer.json"))
+    words = tokenizer.load(tmp_path / "tokenizer.json")
+    assert len(words.encode("a")) == 1
+    found.append(words.bos)
+  assert found == [None, 0, 0] and of_hugging_face.bos is None
+
+
 def test_text_is_read_through_its_tokenizer(of_hugging_face, tmp_path):
   tokenizer.save(of_hugging_face, epath.Path(tmp_path))
   (tmp_path / "text.txt").write_text(SHAKESPEARE[:4000])

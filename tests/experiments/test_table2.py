@@ -9,9 +9,9 @@ import pytest
 from etils import epath
 
 from configs import subwords as config_subwords
-from experiments import books, subwords, switch_off, trials
+from experiments import books, subwords, switch_off, tables, trials
 from experiments.language_modeling import paper, table2
-from experiments.runner import DONE, LEFT, Record
+from experiments.runner import DONE, FAILED, LEFT, Record
 from experiments.subwords import Size
 from hope_jax import config as config_lib
 from hope_jax.config import Config
@@ -116,6 +116,7 @@ def test_all_that_learns_in_the_sequence_has_a_twin_and_its_switch_offs():
 
 def test_ranks_share_places_and_follow_the_direction():
   assert paper.ranks([3.0, 1.0, 3.0, 2.0]) == [3.5, 1.0, 3.5, 2.0]
+  assert paper.ranks([math.nan, 1.0, 3.0, math.nan]) == [3.5, 1.0, 2.0, 3.5]
   # Hope has the lowest perplexity of three and the highest accuracy.
   ranked = paper.ranked("760M", ["Samba", "Mamba", "RetNet", "Hope"])
   assert ranked == {"Samba": (2, 2), "RetNet": (3, 3), "Hope": (1, 1)}
@@ -141,6 +142,25 @@ def test_no_correlation_from_a_cpu_or_an_unfinished_run(
   assert ("check of the pipeline only" in text) == (name == "t2")
   assert "18.68 / 52.28 (1, 1)" in text  # the paper's rank is always there
   assert not json.loads((tmp_path / "results.json").read_text())["correlations"]
+
+
+def test_caption_names_what_failed():
+  first, *others = _records(table2.SCALES["t2"], {})
+  assert "Failed" not in tables.caption([first])
+  failed = first._replace(status=FAILED, message="disk full")
+  assert f"Failed: {first.trial.name}: disk full" in tables.caption(
+    [failed, *others]
+  )
+
+
+def test_no_ranks_while_a_rate_is_left():
+  scale = table2.SCALES["gpu"]
+  found = _records(scale, {})
+  assert table2.is_complete(found, scale)
+  at = next(i for i, r in enumerate(found) if not r.trial.is_final)
+  for status, is_complete in ((LEFT, False), (FAILED, True)):
+    found[at] = found[at]._replace(status=status)
+    assert table2.is_complete(found, scale) == is_complete
 
 
 def test_finished_gpu_run_has_ranks_and_correlations(tmp_path):

@@ -51,6 +51,10 @@ SPREADS = [
   ("deltanet", "mixer/readout/output/kernel", xavier(D, D, 2**-2.5) / 8**0.5),
   ("mamba2", "mixer/value/kernel", TORCH * D**-0.5),
   ("mamba2", "mixer/conv_value/bias", TORCH / 2),
+  ("ttt_mlp", "mixer/initial/memory_hidden", 0.02),
+  ("ttt_mlp", "mixer/initial/memory_output", 0.02 / 8**0.5),
+  ("ttt_linear", "mixer/initial/memory_output", 0.02),
+  ("ttt_linear", "mixer/conv_key/kernel", 0.5),
   # Seven blocks without FFN; Samba has two of Mamba among four, with FFNs.
   ("mamba2", "mixer/readout/output/kernel", TORCH * (7 * 2 * D) ** -0.5),
   ("samba", "block_0/mixer/readout/output/kernel", TORCH * (8 * 2 * D) ** -0.5),
@@ -73,6 +77,11 @@ def test_spread_of_a_map(name, path, std):
 def test_range_of_uniform_maps():
   found = np.abs(weights("mamba2")["mixer/key/kernel"]).max()
   assert 0.99 * D**-0.5 < found <= D**-0.5
+
+
+def test_ttt_convolves_without_bias_at_first():
+  for name in ("query", "key"):
+    assert not weights("ttt_linear")[f"mixer/conv_{name}/bias"].any()
 
 
 def test_decays_and_steps():
