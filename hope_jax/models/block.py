@@ -6,7 +6,7 @@
 and one slow FFN level.)  All blocks of a model are alike, or blocks of a few
 kinds take turns: Mamba, FFN, attention with a window, FFN (Samba, 2406.07522).
 RWKV-7 has LayerNorms, a channel mix in the FFN's place and a `Depth` beside the
-residual stream.
+residual stream; TTT's layers read the stream itself, too.
 """
 
 import dataclasses
@@ -123,10 +123,11 @@ class Block(nn.Module):
     depth: Any = ()
     if cfg.is_rwkv7:
       x_BTD, *depth = x_BTD
+    beside = (x_BTD,) if cfg.sequence_layer in TTT_LAYERS else depth
     mixer, _ = SEQUENCE_LAYERS[cfg.sequence_layer]
     normed = layers.norm(cfg, "norm_mixer")(x_BTD)
     mixed = mixer(cfg, name="mixer")(
-      normed, state.mixer if state else None, segments, *depth
+      normed, state.mixer if state else None, segments, *beside
     )
     x_BTD = x_BTD + mixed.y
     cms_state: Any = {}

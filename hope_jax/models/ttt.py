@@ -1,14 +1,17 @@
 """TTT-Linear and TTT-MLP as sequence layers (2407.04620).
 
+  c = conv(n_0),  n = RMS(x + c)                 n_0 the block's norm of x
   p = n W_qk;  q, k = rotary(conv_q(p)), rotary(conv_k(p));  v = n W_v
   eta = base_lr sigmoid(n w + b) / K             per head
   o = f(q_t; W_t)                                `memory/ttt.py`
-  y = W_o (LN(o) * gelu(n W_g))                  LN over the full width
+  y = c + W_o (LN(o) * gelu(n W_g))              LN over the full width
 
-q and k share a projection, have neither SiLU nor L2 norm, and are turned by
-their position in the mini-batch.  In the config `memory.chunk_length` is the
-mini-batch (published: 16), `memory.initial_learn_rate` base_lr (1.0 linear, 0.1
-MLP) and `memory.hidden` the MLP's hidden width (published: 4 K).
+The block adds y to x, so that c is a residual convolution before the layer.
+Without convolutions (`conv_window` 0) c = 0 and n = n_0.  q and k share a
+projection, have neither SiLU nor L2 norm, and are turned by their position in
+the mini-batch.  In the config `memory.chunk_length` is the mini-batch
+(published: 16), `memory.initial_learn_rate` base_lr (1.0 linear, 0.1 MLP) and
+`memory.hidden` the MLP's hidden width (published: 4 K).
 
 Legend: B batch, T tokens, D model, H heads, K head dim, F memory hidden.
 """
@@ -39,7 +42,7 @@ def initial_shapes(config: ModelConfig) -> Weights:
 
 
 def _conv_widths(config: ModelConfig) -> dict[str, int]:
-  return {"query": config.width, "key": config.width}
+  return dict.fromkeys(("block", "query", "key"), config.width)
 
 
 def init_state(
@@ -110,23 +113,34 @@ class TestTimeTraining(nn.Module):
     x_BTD: jax.Array,
     state: dict[str, Any] | None = None,
     segments: jax.Array | None = None,
+    stream_BTD: jax.Array | None = None,
   ) -> MixerOutput:
-    cfg = self.config
+    cfg, conv = self.config, {}
+
+    def convolve(name: str, x: jax.Array) -> jax.Array:
+      if not cfg.conv_window:
+        return x
+      x, conv[name] = layers.ShortConv(
+        cfg.conv_window,
+        x.dtype,
+        use_bias=True,
+        is_normal=True,
+        name=f"conv_{name}",
+      )(x, state["conv"][name] if state else None, segments)
+      return x
+
+    first_BTD = jnp.zeros_like(x_BTD)
+    if cfg.conv_window:
+      assert stream_BTD is not None
+      first_BTD = convolve("block", x_BTD)
+      x_BTD = layers.norm(cfg, "norm")(stream_BTD + first_BTD)
     dense = lambda name: layers.dense(cfg.width, cfg, ("embed", "heads"), name)
     shared, value = dense("query_key")(x_BTD), dense("value")(x_BTD)
-    projected, conv = dict.fromkeys(("query", "key"), shared), {}
-    if cfg.conv_window:
-      for name in projected:
-        projected[name], conv[name] = layers.ShortConv(
-          cfg.conv_window,
-          shared.dtype,
-          use_bias=True,
-          is_normal=True,
-          name=f"conv_{name}",
-        )(shared, state["conv"][name] if state else None, segments)
     before = state["memory"] if state else None
     place = ttt.position(x_BTD.shape[1], before, cfg.memory)
-    q, k = (self._rotate(projected[name], place) for name in ("query", "key"))
+    q, k = (
+      self._rotate(convolve(name, shared), place) for name in ("query", "key")
+    )
     initial, norm, learned = Initial(cfg, name="initial")()
     weight = jnp.maximum(0.0, 1.0 / (1 + place) + learned[place])
     rate = self._learn_rate(x_BTD)
@@ -152,7 +166,7 @@ class TestTimeTraining(nn.Module):
     layers.sow_dynamics(self, "memory", out.dynamics)
     if state is not None:
       state = {"memory": out.state, "conv": conv}
-    y_BTD = ReadOut(cfg, name="readout")(x_BTD, out.outputs)
+    y_BTD = first_BTD + ReadOut(cfg, name="readout")(x_BTD, out.outputs)
     keys = layers.merge_heads(k)
     return MixerOutput(y_BTD, keys, value, state)
 

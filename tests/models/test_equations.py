@@ -106,16 +106,22 @@ def memory_layer(p, n, config):
   return y, *(jnp.hstack(list(x)) for x in made)
 
 
-def ttt_layer(p, n, config):
+def convolved(p, x):
+  """A causal convolution with a bias."""
+  identity = {"x": {"kernel": jnp.eye(len(x[0]))}, "conv_x": p}
+  return slow_projection(identity, "x", x) + p["bias"]
+
+
+def ttt_layer(p, n, config, x):
   """TTT: q and k share a projection, rotary inside a mini-batch: y, k, v."""
+  first = convolved(p["conv_block"], n)
+  n = rms(x + first, p["norm"]["scale"])
   chunk, base = config.memory.chunk_length, config.rope_base
   i, r, shared = p["initial"], p["readout"], n @ p["query_key"]["kernel"]
   split = lambda x: jnp.stack(jnp.split(x, config.num_heads, axis=1))
 
   def turned(name):
-    p_conv = p[f"conv_{name}"]
-    x = {name: {"kernel": jnp.eye(len(shared[0]))}, f"conv_{name}": p_conv}
-    x = slow_projection(x, name, shared) + p_conv["bias"]
+    x = convolved(p[f"conv_{name}"], shared)
     parts = [x[j : j + chunk] for j in range(0, len(x), chunk)]
     heads = [[rotary(h, base) for h in split(part)] for part in parts]
     return jnp.stack([jnp.concatenate(h) for h in zip(*heads, strict=True)])
@@ -134,7 +140,7 @@ def ttt_layer(p, n, config):
   o = jax.vmap(baselines.layer_norm)(jnp.hstack(list(o)))
   gate = jax.nn.gelu(n @ r["gate"]["kernel"])
   y = (o * r["norm_scale"] + r["norm_bias"]) * gate
-  return y @ r["output"]["kernel"], jnp.hstack(list(k)), value
+  return first + y @ r["output"]["kernel"], jnp.hstack(list(k)), value
 
 
 def linear_head(name, q, k, v, at):
@@ -285,7 +291,9 @@ def plain_model(params, tokens, config):
     mixer = mamba2_layer if config.sequence_layer == "mamba2" else ttt_layer
 
   def block(x, p):
-    mixed = mixer(p["mixer"], rms(x, p["norm_mixer"]["scale"]), config)
+    beside = (x,) if mixer is ttt_layer else ()
+    n = rms(x, p["norm_mixer"]["scale"])
+    mixed = mixer(p["mixer"], n, config, *beside)
     x = x + mixed[0]
     if config.cms.hidden:
       return continuum(p["cms"], x, mixed, config), None

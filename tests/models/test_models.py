@@ -38,16 +38,13 @@ CMS = CMSConfig(hidden=(8, 8, 16), chunk_lengths=(4, 8, 0))
 WITHOUT_MOMENTUM = dataclasses.replace(
   TITANS, delta_rule="none", momentum="none", hidden=12
 )
+PLAIN = dataclasses.replace(WITHOUT_MOMENTUM, step_scale="sum", proximal=False)
 MEMORIES = {
   "titans": TITANS,
   "titans_mac": dataclasses.replace(TITANS, read="token_post"),
   "hope": HOPE,
-  "dla": dataclasses.replace(
-    WITHOUT_MOMENTUM, setting="chunk_dot", error_clip=0.0
-  ),
-  "memora": dataclasses.replace(
-    WITHOUT_MOMENTUM, step_scale="sum", proximal=False, activation="gelu"
-  ),
+  "dla": dataclasses.replace(PLAIN, setting="chunk_dot"),
+  "memora": dataclasses.replace(PLAIN, activation="gelu", error_clip=0.0),
   "ttt_linear": dataclasses.replace(TITANS, initial_learn_rate=1.0),
   "ttt_mlp": dataclasses.replace(TITANS, hidden=12, initial_learn_rate=0.4),
 }
