@@ -75,7 +75,7 @@ def make_run(folder, model):
 
 @pytest.fixture(
   scope="module",
-  params=["transformer", "titans", slow_case("hope"), "gated_deltanet"],
+  params=[slow_case(name) if name == "hope" else name for name in NAMES],
 )
 def run(request, tmp_path_factory):
   """A run of each kind of model."""

@@ -80,7 +80,7 @@ def test_range_of_uniform_maps():
 
 
 def test_ttt_convolves_without_bias_at_first():
-  for name in ("query", "key"):
+  for name in ("block", "query", "key"):
     assert not weights("ttt_linear")[f"mixer/conv_{name}/bias"].any()
 
 

@@ -25,15 +25,19 @@ from tests.pallas_kernels.testing import fast_compile
 jax.config.update("jax_numpy_rank_promotion", "raise")
 KEY = jax.random.key(0)
 
-def start(abstract):
+def start(abstract, is_logit):
   \"""A state of noise: initialising would be one more compilation.\"""
   rng = np.random.default_rng(0)
   def put(scale):
     return lambda x: jax.device_put(
       (scale * rng.normal(size=x.shape)).astype(x.dtype), x.sharding)
   state = jax.tree.map(put(0.0), abstract)
+  # Memora's initial states are logits: small ones are almost equal weights.
+  params = jax.tree_util.tree_map_with_path(
+    lambda path, x: put(1.0 if is_logit and "initial" in str(path) else 0.1)(x),
+    abstract.params)
   return state.replace(
-    params=jax.tree.map(put(0.1), abstract.params),
+    params=params,
     fast=jax.tree.map(put(0.1), abstract.fast))
 
 def types(state):
@@ -60,13 +64,14 @@ def scalars(metrics):
 def run(config, folder):
   one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   abstract, train_step, batches = prepare(config, one)
-  state, before = train_step(start(abstract), batches[0])
+  is_logit = config.model.sequence_layer == "memora"
+  state, before = train_step(start(abstract, is_logit), batches[0])
   gradient = jax.device_get(moments(state))
   expected = [scalars(before), scalars(train_step(state, batches[1])[1])]
 
   cube = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
   abstract, train_step, (first, second) = prepare(config, cube)
-  state, before = train_step(start(abstract), first)
+  state, before = train_step(start(abstract, is_logit), first)
   error = jax.tree.map(
     lambda a, b: float(np.abs(a - b).max() / (np.abs(a).max() or 1)),
     gradient, jax.device_get(moments(state)))
@@ -146,19 +151,10 @@ def test_devices_and_resuming(tmp_path, compilation_cache, subtests):
     with subtests.test(name):
       losses = [loss for loss, _ in run["one"]]
       assert all(map(math.isfinite, losses)) and losses[0] != losses[1]
-      (loss, norm), (one_loss, one_norm) = (
-        np.transpose(run[devices]) for devices in ("eight", "one")
-      )
-      np.testing.assert_allclose(loss, one_loss, rtol=1e-5)
-      # Memora's gradients are differences of large numbers: on any two devices
-      # a parameter's differs by 5e-3, in this start of small logits.
-      is_rough = name == "memora"
-      np.testing.assert_allclose(
-        norm, one_norm, rtol=1e-3 if is_rough else 1e-5
-      )
+      np.testing.assert_allclose(run["eight"], run["one"], rtol=1e-5)
       # Norms do not show what is wrong in a small parameter's gradient.
       worst = max(run["gradient_error"].items(), key=lambda item: item[1])
-      assert worst[1] < (1e-2 if is_rough else 1e-3), worst
+      assert worst[1] < 1e-3, worst
       assert run["resumes"]
       assert run["types"]  # or the second step compiles again
       assert run["held"] < 0.5  # of the parameters, by each device
