@@ -149,7 +149,7 @@ class FastLevel(nn.Module):
       policy=cfg.memory.remat,
       state=state,
       segments=segments,
-      with_dynamics=self.is_mutable_collection("dynamics"),
+      with_dynamics=layers.wants_dynamics(self),
     )
     layers.sow_dynamics(self, level, dynamics)
     return y.astype(n_BTD.dtype), state
@@ -198,7 +198,7 @@ class NestedLevels(nn.Module):
         policy=cfg.memory.remat,
         state=list(state.values()) if state else None,
         segments=segments,
-        with_dynamics=self.is_mutable_collection("dynamics"),
+        with_dynamics=layers.wants_dynamics(self),
       )
       for i, values in enumerate(dynamics):
         layers.sow_dynamics(self, f"cms_{i}", values)

@@ -233,6 +233,13 @@ class SwiGLU(nn.Module):
     )(hidden)
 
 
+def wants_dynamics(module: nn.Module) -> bool:
+  """Whether `dynamics` is asked for: not by `init`, to which all is mutable."""
+  return (
+    module.is_mutable_collection("dynamics") and not module.is_initializing()
+  )
+
+
 def sow_dynamics(module: nn.Module, name: str, values: dict | None):
   """Records scalars of an inner learning where `dynamics` is asked for."""
   for key, value in (values or {}).items():

@@ -100,7 +100,7 @@ class SelfReferentialMatrix(nn.Module):
       y = jnp.moveaxis(y, 0, 2)
     else:
       y = jnp.einsum("BHTK,HRK->BHTR", x, initial[:, : cfg.head_dim])
-    if self.is_mutable_collection("dynamics"):
+    if layers.wants_dynamics(self):
       weights = Weights(None, initial), Weights(None, difference)
       change = {"relative_change": deep.relative_change(*weights)}
       layers.sow_dynamics(self, "memory", change)

@@ -212,7 +212,7 @@ class SelfModifyingTitans(nn.Module):
     segments: jax.Array | None = None,
   ) -> MixerOutput:
     cfg = self.config
-    with_dynamics = self.is_mutable_collection("dynamics")
+    with_dynamics = layers.wants_dynamics(self)
     projected, conv = SlowProjections(cfg, name="projections")(
       x_BTD, state["conv"] if state else None, segments
     )

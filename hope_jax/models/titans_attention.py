@@ -165,7 +165,7 @@ class MemoryAsContext(nn.Module):
       cfg,
       state=before,
       segments=segments,
-      with_dynamics=self.is_mutable_collection("dynamics"),
+      with_dynamics=layers.wants_dynamics(self),
     )
     layers.sow_dynamics(self, "memory", out.dynamics)
     if state is not None:

@@ -161,7 +161,7 @@ class TestTimeTraining(nn.Module):
       state=before,
       segments=segments,
       live=cfg.is_live("memory"),
-      with_dynamics=self.is_mutable_collection("dynamics"),
+      with_dynamics=layers.wants_dynamics(self),
     )
     layers.sow_dynamics(self, "memory", out.dynamics)
     if state is not None:

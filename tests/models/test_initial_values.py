@@ -23,7 +23,9 @@ def weights(name: str) -> dict[str, np.ndarray]:
   config = config_lib.from_config_dict(shakespeare.get_config(name)).model
   model = language_model.LanguageModel(config)
   tokens = jnp.zeros((1, 4), jnp.int32)
-  params = nn.unbox(fast_jit(model.init)(jax.random.key(0), tokens)["params"])
+  variables = nn.unbox(fast_jit(model.init)(jax.random.key(0), tokens))
+  assert [*variables] == ["params"]  # no dynamics, which cost compilation
+  params = variables["params"]
   flat = flax.traverse_util.flatten_dict(params["blocks"], sep="/")
   return {path: np.asarray(x) for path, x in flat.items()}
 

@@ -1,6 +1,7 @@
 """What holds for every sequence layer, with and without a CMS."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -73,11 +74,16 @@ def make(name, **fields):
   return ModelConfig(**defaults | fields)
 
 
-def init(config, seed=0):
+@functools.cache
+def _init(config, seed):
   model = language_model.LanguageModel(config)
   tokens = jax.random.randint(jax.random.key(seed), (B, T), 0, 31)
   params = fast_jit(model.init)(jax.random.key(seed + 1), tokens)["params"]
-  params = nn.unbox(params)
+  return model, nn.unbox(params), tokens
+
+
+def init(config, seed=0):
+  model, params, tokens = _init(config, seed)
   # The 0.02 of the slow weights is small at this width: let them matter.
   return model, with_live_zeros(larger(params, 4)), tokens
 
@@ -96,9 +102,12 @@ def larger(params, factor, part=""):
 def with_live_zeros(params, seed=2):
   """RWKV-7 starts maps at zero, behind which nothing would show."""
 
+  rng = np.random.default_rng(seed)
+
   def change(x):
-    noise = 0.1 * jax.random.normal(jax.random.key(seed), x.shape, x.dtype)
-    return jnp.where((x.ndim > 2) & ~x.any(), noise, x)
+    if x.ndim < 3 or np.asarray(x).any():
+      return x
+    return jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype)
 
   return jax.tree.map(change, params)
 

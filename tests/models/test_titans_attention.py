@@ -140,7 +140,9 @@ def test_layer_equals_its_equations(name):
   oracle_of = context if name == "titans_mac" else gate_or_layer
   with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
     x = jax.random.normal(jax.random.key(0), (2, TOKENS, config.width), float)
-    params = nn.unbox(layer(config).init(jax.random.key(1), x)["params"])
+    params = nn.unbox(
+      fast_jit(layer(config).init)(jax.random.key(1), x)["params"]
+    )
     params = jax.tree.map(lambda x: 4 * jnp.asarray(x, float), params)
     params = perturbed(params)
     y = fast_jit(lambda x: layer(config).apply({"params": params}, x).y)(x)
