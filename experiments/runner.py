@@ -34,8 +34,6 @@ from hope_jax.training import metrics
 from hope_jax.training import workdir as workdir_lib
 
 Command = list[str]
-TRAIN: Command = [sys.executable, "-m", "hope_jax.train"]
-EVALUATE: Command = [sys.executable, "-m", "hope_jax.evaluate"]
 GRACE_SECONDS = 20.0  # from asking a process to end to killing it
 STATUS_SECONDS = 20.0  # between two status lines
 DONE, FAILED, LEFT = "done", "failed", "left"
@@ -93,6 +91,11 @@ def core_share(slot: int, jobs: int) -> set[int]:
   return set(cores[slot * len(cores) // jobs : (slot + 1) * len(cores) // jobs])
 
 
+def hope_jax(name: str) -> Command:
+  """The package's command `name`."""
+  return [sys.executable, "-m", f"hope_jax.{name}"]
+
+
 def _flag(value: Any) -> str:
   """A value as ml_collections reads it from a command line."""
   return repr(value) if isinstance(value, tuple | list) else str(value)
@@ -110,14 +113,12 @@ class Runner:
     jobs: int = 1,
     budget: float | None = None,
     rows: Sequence[str] = (),
-    train: Command = TRAIN,
-    evaluate: Command = EVALUATE,
+    command: Callable[[str], Command] = hope_jax,
     poll_seconds: float = 0.5,
   ):
     self._plan, self._out = plan, out.resolve()
     self._jobs, self._budget, self._rows = jobs, budget, rows
-    self._train, self._evaluate = train, evaluate
-    self._poll_seconds = poll_seconds
+    self._command, self._poll_seconds = command, poll_seconds
     self._running: list[_Process] = []
     self._failures: dict[str, str] = {}
     self._written: set[pathlib.Path] = set()  # outputs of this session
@@ -163,14 +164,15 @@ class Runner:
         for field, value in trial.fields().items()
       ]
       config = f"--config={trial.config}:{trial.mode}"
-      command = [*self._train, config, f"--workdir={shown}", *flags]
+      command = [*self._command("train"), config, f"--workdir={shown}", *flags]
       return command, workdir / workdir_lib.RESULT
     done = self._evaluations(trial)
     for evaluation in trial.evaluations:
       if evaluation.label not in done:
         name = f"evaluate_{evaluation.label}.json"
         flags = [f"--workdir={shown}", f"--output={shown / name}"]
-        command = [*self._evaluate, *flags, *evaluation.flags]
+        command = self._command(evaluation.command)
+        command = [*command, *flags, *evaluation.flags]
         return command, workdir / name
     return None
 

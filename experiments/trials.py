@@ -22,10 +22,12 @@ Results = Mapping[str, dict[str, Any] | None]
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """One more evaluation of a trained model: flags of hope_jax.evaluate."""
+  """One more evaluation of a trained model: flags of hope_jax.evaluate, or of
+  another command of the package."""
 
   label: str
   flags: tuple[str, ...]
+  command: str = "evaluate"
 
 
 @dataclasses.dataclass(frozen=True)

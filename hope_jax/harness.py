@@ -2,7 +2,7 @@
 
 python -m hope_jax.harness --workdir=runs/x --tasks=piqa,arc_easy --limit=100
 python -m hope_jax.harness --workdir=runs/x --tasks=table2 --data=data \
-  --include_path=experiments/language_modeling/tasks --out=runs/x/tasks.json
+  --include_path=experiments/language_modeling/tasks --output=runs/x/tasks.json
 
 Tasks are lm-eval's own, which download their data, or those of the task files
 in `--include_path`, which come first; those may read from `--data` (a
@@ -51,7 +51,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("limit", None, "documents of each task; default: all")
   flags.DEFINE_integer("num_fewshot", None, "examples before each question")
   flags.DEFINE_integer("batch_size", 8, "texts that are read together")
-  flags.DEFINE_string("out", None, "also write the scores there, as JSON")
+  flags.DEFINE_string("output", None, "also write the scores there, as JSON")
 
 
 def check(args: Any) -> None:
@@ -211,7 +211,7 @@ def main() -> None:
     batch_size=args.batch_size,
   )
   print(table(found))
-  if args.out:
+  if args.output:
     scores = {
       "workdir": args.workdir,
       "model": run.config.model.sequence_layer,
@@ -222,7 +222,7 @@ def main() -> None:
       "limit": args.limit,
       "scores": [line._asdict() for line in found],
     }
-    workdir_lib.write_json(files.reach(args.out), scores)
+    workdir_lib.write_json(files.reach(args.output), scores)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def cpu_plan(data: str) -> Plan:
 def make_plan(flags: argparse.Namespace) -> Plan:
   """The plan of the flags' scale."""
   if flags.scale in table2.SCALES:
-    return table2.plan(table2.SCALES[flags.scale])
+    return table2.plan(table2.SCALES[flags.scale], flags.data)
   if flags.scale == "cpu":
     return cpu_plan(flags.data)
   return demo_plan(",smoke" if flags.scale == "smoke" else "")

@@ -2,7 +2,7 @@
 
 Every row trains once on WikiText-2 and novels together, on equally many tokens
 and one grid of learning rates; the tests of both are read whole.  Beside it
-stands recall (MQAR) of a small model of the same kind.
+stand recall (MQAR) of a small model of the same kind, and reasoning tasks.
 
 Legend: L mean loss in nats; N targets, W words, A bytes of a test split.
 Perplexity exp(L), word perplexity exp(L N / W), bits per byte L N / (A ln 2).
@@ -17,7 +17,7 @@ from typing import NamedTuple
 from configs.subwords import CPU, GPU
 from configs.subwords import Scale as Data
 from experiments import plots, runner, subwords, switch_off, tables
-from experiments.language_modeling import paper
+from experiments.language_modeling import paper, reasoning
 from experiments.subwords import Size
 from experiments.trials import Evaluation, Plan, Trial, slug, staged
 from hope_jax.training.evaluation import perplexity
@@ -44,6 +44,10 @@ seed to rank anything.  Ranks and their correlation with the paper's are the
 UNFINISHED_NOTE = """\
 No ranks of ours and no correlation before every seed of every row is done.
 """
+TASKS_NOTE = """\
+Zero-shot, percent ± 95 % bounds over documents; `(n)`: by log-probability per
+character of the answer.  What is within its bound of `chance` is guessed.
+"""
 PAPER_NOTE = """\
 Paper: WikiText perplexity per subword / mean accuracy of eight reasoning tasks
 (ranks by either, among the rows of this table that the paper has at that size).
@@ -58,6 +62,7 @@ class Scale(NamedTuple):
   Attributes:
     switch: of the configs' modes, for text; recall: the same for MQAR.
     recall_fields: overrides of all recall trials, the same for every row.
+    documents: at most, of each reasoning task (None: all).
     is_claimed: ranks may be claimed, once all is done.
   """
 
@@ -69,6 +74,7 @@ class Scale(NamedTuple):
   recall: str
   recall_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
   recall_fields: Mapping[str, int] = {}
+  documents: int | None = None
   is_claimed: bool = False
 
 
@@ -81,6 +87,7 @@ SCALES = {
     rates=(2e-3, 4e-3, 8e-3),
     recall="",
     recall_fields={"train.steps": 800},
+    documents=200,
   ),
   "t2_smoke": Scale(
     data=CPU,
@@ -90,6 +97,7 @@ SCALES = {
     rates=(4e-3,),
     recall=",smoke",
     recall_rates=(4e-3,),
+    documents=2,
   ),
   "gpu": Scale(
     data=GPU,
@@ -103,7 +111,7 @@ SCALES = {
 }
 
 
-def _trial(row: str, group: str, scale: Scale) -> Trial:
+def _trial(row: str, group: str, scale: Scale, data: str) -> Trial:
   """A row's trial, without its rate and seed."""
   off, common = switch_off.switch_offs(row), {"train.keep_checkpoints": 1}
   name = slug(f"{group}/{row}")
@@ -118,6 +126,7 @@ def _trial(row: str, group: str, scale: Scale) -> Trial:
       evaluations=off[:1],
     )
   novels = f"--path={scale.data.folder}/{NOVELS}"
+  tasks = reasoning.evaluation(data, scale.documents)
   return switch_off.trial(
     row,
     group=group,
@@ -125,16 +134,17 @@ def _trial(row: str, group: str, scale: Scale) -> Trial:
     config="configs/subwords.py",
     suffix=scale.switch,
     overrides=common,
-    evaluations=(Evaluation(NOVELS, ("--split=test", novels)), *off),
+    evaluations=(Evaluation(NOVELS, ("--split=test", novels)), tasks, *off),
   )
 
 
-def plan(scale: Scale) -> Plan:
-  """Every row of text on the same grid and seeds, then recall likewise."""
+def plan(scale: Scale, data: str) -> Plan:
+  """Every row of text on the same grid and seeds, then recall likewise; the
+  reasoning tasks are in the folder `data`."""
   grids = {TEXT: scale.rates, RECALL: scale.recall_rates}
   plans = [
     staged(
-      [_trial(row, group, scale) for row in scale.rows],
+      [_trial(row, group, scale, data) for row in scale.rows],
       rates=rates,
       seeds=scale.seeds,
     )
@@ -145,6 +155,7 @@ def plan(scale: Scale) -> Plan:
 
 def prepare(data: str, scale: Scale) -> None:
   """Makes the texts of a scale from the folder `data`."""
+  reasoning.check(data)
   subwords.prepare(pathlib.Path(data), scale.data)
 
 
@@ -222,7 +233,7 @@ def lines(
     found.append(line)
     labels = list(done[0].evaluations) if done else []
     for label in labels:
-      if label != NOVELS:
+      if label not in (NOVELS, reasoning.LABEL):
         name = f"{row}, {switch_off.describe(label)}"
         found.append({"model": name, **_line(of_row, label, sizes)})
   return found
@@ -261,15 +272,24 @@ def is_complete(records: Sequence[runner.Record], scale: Scale) -> bool:
 def paper_lines(
   records: Sequence[runner.Record], *, with_ranks: bool
 ) -> list[tables.Line]:
-  """The paper's numbers and ranks beside our WikiText perplexity; `with_ranks`
-  also our own, the median over seeds and their range."""
+  """The paper's numbers and ranks beside our WikiText perplexity and mean
+  accuracy; `with_ranks` also our own rank by perplexity, the median over seeds
+  and their range."""
   by_seed = perplexities(records)
   planned = list(dict.fromkeys(r.trial.row for r in records))
   rows = [row for row in paper.ROWS if row in planned]
+  accuracies = reasoning.by_row(records)
   found = []
   for row in rows:
     ours = [seen[row] for seen in by_seed.values() if row in seen]
-    found.append({"model": row, "WikiText ppl": tables.mean_std(ours, 2)})
+    means = [seed[reasoning.MEAN].score for seed in accuracies.get(row, ())]
+    found.append(
+      {
+        "model": row,
+        "WikiText ppl": tables.mean_std(ours, 2),
+        "accuracy %": tables.mean_std(means, 1),
+      }
+    )
   for size in paper.TABLE:
     theirs = paper.ranked(size, rows)
     for line in found:
@@ -344,8 +364,10 @@ def report(
   note = UNFINISHED_NOTE if scale.is_claimed else PIPELINE_NOTE
   found = correlations(records) if is_claimed else {}
   beside = paper_lines(records, with_ranks=is_claimed)
+  tasks = tables.markdown(reasoning.lines(reasoning.by_row(records)))
   text = (
-    f"{tables.markdown(lines(records, sizes))}\n{tables.markdown(beside)}\n"
+    f"{tables.markdown(lines(records, sizes))}\n{tasks}\n{TASKS_NOTE}\n"
+    f"{tables.markdown(beside)}\n"
     f"{_correlation_text(found) if is_claimed else note}\n{PAPER_NOTE}\n"
     f"{tables.caption(records)}"
   )

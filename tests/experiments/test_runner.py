@@ -33,8 +33,7 @@ def _runner(plan, out, **options) -> runner.Runner:
   return runner.Runner(
     plan,
     out,
-    train=[sys.executable, str(FAKE), "train"],
-    evaluate=[sys.executable, str(FAKE), "evaluate"],
+    command=lambda name: [sys.executable, str(FAKE), name],
     poll_seconds=0.02,
     **options,
   )
@@ -182,7 +181,8 @@ from experiments import runner, trials
 trial = trials.Trial("t", "r", "long", "configs/shakespeare.py", "hope",
                      {{"train.steps": 7}})
 experiment = runner.Runner(lambda _: [trial], pathlib.Path({str(tmp_path)!r}),
-                           train=[sys.executable, {str(FAKE)!r}, "train"])
+                           command=lambda name: [sys.executable,
+                                                 {str(FAKE)!r}, name])
 sys.exit(experiment.run())
 """
   process = subprocess.Popen(

@@ -10,11 +10,11 @@ from etils import epath
 
 from configs import subwords as config_subwords
 from experiments import books, subwords, switch_off, tables, trials
-from experiments.language_modeling import paper, table2
+from experiments.language_modeling import paper, reasoning, table2
 from experiments.runner import DONE, FAILED, LEFT, Record
 from experiments.subwords import Size
 from hope_jax import config as config_lib
-from hope_jax.config import Config
+from hope_jax.config import Config, ConfigError
 from hope_jax.data import records, tokenizer
 
 SIZES = {
@@ -25,7 +25,7 @@ SIZES = {
 
 def _planned(scale: table2.Scale) -> Sequence[trials.Trial]:
   """All trials of a scale: of its grid, the first rate is the best."""
-  plan = table2.plan(scale)
+  plan = table2.plan(scale, "data")
   rates = (scale.rates[0], scale.recall_rates[0])
   results = {
     trial.name: {
@@ -34,6 +34,22 @@ def _planned(scale: table2.Scale) -> Sequence[trials.Trial]:
     for trial in plan({})
   }
   return plan(results)
+
+
+def _task_scores(seed: int) -> Mapping[str, object]:
+  """The harness's JSON: half of all right, LAMBADA a tenth per seed."""
+  scores = [
+    {
+      "task": task,
+      "metric": metric,
+      "score": 0.1 * seed if column == "LAMBADA" else 0.5,
+      "stderr": 0.02,
+      "chance": 0.0 if column == "LAMBADA" else 0.4,
+    }
+    for column, (task, metric) in reasoning.COLUMNS.items()
+  ]
+  other = {"task": "hellaswag", "metric": "acc", "score": 1.0}
+  return {"step": 500, "scores": [*scores, other]}
 
 
 def _records(
@@ -52,7 +68,12 @@ def _records(
       "tokens_per_second": 1000.0,
       "config": config,
     }
-    off = {e.label: {"loss": 1.0, "accuracy": 0.25} for e in trial.evaluations}
+    off = {
+      e.label: _task_scores(trial.seed)
+      if e.command == "harness"
+      else {"loss": 1.0, "accuracy": 0.25}
+      for e in trial.evaluations
+    }
     status, folder = LEFT if is_left else DONE, pathlib.Path("none")
     done = (None, {}) if is_left else (result, off)
     found.append(Record(trial, status, *done, "", folder))
@@ -76,7 +97,7 @@ def test_measures_of_a_hand_example():
 def test_rows_have_equal_tokens_and_one_grid(name):
   scale = table2.SCALES[name]
   settings: dict[str, dict[str, set]] = {}
-  for trial in table2.plan(scale)({}):
+  for trial in table2.plan(scale, "data")({}):
     config = trials.resolve(trial)
     tokens = config.train.steps * (
       config.data.batch_size * config.data.sequence_length
@@ -198,6 +219,42 @@ def test_table_has_every_measure_of_a_row(tmp_path):
   }
   assert off["model"] == "Titans, writes off: all"
   assert (off["WikiText ppl"], off["MQAR %"]) == ("2.72", "25.0")
+
+
+def test_reasoning_scores_have_bounds_and_chance(tmp_path):
+  # Three seeds: 0, 10 and 20 % of LAMBADA, half of the other seven.
+  losses = {row: 1.0 + i for i, row in enumerate(paper.ROWS)}
+  found = _records(table2.SCALES["gpu"], losses)
+  *rows, chance = reasoning.lines(reasoning.by_row(found))
+  assert [line["model"] for line in rows] == [*table2.SCALES["gpu"].rows]
+  assert rows[0]["LAMBADA"] == "10.0 ± 3.9"  # 1.96 x 2 %, not less by 3 seeds
+  assert rows[0]["PIQA"] == rows[0]["HellaSwag (n)"] == "50.0 ± 3.9"
+  assert rows[0][reasoning.MEAN] == "45.0 ± 1.4"  # less by sqrt(8)
+  assert (chance["LAMBADA"], chance["PIQA"]) == ("0.0", "40.0")
+  assert chance[reasoning.MEAN] == "35.0"
+  table2.report(found, tmp_path, "gpu", SIZES)
+  text = (tmp_path / "table.md").read_text()
+  assert "45.0 ± 1.4" in text and "writes off: tasks" not in text
+  (hope,) = (line for line in text.splitlines() if "14.39 / 58.04" in line)
+  assert "45.0 ± 1.2 " in hope  # sample deviation of 43.75, 45 and 46.25
+
+
+def test_every_text_row_is_scored_by_the_harness_on_the_same_documents():
+  for name, limit in (("t2", ("--limit=200",)), ("gpu", ())):
+    scale = table2.SCALES[name]
+    scored = {
+      trial.row: [e for e in trial.evaluations if e.command == "harness"]
+      for trial in _planned(scale)
+      if trial.is_final and trial.group == table2.TEXT
+    }
+    assert tuple(scored) == scale.rows
+    for (evaluation,) in scored.values():
+      assert evaluation.flags[2:] == ("--data=data", *limit)
+
+
+def test_missing_tasks_are_said_before_anything_runs(tmp_path):
+  with pytest.raises(ConfigError, match="has no folder qa"):
+    table2.prepare(str(tmp_path), table2.SCALES["t2_smoke"])
 
 
 @pytest.fixture
