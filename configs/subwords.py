@@ -11,7 +11,8 @@ Data: the folders that experiments/subwords.py makes.  Training mixes WikiText-2
   and the novels one to five, as their sizes are; validation and test are
   WikiText-2's own, whole.  105M tokens are five or six epochs of both.
 Hardware: two CPU cores; `gpu` is for one GPU.
-Measured: not trained yet at either size; parameter counts are tested.
+Measured: experiments/language_modeling has `t2`, 2026-11-27; `gpu` is not
+  trained yet, its parameter counts are tested.
 """
 
 from typing import NamedTuple

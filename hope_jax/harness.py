@@ -113,6 +113,7 @@ def evaluate(
 ) -> list[Line]:
   """The scores of `run` on tasks that `load_tasks` loaded."""
   from lm_eval.evaluator import simple_evaluate
+  from lm_eval.tasks import TaskManager
 
   from hope_jax.harness_model import HopeLM
 
@@ -122,6 +123,7 @@ def evaluate(
     results: Any = simple_evaluate(
       model=HopeLM(run, batch_size=batch_size),
       tasks=list(tasks),
+      task_manager=TaskManager(include_defaults=False),  # they are loaded
       limit=limit,
       num_fewshot=num_fewshot,
       bootstrap_iters=0 if limit == 1 else ROUNDS,

@@ -18,6 +18,6 @@ if [ ! -d "$compilers" ] && ! .venv/bin/uv pip install --quiet \
 fi
 export HOPE_COMPILERS=$compilers
 
-# In the files' order: their longest test would be last and alone otherwise.
+# In the order of tests/conftest.py: a long file would be last and alone otherwise.
 exec "$python" -m pytest -n "${TEST_JOBS:-2}" --dist loadfile \
   --no-loadscope-reorder "$@"

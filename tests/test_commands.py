@@ -1,6 +1,7 @@
 """The commands as a user runs them, and what is behind their flags."""
 
 import dataclasses
+import importlib
 import json
 import os
 import pathlib
@@ -10,11 +11,13 @@ import sys
 import jax
 import numpy as np
 import pytest
+from absl import flags
 
 from hope_jax import evaluate, generate, generation
 from hope_jax.config import Config, ConfigError, DataConfig, EvalConfig
 from hope_jax.model_config import CMSConfig, MemoryConfig, ModelConfig
 from hope_jax.training import checkpoints, sharding, step, workdir
+from hope_jax.training import command as training_command
 
 pytestmark = pytest.mark.optimized
 
@@ -47,6 +50,31 @@ def command(name, *flags, cwd):
     timeout=300,
     check=False,
   )
+
+
+@pytest.fixture
+def here(home, monkeypatch, capfd):
+  """Runs a command up to its error, in `home`, without a process of its own;
+  returns its exit code and what it wrote to stderr."""
+
+  def leave(code):
+    raise SystemExit(code)
+
+  def run(name, *arguments):
+    module = importlib.import_module(f"hope_jax.{name}")
+    monkeypatch.setattr(sys, "argv", [f"hope_jax.{name}", *arguments])
+    module.define_flags()
+    with pytest.raises(SystemExit) as exit_:
+      training_command.run(module.main)
+    return exit_.value.code, capfd.readouterr().err
+
+  known = set(flags.FLAGS)
+  monkeypatch.chdir(home)
+  monkeypatch.setattr(os, "_exit", leave)
+  yield run
+  for name in set(flags.FLAGS) - known:
+    delattr(flags.FLAGS, name)
+  flags.FLAGS.unparse_flags()
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +111,7 @@ def test_train_again_says_finished(home):
 
 
 @pytest.mark.parametrize(
-  ("name", "flags", "message"),
+  ("name", "arguments", "message"),
   [
     (
       "train",
@@ -129,13 +157,23 @@ def test_train_again_says_finished(home):
     ),
   ],
 )
-def test_command_error_is_one_line_and_code_2(home, name, flags, message):
-  child = command(name, *flags, cwd=home)
-  errors = child.stderr.strip().splitlines()
-  assert child.returncode == 2, child.stderr
-  assert len(errors) == 1 and errors[0].startswith("error: "), child.stderr
+def test_command_error_is_one_line_and_code_2(
+  home, here, name, arguments, message
+):
+  code, text = here(name, *arguments)
+  errors = text.strip().splitlines()
+  assert code == 2, text
+  assert len(errors) == 1 and errors[0].startswith("error: "), text
   assert message in errors[0]
   assert not (home / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "generate"])
+def test_command_error_ends_the_process(home, name):
+  child = command(name, cwd=home)
+  assert child.returncode == 2 and not child.stdout
+  (line,) = child.stderr.splitlines()
+  assert line.startswith("error: ") and "--workdir" in line
 
 
 def test_evaluate_repeats_the_test_loss(home):

@@ -16,6 +16,7 @@ import json, pathlib, sys
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 from hope_jax import config as config_lib
 from hope_jax.config import MeshConfig
 from hope_jax.data import pipeline
@@ -24,6 +25,10 @@ from tests.pallas_kernels.testing import fast_compile
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 KEY = jax.random.key(0)
+# Copies that share the writing of an array compile a slice for every shape:
+# test_sharding.py has enough of that.
+ocp.type_handlers.register_type_handler(jax.Array,
+  ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True)
 
 def start(abstract, is_logit):
   \"""A state of noise: initialising would be one more compilation.\"""
@@ -49,11 +54,10 @@ def prepare(config, mesh):
   batches = [
     sharding.put_batch(batches[n], mesh, 8, (0, 8)) for n in range(2)]
   compiled = step.build(config, mesh)
-  abstract = compiled.abstract_state
   with sharding.activate(mesh):
-    train_step = fast_compile(compiled.train_step, abstract, batches[0])
-    assert types(jax.eval_shape(compiled.init, KEY)) == types(abstract)
-  return abstract, train_step, batches
+    train_step = fast_compile(
+      compiled.train_step, compiled.abstract_state, batches[0])
+  return compiled, train_step, batches
 
 def moments(state):
   return [x for _, x in optax.tree.get_all_with_path(state.opt_state, "mu")]
@@ -63,14 +67,16 @@ def scalars(metrics):
 
 def run(config, folder):
   one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-  abstract, train_step, batches = prepare(config, one)
+  compiled, train_step, batches = prepare(config, one)
   is_logit = config.model.sequence_layer == "memora"
-  state, before = train_step(start(abstract, is_logit), batches[0])
+  fresh = start(compiled.abstract_state, is_logit)
+  state, before = train_step(fresh, batches[0])
   gradient = jax.device_get(moments(state))
   expected = [scalars(before), scalars(train_step(state, batches[1])[1])]
 
   cube = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-  abstract, train_step, (first, second) = prepare(config, cube)
+  compiled, train_step, (first, second) = prepare(config, cube)
+  abstract = compiled.abstract_state
   state, before = train_step(start(abstract, is_logit), first)
   error = jax.tree.map(
     lambda a, b: float(np.abs(a - b).max() / (np.abs(a).max() or 1)),
@@ -91,7 +97,8 @@ def run(config, folder):
       jax.tree_util.keystr(path, simple=True, separator="/"): x
       for path, x in jax.tree_util.tree_leaves_with_path(error)},
     "resumes": all(np.array_equal(a, b) for a, b in pairs),
-    "types": types(state) == types(abstract),
+    "types": types(state) == types(abstract)
+      == types(jax.eval_shape(compiled.init, KEY)),
     "held": held / sum(x.size for x in weights),
   }
 

@@ -168,6 +168,7 @@ def carrying(config, name="hope", accumulate=1, slowest=64):
   model = dataclasses.replace(
     config.model,
     sequence_layer=name,
+    num_layers=1,
     memory=MemoryConfig(chunk_length=4, projection_chunk_length=8),
     cms=CMSConfig(hidden=(8, 8, 16), chunk_lengths=(8, slowest, 0)),
   )
