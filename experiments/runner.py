@@ -91,7 +91,7 @@ def core_share(slot: int, jobs: int) -> set[int]:
   return set(cores[slot * len(cores) // jobs : (slot + 1) * len(cores) // jobs])
 
 
-def hope_jax(name: str) -> Command:
+def package_command(name: str) -> Command:
   """The package's command `name`."""
   return [sys.executable, "-m", f"hope_jax.{name}"]
 
@@ -113,7 +113,7 @@ class Runner:
     jobs: int = 1,
     budget: float | None = None,
     rows: Sequence[str] = (),
-    command: Callable[[str], Command] = hope_jax,
+    command: Callable[[str], Command] = package_command,
     poll_seconds: float = 0.5,
   ):
     self._plan, self._out = plan, out.resolve()

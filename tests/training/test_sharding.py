@@ -259,7 +259,7 @@ def test_devices_do_not_talk_inside_the_chunk_loops(connection):
       sequence_layer="hope",
       vocab_size=64,
       width=16,
-      num_layers=1,
+      num_layers=2,
       num_heads=2,
       memory=MemoryConfig(chunk_length=8, projection_chunk_length=16),
       cms=CMSConfig(
