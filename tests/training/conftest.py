@@ -1,4 +1,3 @@
-import jax
 import pytest
 
 from hope_jax.config import (
@@ -27,20 +26,3 @@ def tiny():
     ),
     eval=EvalConfig(batches=2, batch_size=4),
   )
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-  """Compiles the same program once a session, in child processes, too."""
-  folder = str(tmp_path_factory.mktemp("compiled"))
-  options = [
-    ("jax_compilation_cache_dir", folder),
-    ("jax_persistent_cache_min_compile_time_secs", 0.1),
-    ("jax_persistent_cache_min_entry_size_bytes", 0),
-  ]
-  old = [(name, getattr(jax.config, name)) for name, _ in options]
-  for name, value in options:
-    jax.config.update(name, value)
-  yield {name.upper(): str(value) for name, value in options}
-  for name, value in old:
-    jax.config.update(name, value)

@@ -143,14 +143,14 @@ def tiny(name):
   return config_lib.to_dict(config_lib.from_config_dict(fields))
 
 
-def test_devices_and_resuming(tmp_path, compilation_cache, subtests):
+def test_devices_and_resuming(tmp_path, subtests):
   """Two steps on 8 devices are those on one, and the second of them from a
   checkpoint is the same bit for bit, carried state included."""
   configs = {name: tiny(name) for name in _models.NAMES}
   layers = {fields["model"]["sequence_layer"] for fields in configs.values()}
   assert layers == {*SEQUENCE_LAYERS, *PATTERNS}
   arguments = [json.dumps(configs), str(tmp_path)]
-  done = child(EVERY, arguments, compilation_cache)
+  done = child(EVERY, arguments)
   assert "Involuntary full rematerialization" not in done.stderr
   found = json.loads(done.stdout.splitlines()[-1])
   assert [*found] == [*_models.NAMES]

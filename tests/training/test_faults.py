@@ -280,13 +280,13 @@ command.run(guarded)
 """
 
 
-def child(config, folder, cache, prefix=()):
+def child(config, folder, prefix=()):
   path = folder.with_suffix(".json")
   path.write_text(json.dumps(config_lib.to_dict(config)))
   return subprocess.Popen(
     [*prefix, sys.executable, "-c", RUN, str(path), str(folder)],
     cwd=REPOSITORY,
-    env=os.environ | cache | {"JAX_PLATFORMS": "cpu"},
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -301,10 +301,10 @@ def wait_for_step(folder, number, process):
     time.sleep(0.002)
 
 
-def kill_and_resume(config, folder, cache, moments, rng):
+def kill_and_resume(config, folder, moments, rng):
   """Kills the run with -9 at `moments` random moments, then lets it end."""
   for _ in range(moments):
-    process = child(config, folder, cache)
+    process = child(config, folder)
     done = metrics.read(folder)
     here = done[-1]["step"] if done else 0
     target = rng.randint(here, config.train.steps - 1)
@@ -312,7 +312,7 @@ def kill_and_resume(config, folder, cache, moments, rng):
     time.sleep(rng.random() * 0.2)
     process.kill()
     process.communicate()
-  process = child(config, folder, cache)
+  process = child(config, folder)
   _, err = process.communicate(timeout=300)
   assert process.returncode == 0, err
 
@@ -320,20 +320,12 @@ def kill_and_resume(config, folder, cache, moments, rng):
 @pytest.mark.parametrize(
   "moments", [3, pytest.param(20, marks=pytest.mark.slow)]
 )
-def test_killed_runs_continue_bit_for_bit(
-  tiny, tmp_path, compilation_cache, moments
-):
+def test_killed_runs_continue_bit_for_bit(tiny, tmp_path, moments):
   config = with_train(
     tiny, steps=120, log_every=1, checkpoint_every=7, eval_every=20
   )
   result = loop.run(config, tmp_path / "whole")
-  kill_and_resume(
-    config,
-    tmp_path / "killed",
-    compilation_cache,
-    moments,
-    random.Random(moments),
-  )
+  kill_and_resume(config, tmp_path / "killed", moments, random.Random(moments))
   again = workdir.read_result(tmp_path / "killed")
   assert without_clock(again) == without_clock(json.loads(json.dumps(result)))
   assert [without_clock(r) for r in metrics.read(tmp_path / "killed")] == [
@@ -346,9 +338,9 @@ def test_killed_runs_continue_bit_for_bit(
   )
 
 
-def test_sigterm_saves_and_says_resumable(tiny, tmp_path, compilation_cache):
+def test_sigterm_saves_and_says_resumable(tiny, tmp_path):
   config = with_train(tiny, steps=10_000, log_every=1, checkpoint_every=0)
-  process = child(config, tmp_path / "run", compilation_cache)
+  process = child(config, tmp_path / "run")
   wait_for_step(tmp_path / "run", 3, process)
   process.send_signal(signal.SIGTERM)
   _, err = process.communicate(timeout=120)
@@ -358,14 +350,14 @@ def test_sigterm_saves_and_says_resumable(tiny, tmp_path, compilation_cache):
   assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
 
 
-def test_full_disk_is_one_clear_line(tiny, killed, compilation_cache):
+def test_full_disk_is_one_clear_line(tiny, killed):
   """A limit on the size of files stands for a disk that fills up."""
   before = final_state(tiny, killed)
   copy = killed.parent / "copy"
   shutil.copytree(killed, copy)
 
   limit = ["bash", "-c", 'ulimit -f 8 && exec "$@"', "limited"]  # 8 KB
-  process = child(tiny, copy, compilation_cache, prefix=limit)
+  process = child(tiny, copy, prefix=limit)
   _, err = process.communicate(timeout=120)
   assert process.returncode == 1
   (line,) = [line for line in err.splitlines() if line.startswith("error")]

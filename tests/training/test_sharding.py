@@ -116,7 +116,7 @@ print(json.dumps(report))
 """
 
 
-def report(folder, compilation_cache):
+def report(folder):
   """Reports of the same run on meshes of 1 and 8 fake devices."""
   config = Config(
     # MQAR's vocabulary of 65 is one that no mesh axis divides.
@@ -140,16 +140,16 @@ def report(folder, compilation_cache):
     train=TrainConfig(carry_state=True),
   )
   configs = [json.dumps(dataclasses.asdict(c)) for c in (config, carrying)]
-  done = child(EIGHT, [*configs, str(folder)], compilation_cache)
+  done = child(EIGHT, [*configs, str(folder)])
   return json.loads(done.stdout.splitlines()[-1]) | {"stderr": done.stderr}
 
 
-def child(program, arguments, environment):
+def child(program, arguments):
   """Runs a program on 8 fake devices."""
   flags = "--xla_force_host_platform_device_count=8"
   done = subprocess.run(
     [sys.executable, "-c", textwrap.dedent(program), *arguments],
-    env=os.environ | environment | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+    env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
     capture_output=True,
     text=True,
     timeout=900,
@@ -211,8 +211,8 @@ def check_carried_state_restores_onto_other_meshes(eight):
   assert fast and set(fast) == {4}  # rows over data x fsdp
 
 
-def test_eight_devices(tmp_path, compilation_cache, subtests):
-  eight = report(tmp_path, compilation_cache)
+def test_eight_devices(tmp_path, subtests):
+  eight = report(tmp_path)
   for check in (
     check_eight_equal_one,
     check_eight_split_parameters_and_moments,
@@ -269,7 +269,7 @@ def test_devices_do_not_talk_inside_the_chunk_loops(connection):
     data=DataConfig(sequence_length=64, batch_size=8),
     mesh=MeshConfig(data=4, fsdp=2),
   )
-  found = child(LOOPS, [json.dumps(dataclasses.asdict(config))], {})
+  found = child(LOOPS, [json.dumps(dataclasses.asdict(config))])
   inside, collectives = json.loads(found.stdout.splitlines()[-1])
   assert inside > 100 and not collectives
 
@@ -288,6 +288,6 @@ def test_devices_do_not_talk_inside_mambas_loop():
     data=DataConfig(sequence_length=32, batch_size=4),
     mesh=MeshConfig(data=2, fsdp=2, tensor=2),
   )
-  found = child(LOOPS, [json.dumps(dataclasses.asdict(config))], {})
+  found = child(LOOPS, [json.dumps(dataclasses.asdict(config))])
   inside, collectives = json.loads(found.stdout.splitlines()[-1])
   assert inside > 100 and not collectives
