@@ -210,7 +210,7 @@ def test_carried_state_equals_the_uncut_pass(tiny, name, accumulate):
 
 
 def test_carried_state_ends_with_its_document(tiny):
-  config = carrying(tiny, slowest=32)
+  config = carrying(tiny, "titans", slowest=32)
   compiled, mesh, state, batch = start(config)
   first, second = batch(0), batch(1)
   new = {**second, "segments": second["segments"] + 1}
