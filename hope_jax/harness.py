@@ -42,6 +42,11 @@ class Line(NamedTuple):
   documents: int | None
   shots: int | None
 
+  @property
+  def bound(self) -> float | None:
+    """Half the 95 % interval."""
+    return None if self.stderr is None else 1.96 * self.stderr
+
 
 def define_flags() -> None:
   flags.DEFINE_string("workdir", None, "folder of the run", required=True)
@@ -178,7 +183,7 @@ def table(found: Sequence[Line]) -> str:
       line.task,
       line.metric,
       f"{line.score:.4g}",
-      cell(line.stderr and 1.96 * line.stderr, "± {:.2g}"),
+      cell(line.bound, "± {:.2g}"),
       cell(line.chance, "{:.4g}"),
       cell(line.documents, "{:,}"),
       cell(line.shots, "{}"),

@@ -14,6 +14,7 @@ from experiments import tables
 from experiments.runner import Record
 from experiments.trials import ROOT, Evaluation
 from hope_jax.config import ConfigError
+from hope_jax.harness import Line
 
 LABEL = "tasks"
 FILES = "experiments/language_modeling/tasks"
@@ -63,29 +64,28 @@ def check(data: str) -> None:
 
 def scores(content: Mapping[str, Any]) -> dict[str, Score]:
   """Column -> score, from the harness's JSON; MEAN is their plain mean."""
-  by_name = {(x["task"], x["metric"]): x for x in content["scores"]}
+  measured = [Line(**fields) for fields in content["scores"]]
+  by_name = {(line.task, line.metric): line for line in measured}
   found = {}
   for column, name in COLUMNS.items():
-    score, error, chance = (
-      100 * by_name[name][key] for key in ("score", "stderr", "chance")
-    )
-    found[column] = Score(score, 1.96 * error, chance)
-  means = map(statistics.fmean, zip(*found.values(), strict=True))
-  score, _, chance = means
+    line = by_name[name]
+    assert line.bound is not None and line.chance is not None
+    numbers = (line.score, line.bound, line.chance)
+    found[column] = Score(*(100 * number for number in numbers))
+  score, _, chance = map(statistics.fmean, zip(*found.values(), strict=True))
   bound = math.hypot(*(x.bound for x in found.values())) / len(found)
   return {**found, MEAN: Score(score, bound, chance)}
 
 
 def by_row(
-  records: Sequence[Record],
+  records: Sequence[Record], group: str
 ) -> dict[str, list[dict[str, Score]]]:
-  """Row -> scores of each of its finished seeds."""
-  found: dict[str, list[dict[str, Score]]] = {}
-  for record in tables.final(records):
-    if LABEL in record.evaluations:
-      measured = scores(record.evaluations[LABEL])
-      found.setdefault(record.trial.row, []).append(measured)
-  return found
+  """Row -> scores of each of its finished seeds, of those that have any."""
+  return {
+    row: [scores(record.evaluations[LABEL]) for record in done]
+    for row, done in tables.final_by_row(records, group).items()
+    if done
+  }
 
 
 def lines(

@@ -278,7 +278,7 @@ def paper_lines(
   by_seed = perplexities(records)
   planned = list(dict.fromkeys(r.trial.row for r in records))
   rows = [row for row in paper.ROWS if row in planned]
-  accuracies = reasoning.by_row(records)
+  accuracies = reasoning.by_row(records, TEXT)
   found = []
   for row in rows:
     ours = [seen[row] for seen in by_seed.values() if row in seen]
@@ -364,7 +364,7 @@ def report(
   note = UNFINISHED_NOTE if scale.is_claimed else PIPELINE_NOTE
   found = correlations(records) if is_claimed else {}
   beside = paper_lines(records, with_ranks=is_claimed)
-  tasks = tables.markdown(reasoning.lines(reasoning.by_row(records)))
+  tasks = tables.markdown(reasoning.lines(reasoning.by_row(records, TEXT)))
   text = (
     f"{tables.markdown(lines(records, sizes))}\n{tasks}\n{TASKS_NOTE}\n"
     f"{tables.markdown(beside)}\n"

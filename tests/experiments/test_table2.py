@@ -45,10 +45,12 @@ def _task_scores(seed: int) -> Mapping[str, object]:
       "score": 0.1 * seed if column == "LAMBADA" else 0.5,
       "stderr": 0.02,
       "chance": 0.0 if column == "LAMBADA" else 0.4,
+      "documents": 200,
+      "shots": 0,
     }
     for column, (task, metric) in reasoning.COLUMNS.items()
   ]
-  other = {"task": "hellaswag", "metric": "acc", "score": 1.0}
+  other = {**scores[0], "task": "hellaswag", "metric": "acc", "score": 1.0}
   return {"step": 500, "scores": [*scores, other]}
 
 
@@ -225,7 +227,7 @@ def test_reasoning_scores_have_bounds_and_chance(tmp_path):
   # Three seeds: 0, 10 and 20 % of LAMBADA, half of the other seven.
   losses = {row: 1.0 + i for i, row in enumerate(paper.ROWS)}
   found = _records(table2.SCALES["gpu"], losses)
-  *rows, chance = reasoning.lines(reasoning.by_row(found))
+  *rows, chance = reasoning.lines(reasoning.by_row(found, table2.TEXT))
   assert [line["model"] for line in rows] == [*table2.SCALES["gpu"].rows]
   assert rows[0]["LAMBADA"] == "10.0 ± 3.9"  # 1.96 x 2 %, not less by 3 seeds
   assert rows[0]["PIQA"] == rows[0]["HellaSwag (n)"] == "50.0 ± 3.9"

@@ -261,7 +261,7 @@ def test_outer_gradient_goes_through_the_inner_one(order):
   constants."""
   config = make(outer_order=order)
   model, params, tokens = init(config)
-  tokens = tokens[:, :10]  # a token after a step of both levels, and one more
+  tokens = tokens[:, :12]
   weights = jax.random.normal(jax.random.key(2), (*tokens.shape, V))
 
   def gradient(run):

@@ -168,7 +168,6 @@ def carrying(config, name="hope", accumulate=1, slowest=64):
   model = dataclasses.replace(
     config.model,
     sequence_layer=name,
-    num_layers=1,
     memory=MemoryConfig(chunk_length=4, projection_chunk_length=8),
     cms=CMSConfig(hidden=(8, 8, 16), chunk_lengths=(8, slowest, 0)),
   )
@@ -210,7 +209,7 @@ def test_carried_state_equals_the_uncut_pass(tiny, name, accumulate):
 
 
 def test_carried_state_ends_with_its_document(tiny):
-  config = carrying(tiny, "titans", slowest=32)
+  config = carrying(tiny, slowest=32)
   compiled, mesh, state, batch = start(config)
   first, second = batch(0), batch(1)
   new = {**second, "segments": second["segments"] + 1}
