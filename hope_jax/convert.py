@@ -128,7 +128,7 @@ def from_hf(
   manager = checkpoints.open_manager(workdir, config.train)
   checkpoints.save(manager, 0, state)
   checkpoints.close(manager)
-  workdir_lib.claim(workdir, config, {"tokenizer": words.sha256}, write=True)
+  workdir_lib.claim(workdir, config, {"tokenizer": words.sha256})
   return config
 
 

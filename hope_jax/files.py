@@ -54,13 +54,18 @@ def absolute(path: epath.Path) -> epath.Path:
   return path if is_remote(path) else epath.Path(path).resolve()
 
 
+def cache() -> pathlib.Path:
+  """The folder of what can be made again: $HOPE_JAX_CACHE."""
+  name = os.environ.get("HOPE_JAX_CACHE", "~/.cache/hope_jax")
+  return pathlib.Path(name).expanduser()
+
+
 def local(path: epath.Path) -> pathlib.Path:
   """`path`, or for a remote one its copy in the cache ($HOPE_JAX_CACHE)."""
   if not is_remote(path):
     return pathlib.Path(path)
-  cache = os.environ.get("HOPE_JAX_CACHE", "~/.cache/hope_jax")
   key = hashlib.sha256(str(path).encode()).hexdigest()[:16]
-  copy = pathlib.Path(cache).expanduser() / key / path.name
+  copy = cache() / key / path.name
   if not copy.exists() or copy.stat().st_size != path.stat().length:
     with writing(epath.Path(copy)) as beside:
       _copy(path, epath.Path(beside))

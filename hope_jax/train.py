@@ -3,15 +3,14 @@
 python -m hope_jax.train --config=configs/shakespeare.py:hope \\
     --workdir=runs/x --config.opt.peak_lr=1e-3
 
-The same command again resumes an interrupted run.  JAX_COMPILATION_CACHE_DIR
-names a folder in which compiled steps are kept between runs.
+The same command again resumes an interrupted run.  Where several processes make
+one run (a pod's hosts), each is started with `--multihost`.
 """
 
-import jax
 from absl import flags
 
 from hope_jax import files
-from hope_jax.training import command, loop
+from hope_jax.training import command, processes, progress, supervisor
 
 
 def define_flags() -> None:
@@ -20,14 +19,27 @@ def define_flags() -> None:
   flags.DEFINE_bool(
     "multihost", False, "one process of many: jax.distributed.initialize()"
   )
+  flags.DEFINE_float(
+    "peer_seconds",
+    60.0,
+    "with --multihost: a process that is silent for so long counts as lost",
+    lower_bound=5.0,
+  )
 
 
 def main() -> None:
-  if flags.FLAGS.multihost:
-    jax.distributed.initialize()
-  config = command.read_config()
-  result = loop.run(config, files.reach(flags.FLAGS.workdir))
-  if jax.process_index() == 0:
+  args = flags.FLAGS
+  if args.multihost:
+    supervisor.supervise(processes.silence)
+    with progress.waiting("waiting for the other processes", patience=3.0):
+      processes.initialize(args.peer_seconds, command.fail)
+  config = processes.agree(command.read_config)
+  workdir = files.reach(args.workdir)
+  command.announce(config, workdir)
+  from hope_jax.training import loop  # and jax: two seconds
+
+  result = loop.run(config, workdir)
+  if processes.is_first():
     print(
       f"{result['model']}: {result['parameters']:,} parameters,"
       f" {result['tokens']:,} tokens, valid loss {result['valid_loss']:.4f},"

@@ -232,7 +232,7 @@ def titans(tmp_path_factory):
     data=DataConfig(sequence_length=32),
     eval=EvalConfig(batches=1, batch_size=2),
   )
-  workdir.claim(folder, config, {}, write=True)
+  workdir.claim(folder, config, {})
   mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
   compiled = step.build(config, mesh)
   with sharding.activate(mesh):

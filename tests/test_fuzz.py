@@ -208,7 +208,7 @@ def test_workdirs(tmp_path, data):
   )
   (run / file).write_text(data.draw(changed))
   assert_explained(
-    lambda: workdir.claim(run, good, {"tokenizer": "1"}, write=True)
+    lambda: workdir.claim(run, good, {"tokenizer": "1"})
   )
   assert_explained(lambda: workdir.read_result(run))
 

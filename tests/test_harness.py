@@ -60,7 +60,7 @@ def one_length(monkeypatch):
 def make_run(folder, model):
   """A run with a checkpoint of random parameters, opened."""
   config = Config(model=model, data=DataConfig(sequence_length=32))
-  workdir.claim(folder, config, {}, write=True)
+  workdir.claim(folder, config, {})
   mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
   state = step.build(config, mesh).abstract_state
   rng = np.random.default_rng(0)

@@ -42,7 +42,7 @@ SECOND = "¿What is past is prologue?"
 def run(tmp_path_factory):
   """A run that has a checkpoint of random parameters, opened."""
   folder = epath.Path(tmp_path_factory.mktemp("run"))
-  workdir.claim(folder, CONFIG, {}, write=True)
+  workdir.claim(folder, CONFIG, {})
   mesh = sharding.make_mesh(CONFIG.mesh, jax.devices()[:1])
   state = step.build(CONFIG, mesh).abstract_state
   rng = np.random.default_rng(0)

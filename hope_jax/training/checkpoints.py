@@ -17,13 +17,10 @@ from orbax.checkpoint import checkpoint_managers
 
 from hope_jax import files
 from hope_jax.config import ConfigError, TrainConfig
+from hope_jax.training.faults import SaveFailed
 
 FOLDER, BROKEN = "checkpoints", "broken_checkpoints"
 LOSS = "valid_loss"
-
-
-class SaveFailed(RuntimeError):
-  """A checkpoint could not be written; the older ones are intact."""
 
 
 def _folder(workdir: epath.Path) -> epath.Path:

@@ -6,19 +6,29 @@ Ctrl-C; 75: SIGTERM or preemption, saved, the same command resumes.
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
 from hope_jax import config as config_lib
+from hope_jax import files
 from hope_jax.config import Config, ConfigError
-from hope_jax.training import checkpoints, faults, interruption
+from hope_jax.training import (
+  compilation,
+  faults,
+  interruption,
+  processes,
+  progress,
+)
 
 
 def fail(message: str, code: int) -> NoReturn:
   """Prints one line on stderr and exits."""
-  print(f"error: {' '.join(message.split())}", file=sys.stderr)
+  message = " ".join(message.split())
+  print(f"error: {message}", file=sys.stderr, flush=True)
+  processes.leave(message)
   sys.stdout.flush()
   sys.stderr.flush()
   # Not sys.exit: a compilation that was interrupted goes on in a thread of
@@ -53,6 +63,18 @@ def read_config() -> Config:
     raise ConfigError(f"cannot load --config: {reason}") from error
 
 
+def announce(config: Config, workdir: Any) -> None:
+  """Says what a training run is going to do, before anything slow."""
+  model, data, steps = config.model, config.data, config.train.steps
+  tokens = steps * data.batch_size * data.sequence_length
+  source = "generated data" if data.kind == "mqar" else data.path
+  progress.say(
+    f"{model.sequence_layer}: {model.num_layers} layers of width {model.width},"
+    f" {steps:,} steps of {data.batch_size} x {data.sequence_length} ="
+    f" {tokens:,} tokens of {source}, workdir {workdir}"
+  )
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
@@ -79,15 +101,31 @@ def run(main: Callable[..., None], *, takes_arguments: bool = False) -> None:
       fail(f"unexpected argument {argv[1]!r}", 2)
     if not any(a.startswith(("--verbosity", "-v")) for a in sys.argv[1:]):
       logging.set_verbosity(logging.ERROR)  # checkpointing is talkative
+    if flags.FLAGS.compilation_cache:
+      compilation.keep_programs()
     try:
       main(*([argv[1:]] if takes_arguments else []))
+      processes.finish()
     except ConfigError as error:
       fail(str(error), 2)
-    except (faults.Diverged, faults.NoData, checkpoints.SaveFailed) as error:
+    except faults.Fault as error:
       fail(str(error), 1)
     except interruption.Interrupted as error:
-      fail(f"{error}; run the same command again to resume", error.code)
+      processes.finish()
+      fail(f"{error}; {processes.AGAIN}", error.code)
     except KeyboardInterrupt:
-      fail("interrupted; run the same command again to resume", 130)
+      fail(f"interrupted; {processes.AGAIN}", 130)
+    except Exception as error:
+      if processes.is_alone():
+        raise
+      processes.explain()
+      traceback.print_exc()
+      fail(f"{type(error).__name__}: {files.reason(error)}", 1)
 
+  if "compilation_cache" not in flags.FLAGS:
+    flags.DEFINE_bool(
+      "compilation_cache",
+      True,
+      "keep compiled programs in $HOPE_JAX_CACHE (~/.cache/hope_jax)",
+    )
   app.run(guarded, flags_parser=_parse_flags)

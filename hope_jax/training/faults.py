@@ -21,12 +21,20 @@ _HISTORY = 50  # logged losses that a spike is measured against
 _GRACE_SECONDS = 5.0  # for data workers to end
 
 
-class Diverged(RuntimeError):
+class Fault(RuntimeError):
+  """A run cannot go on; the message is one line that says what to do."""
+
+
+class Diverged(Fault):
   """The run cannot go on from where it is; its checkpoints are good."""
 
 
-class NoData(RuntimeError):
+class NoData(Fault):
   """The input pipeline died or hangs."""
+
+
+class SaveFailed(Fault):
+  """A checkpoint could not be written; the older ones are intact."""
 
 
 class Guard:

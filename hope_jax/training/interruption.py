@@ -2,7 +2,8 @@
 
 The first SIGINT (Ctrl-C) or SIGTERM (a scheduler, a preempted machine) lets
 the loop finish its step and save a checkpoint; a second one stops at once.
-With several processes, jax's preemption service agrees on one step.
+With several processes, jax's preemption service agrees on one step, whichever
+of them heard the signal.
 """
 
 import contextlib
@@ -11,9 +12,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
-
-import jax
-from jax.experimental import multihost_utils
 
 RESUMABLE = 75  # the machine is wanted elsewhere: run the command again
 CODES = {signal.SIGINT: 130, signal.SIGTERM: RESUMABLE}
@@ -31,17 +29,22 @@ class Interrupted(KeyboardInterrupt):
 def watch() -> Iterator[Callable[[int], int]]:
   """Yields should_stop(step), to be asked by every process at every step; it
   answers 0 or the exit code to stop with."""
-  if jax.process_count() > 1:
-    yield (
-      lambda step: (
-        RESUMABLE if multihost_utils.reached_preemption_sync_point(step) else 0
-      )
-    )
-    return
+  import jax
+  from jax.experimental import multihost_utils
+
+  several = jax.process_count() > 1
+  heard: list[int] = []
+
+  def should_stop(step: int) -> int:
+    if several and not multihost_utils.reached_preemption_sync_point(step):
+      return 0
+    if heard:
+      return CODES[signal.Signals(heard[0])]
+    return RESUMABLE if several else 0
+
   if threading.current_thread() is not threading.main_thread():
-    yield lambda step: 0  # only the main thread hears signals
+    yield should_stop  # only the main thread hears signals
     return
-  heard = []
 
   def handle(number: int, frame: Any) -> None:
     del frame
@@ -53,10 +56,14 @@ def watch() -> Iterator[Callable[[int], int]]:
       file=sys.stderr,
       flush=True,
     )
+    if several:  # what the preemption service listens to, in every process
+      signal.raise_signal(signal.SIGTERM)
 
-  old = {number: signal.signal(number, handle) for number in CODES}
+  # Of several processes SIGTERM is the service's.
+  watched = [signal.SIGINT] if several else list(CODES)
+  old = {number: signal.signal(number, handle) for number in watched}
   try:
-    yield lambda step: CODES[heard[0]] if heard else 0
+    yield should_stop
   finally:
     for number, handler in old.items():
       signal.signal(number, handler)

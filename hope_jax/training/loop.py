@@ -1,5 +1,6 @@
 """One training run, from a config to result.json."""
 
+import contextlib
 import dataclasses
 from collections.abc import Generator
 from typing import Any
@@ -21,6 +22,8 @@ from hope_jax.training import (
   flops,
   interruption,
   metrics,
+  processes,
+  progress,
   sharding,
 )
 from hope_jax.training import step as step_lib
@@ -33,28 +36,49 @@ def run(config: Config, workdir: epath.Path) -> dict[str, Any]:
   Interrupted and resumed, a run gives what it would have given at once, bit
   for bit on the same devices.
   """
-  is_main = jax.process_index() == 0
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batches(config, mesh)
-  sources = pipeline.load(config)
-  data = pipeline.fingerprint(config)
-  workdir_lib.claim(workdir, config, data, write=is_main)
-  with workdir_lib.locked(workdir, only_if=is_main):
-    result = workdir_lib.read_result(workdir)
+  compiled = step_lib.build(config, mesh)
+  _announce(compiled)
+  with progress.waiting("reading the data", patience=2.0):
+    sources, data = processes.agree(
+      lambda: (pipeline.load(config), pipeline.fingerprint(config))
+    )
+  processes.check_same(
+    {"--workdir": str(files.absolute(workdir)), "code": workdir_lib.code()}
+    | workdir_lib.flatten(config)
+    | {f"data's {name}": value for name, value in data.items()}
+  )
+  with contextlib.ExitStack() as stack:
+
+    def enter() -> dict[str, Any] | None:
+      workdir_lib.claim(workdir, config, data)
+      stack.enter_context(workdir_lib.locked(workdir))
+      return workdir_lib.read_result(workdir)
+
+    result = processes.from_first(enter)
     if result is not None:
       print(f"{workdir} is finished: {workdir_lib.RESULT} exists")
       return result
     with sharding.activate(mesh):
-      result = train(config, workdir, mesh, sources, data)
-    if is_main:
+      result = train(config, workdir, mesh, compiled, sources, data)
+    if processes.is_first():
       workdir_lib.write_json(workdir / workdir_lib.RESULT, result)
   return result
+
+
+def _announce(compiled: step_lib.Compiled) -> None:
+  """How large the model is, and where it is going to be trained."""
+  count = step_lib.count_parameters(compiled.abstract_state.params)
+  kind = jax.devices()[0].device_kind
+  progress.say(f"{count:,} parameters on {jax.device_count()} x {kind}")
 
 
 def train(
   config: Config,
   workdir: epath.Path,
   mesh: jax.sharding.Mesh,
+  compiled: step_lib.Compiled,
   sources: dict[str, Any],
   data: dict[str, str],
 ) -> dict[str, Any]:
@@ -62,7 +86,7 @@ def train(
   options = config.train
 
   # 1. The state, new or restored.
-  compiled = step_lib.build(config, mesh)
+  compiling = progress.Waiting("compiling")
   manager = checkpoints.open_manager(workdir, options)
   flops_per_token = flops.per_token(config, compiled.abstract_state.params)
 
@@ -95,7 +119,7 @@ def train(
   peak = flops.peak_flops(jax.devices()[0])
   writer = metrics.Writer(workdir, config, start)
   guard = faults.Guard(options, writer.records)
-  watchdog = faults.Watchdog(options.hang_seconds)
+  watchdog = faults.Watchdog(options.hang_seconds)  # alone; else `processes`
   meter = metrics.Meter(
     writer,
     tokens_per_step=tokens_per_step,
@@ -127,8 +151,10 @@ def train(
       while step < options.steps:
         step += 1
         watchdog.step()
+        processes.at_step(options.hang_seconds)
         batch = sharding.put_batch(next(batches), mesh, batch_size, rows)
         state, scalars = compiled.train_step(state, batch)
+        compiling.end()
         seen = [meter.flush()]
         is_last, stop_code = step == options.steps, should_stop(step)
         if step == 1 or is_last or is_due(step, options.log_every):
@@ -178,6 +204,7 @@ def train(
       "config": config_lib.to_dict(config),
     }
   finally:
+    compiling.end()
     batches.close()
     writer.close()
     checkpoints.close(manager)

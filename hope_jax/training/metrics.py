@@ -50,13 +50,7 @@ class Writer:
     self._write_all()
     self._grows = not files.is_remote(workdir)
     self._wandb = _start_wandb(workdir, config)
-    self._steps = config.train.steps
-    if sys.stderr.isatty():
-      import tqdm
-
-      self._bar = tqdm.tqdm(
-        total=self._steps, initial=start_step, unit="step", dynamic_ncols=True
-      )
+    self._steps, self._start = config.train.steps, start_step
 
   def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
     """Adds one record and shows it."""
@@ -106,6 +100,12 @@ class Writer:
       shown += f" accuracy {values['accuracy']:.4f}"
     elif "tokens_per_second" in values:
       shown += f" {values['tokens_per_second']:,.0f} tokens/s"
+    if sys.stderr.isatty() and self._bar is None:
+      import tqdm
+
+      self._bar = tqdm.tqdm(
+        total=self._steps, initial=self._start, unit="step", dynamic_ncols=True
+      )
     if self._bar is None:
       print(f"step {step}/{self._steps} {shown}", flush=True)
     elif kind == "train":

@@ -7,6 +7,8 @@ killed leaves either the old file or the new one.
 
 import contextlib
 import fcntl
+import hashlib
+import importlib.metadata
 import itertools
 import json
 import os
@@ -73,18 +75,15 @@ def read_object(path: epath.Path) -> dict[str, Any]:
   return values
 
 
-def claim(
-  workdir: epath.Path, config: Config, data: dict[str, str], *, write: bool
-) -> None:
+def claim(workdir: epath.Path, config: Config, data: dict[str, str]) -> None:
   """Makes `workdir` the folder of a run of `config`, or checks that it is.
 
   The mesh and wandb may change between the sessions of a run, nothing else
-  may, the data (`pipeline.fingerprint`) neither.  With `write` off (all
-  processes but one) it only checks.
+  may, the data (`pipeline.fingerprint`) neither.
   """
   path = workdir / CONFIG
   if path.exists():
-    old, new = (_flatten(c) for c in (read_config(workdir), config))
+    old, new = (flatten(c) for c in (read_config(workdir), config))
     for name, value in new.items():
       if old[name] != value and not name.startswith(MAY_CHANGE):
         raise ConfigError(
@@ -92,15 +91,15 @@ def claim(
           " choose another --workdir, or remove this one"
         )
     check_data(workdir, config, data)
-  elif write:
-    try:
-      workdir.mkdir(parents=True, exist_ok=True)
-      write_json(workdir / DATA, data)
-      write_json(path, config_lib.to_dict(config))
-    except OSError as error:
-      raise ConfigError(
-        f"cannot write to --workdir {workdir}: {files.reason(error)}"
-      ) from error
+    return
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / DATA, data)
+    write_json(path, config_lib.to_dict(config))
+  except OSError as error:
+    raise ConfigError(
+      f"cannot write to --workdir {workdir}: {files.reason(error)}"
+    ) from error
 
 
 def check_data(
@@ -119,7 +118,7 @@ def check_data(
 
 
 @contextlib.contextmanager
-def locked(workdir: epath.Path, *, only_if: bool = True) -> Iterator[None]:
+def locked(workdir: epath.Path) -> Iterator[None]:
   """Inside, no other process can train in `workdir`; `ConfigError` if one does.
 
   On a disk the operating system lets go of the lock when the process ends in
@@ -127,7 +126,7 @@ def locked(workdir: epath.Path, *, only_if: bool = True) -> Iterator[None]:
   not renewed any more is taken over.
   """
   lock = _leased if files.is_remote(workdir) else _flocked
-  with lock(workdir) if only_if else contextlib.nullcontext():
+  with lock(workdir):
     yield
 
 
@@ -198,7 +197,20 @@ def _in_use(workdir: epath.Path, owner: str) -> ConfigError:
   )
 
 
-def _flatten(config: Config) -> dict[str, Any]:
+def code() -> str:
+  """A hash of this program and of the libraries that compute for it."""
+  digest = hashlib.sha256()
+  here = pathlib.Path(__file__).resolve().parents[2]
+  for package in ("hope_jax", "pallas_kernels"):
+    for path in sorted((here / package).rglob("*.py")):
+      digest.update(path.relative_to(here).as_posix().encode())
+      digest.update(path.read_bytes())
+  for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint"):
+    digest.update(f"{name} {importlib.metadata.version(name)}".encode())
+  return digest.hexdigest()[:16]
+
+
+def flatten(config: Config) -> dict[str, Any]:
   """Config -> {"group.field": value}."""
 
   def walk(values: dict[str, Any], prefix: str):

@@ -253,7 +253,7 @@ def test_best_checkpoint_is_kept(tiny, tmp_path):
 
 
 def test_second_job_on_a_workdir_is_refused(tiny, tmp_path):
-  workdir.claim(tmp_path, tiny, {}, write=True)
+  workdir.claim(tmp_path, tiny, {})
   with (
     workdir.locked(tmp_path),
     pytest.raises(ConfigError, match=f"another run trains .*{os.getpid()}"),

@@ -10,31 +10,26 @@ from hope_jax.training import workdir
 def test_claim_stores_the_config_and_recognises_it(tmp_path):
   folder = tmp_path / "a" / "b"
   config = Config(train=TrainConfig(steps=7))
-  workdir.claim(folder, config, {}, write=True)
+  workdir.claim(folder, config, {})
   assert workdir.read_config(folder) == config
-  workdir.claim(folder, config, {}, write=True)
+  workdir.claim(folder, config, {})
 
 
 def test_claim_lets_the_mesh_change_and_nothing_else(tmp_path):
-  workdir.claim(tmp_path, Config(), {}, write=True)
-  workdir.claim(tmp_path, Config(mesh=MeshConfig(fsdp=4)), {}, write=True)
+  workdir.claim(tmp_path, Config(), {})
+  workdir.claim(tmp_path, Config(mesh=MeshConfig(fsdp=4)), {})
   with pytest.raises(ConfigError, match="train.steps=500, not 7"):
-    workdir.claim(tmp_path, Config(train=TrainConfig(steps=7)), {}, write=True)
+    workdir.claim(tmp_path, Config(train=TrainConfig(steps=7)), {})
 
 
 def test_claim_accepts_a_config_from_before_a_new_field(tmp_path):
-  workdir.claim(tmp_path, Config(), {}, write=True)
+  workdir.claim(tmp_path, Config(), {})
   path = tmp_path / "config.json"
   values = json.loads(path.read_text())
   del values["opt"]["memory_lr_ratio"]
   path.write_text(json.dumps(values))
-  workdir.claim(tmp_path, Config(), {}, write=True)
+  workdir.claim(tmp_path, Config(), {})
   assert workdir.read_config(tmp_path) == Config()
-
-
-def test_claim_without_write_only_checks(tmp_path):
-  workdir.claim(tmp_path / "new", Config(), {}, write=False)
-  assert not (tmp_path / "new").exists()
 
 
 def test_read_config_names_what_is_missing(tmp_path):
@@ -56,11 +51,11 @@ def test_write_json_leaves_the_old_file_when_it_fails(tmp_path):
 
 def test_other_data_are_refused_and_named(tmp_path):
   data = {"content": "1", "tokenizer": "2"}
-  workdir.claim(tmp_path, Config(), data, write=True)
-  workdir.claim(tmp_path, Config(), data, write=True)
+  workdir.claim(tmp_path, Config(), data)
+  workdir.claim(tmp_path, Config(), data)
   for name in data:
     with pytest.raises(
       ConfigError, match=f"another {name} than data.path=hope"
     ):
-      workdir.claim(tmp_path, Config(), {**data, name: "3"}, write=True)
+      workdir.claim(tmp_path, Config(), {**data, name: "3"})
   workdir.check_data(tmp_path, Config(), {"tokenizer": "2"})
