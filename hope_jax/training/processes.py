@@ -152,7 +152,7 @@ def initialize(seconds: float, fail: Callable[[str, int], NoReturn]) -> None:
     jax.process_count(),
     seconds,
   )
-  group.hosts = [f"process {i}" for i in range(group.count)]
+  group.hosts = ["host not known yet"] * group.count
   gone: dict[int, str] = {}
 
   def beat() -> None:
@@ -166,7 +166,7 @@ def initialize(seconds: float, fail: Callable[[str, int], NoReturn]) -> None:
 
   def watch() -> None:
     while not group.is_over:
-      reason = group.lost(gone)
+      reason = None if group.is_silent else group.lost(gone)
       if reason and not group.is_over:
         fail(f"{reason}; {AGAIN}", RESUMABLE)
       time.sleep(BEAT_SECONDS / 2)
@@ -265,9 +265,10 @@ def at_step(hang_seconds: float) -> None:
 
 
 def silence(is_silent: bool) -> None:
-  """Whether this process gives no signs of life, as if it hung."""
+  """Whether this process is as good as stopped: it gives no signs of life."""
   if _group is not None:
     _group.is_silent = is_silent
+    _group.answered = time.monotonic()
 
 
 def explain() -> None:
@@ -276,6 +277,8 @@ def explain() -> None:
   if _group is not None:
     _group.is_suspicious = True
     time.sleep(SUSPECT_SECONDS + 3 * BEAT_SECONDS)
+    while _group.is_silent:
+      time.sleep(BEAT_SECONDS)
 
 
 def finish() -> None:
