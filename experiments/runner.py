@@ -289,13 +289,16 @@ class Runner:
       name, config = process.trial.name, self._config(process.trial)
       records = metrics.read(epath.Path(self._out / name))
       rows = [row for row in records if row["kind"] == "train"]
-      if rows and process.output.name == workdir_lib.RESULT:
+      if process.output.name != workdir_lib.RESULT:
+        doing = f"making {process.output.name}"
+      elif rows:
         loss = rows[-1]["loss"]
         shown = "not finite" if loss is None else f"{loss:.3f}"
-        _say(
-          f"running {name}: step {rows[-1]['step']} of"
-          f" {config.train.steps}, loss {shown}"
-        )
+        doing = f"step {rows[-1]['step']} of {config.train.steps}, loss {shown}"
+      else:
+        doing = "compiling"
+      seconds = time.monotonic() - process.start
+      _say(f"running {name}: {doing}, {seconds:.0f} s")
 
   def run(self) -> int:
     """Runs what is missing; returns the exit code."""

@@ -6,5 +6,4 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}"
 exec "$python" -m experiments.language_modeling.run --scale=demo --jobs=2 "$@"

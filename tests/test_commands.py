@@ -161,10 +161,10 @@ def test_command_error_is_one_line_and_code_2(
   home, here, name, arguments, message
 ):
   code, text = here(name, *arguments)
-  errors = text.strip().splitlines()
+  *before, last = text.strip().splitlines()  # what it is going to do
   assert code == 2, text
-  assert len(errors) == 1 and errors[0].startswith("error: "), text
-  assert message in errors[0]
+  assert last.startswith("error: ") and message in last
+  assert not any("error" in line or "Traceback" in line for line in before)
   assert not (home / "new").exists()
 
 

@@ -54,9 +54,11 @@ def remove_broken(folder: pathlib.Path) -> None:
 
 def _is_whole(data: bytes) -> bool:
   """Whether a compressed entry ends where it should; True if unknown."""
+  if len(data) < 8:
+    return False
   if data[:4] == b"\x28\xb5\x2f\xfd":
     return _is_whole_zstd(data)
-  if data and data[0] != 0x78:
+  if data[0] != 0x78:
     return True
   reader = zlib.decompressobj()
   try:
@@ -68,7 +70,7 @@ def _is_whole(data: bytes) -> bool:
 
 def _is_whole_zstd(data: bytes) -> bool:
   """Follows the sizes of a frame's blocks (RFC 8878, section 3.1.1)."""
-  descriptor = data[4] if len(data) > 4 else 0
+  descriptor = data[4]
   is_single = bool(descriptor & 0x20)
   content = (1 if is_single else 0, 2, 4, 8)[descriptor >> 6]
   place = 5 + (not is_single) + (0, 1, 2, 4)[descriptor & 3] + content
