@@ -8,15 +8,14 @@ validation loss.  Checkpoints without digests, of older versions, are taken as
 they are.
 """
 
-import contextlib
 import errno
-import gc
-import io
+import functools
 import logging
 import math
+import re
 import sys
-import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,6 +35,8 @@ LOSS = "valid_loss"
 # What lies in the folder of a step.
 STATE, DIGEST, QUALITY = "state", "digest", "metrics"
 METADATA = "_CHECKPOINT_METADATA"
+
+_DETAILS = re.compile(r" \[tensorstore_spec|\. See full TensorStore")
 
 
 class SaveFailed(RuntimeError):
@@ -192,37 +193,39 @@ def _reason(error: Exception) -> str:
   """Why a file cannot be read, in a line of bearable length."""
   if isinstance(error, KeyError):
     return f"a file lacks {error}"
-  text = files.reason(error).split(" [tensorstore_spec")[0]
+  text = _DETAILS.split(files.reason(error))[0]
   return text if len(text) <= 200 else f"{text[:100]} ... {text[-100:]}"
 
 
 def _read(call: Callable[[], Any]) -> tuple[Any, str]:
   """What `call` reads, or why it cannot be read."""
-  value, reason = None, ""
-  with _held_back() as said:
-    try:
-      value = jax.block_until_ready(call())
-    except Exception as error:
-      reason = _reason(error)
-    if reason:
-      gc.collect()  # the reads that were under way, which say the same again
-      time.sleep(0.2)
-  if not reason:
-    sys.stderr.write(said.getvalue())
-  return value, reason
-
-
-@contextlib.contextmanager
-def _held_back() -> Iterator[io.StringIO]:
-  """Inside, stderr is kept back, and asyncio logs no abandoned reads."""
-  logger = logging.getLogger("asyncio")
-  level = logger.level
-  logger.setLevel(logging.CRITICAL)
+  _hush()
   try:
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-      yield said
-  finally:
-    logger.setLevel(level)
+    return jax.block_until_ready(call()), ""
+  except Exception as error:
+    return None, _reason(error)
+
+
+@functools.cache
+def _hush() -> None:
+  """Keeps reads that were under way when another one failed, and end whenever
+  they do, from writing a traceback each."""
+  hook = sys.unraisablehook
+
+  def is_read(error: Any, trace: Any) -> bool:
+    names = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
+    is_late = str(error) == "Event loop is closed"
+    return is_late or any("orbax" in name for name in names)
+
+  def handle(found: Any) -> None:
+    if not is_read(found.exc_value, found.exc_traceback):
+      hook(found)
+
+  def is_other(record: logging.LogRecord) -> bool:
+    return not record.exc_info or not is_read(*record.exc_info[1:])
+
+  sys.unraisablehook = handle
+  logging.getLogger("asyncio").addFilter(is_other)
 
 
 def _digests(path: epath.Path) -> dict[str, Any] | None:

@@ -340,7 +340,7 @@ from hope_jax.config import ConfigError, TrainConfig
 from hope_jax.training import checkpoints
 from hope_jax.training.step import TrainState
 
-port, index, folder, number = sys.argv[1:]
+port, index, folder, steps = sys.argv[1:]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index))
 mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(AxisType.Auto,))
 manager = checkpoints.open_manager(epath.Path(folder), TrainConfig())
@@ -353,8 +353,9 @@ def make(step):
   return TrainState(
     whole, {"embed": {"embedding": table}}, {}, None, whole, whole, whole)
 
-abstract = jax.tree.map(
-  lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), make(0))
+abstract_of = lambda x: jax.ShapeDtypeStruct(
+  x.shape, x.dtype, sharding=x.sharding)
+abstract = jax.tree.map(abstract_of, make(0))
 try:
   state = checkpoints.restore(manager, abstract)
   step = int(state.step) if state is not None else 0
@@ -363,22 +364,22 @@ try:
       for a, b in zip(x.addressable_shards, y.addressable_shards):
         np.testing.assert_array_equal(a.data, b.data)
   print("restored", step)
-  if step < int(number):
-    checkpoints.save(manager, int(number), make(int(number)))
+  for number in map(int, filter(None, steps.split(","))):
+    checkpoints.save(manager, number, make(number))
 except ConfigError as error:
   print("ConfigError", error)
 manager.close()
 """
 
 
-def two(folder, number):
-  """Restores with two processes, then saves step `number`: what they say."""
+def two(folder, *steps):
+  """Restores with two processes, then saves `steps`: what they say."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = str(free.getsockname()[1])
   processes = [
     subprocess.Popen(
-      [sys.executable, "-c", TWO, port, index, str(folder), str(number)],
+      [sys.executable, "-c", TWO, port, index, folder, ",".join(steps)],
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       env=os.environ | {"JAX_PLATFORMS": "cpu"},
@@ -397,16 +398,15 @@ def two(folder, number):
 
 
 def test_two_processes_set_aside_what_one_of_them_cannot_read(tmp_path):
-  two(tmp_path, BEFORE)
-  two(tmp_path, NEWEST)
+  two(tmp_path, "2", "4")
   newest = tmp_path / "checkpoints" / str(NEWEST)
   sizes = {path.stat().st_size: path for path in files_of(newest)}
   second = [p for p in sizes.values() if "ocdbt.process_1" in str(p)]
   largest = max(second, key=lambda path: path.stat().st_size)
   assert largest.stat().st_size > 2000  # the half that process 1 holds
   os.truncate(largest, 1000)
-  ends = two(tmp_path, BEFORE)
-  assert [out for out, _ in ends] == [f"restored {BEFORE}\n"] * 2
+  ends = two(tmp_path)
+  assert all(out.endswith("\nrestored 2\n") for out, _ in ends)
   said = "".join(err for _, err in ends)
   assert said.count("checkpoint 4 cannot be read and was moved") == 1
   assert "Traceback" not in said
@@ -454,12 +454,10 @@ def test_digests_are_as_defined_and_named_by_path():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool"])
 def test_digest_sees_what_sums_do_not(dtype):
   x = jnp.asarray(np.arange(24).reshape(4, 6) % 5 - 2).astype(dtype)
-  other = [x[::-1], x[:, ::-1], x.T, x.reshape(24), -x, x[:-1], jnp.roll(x, 1)]
+  other = [x[::-1], x[:, ::-1], x.T, x[:-1], jnp.roll(x, 1)]
   other += [x.at[0, 0].set(x[0, 1]).at[0, 1].set(x[0, 0])]
-  if dtype == "bool":
-    other = [~x, x[::-1], x[:, ::-1]]
-  digests = [digest.leaves([each])["0"].digest for each in (x, *other)]
-  assert digests[0] == digest.leaves([x + 0 if dtype != "bool" else x])["0"][0]
-  for each, found in zip(other, digests[1:], strict=True):
-    is_same = np.array_equal(x.ravel(), each.ravel())
-    assert (found == digests[0]) == is_same
+  same, *found = digest.leaves([x, *other]).values()
+  for each, leaf in zip(other, found, strict=True):
+    is_equal = np.array_equal(x.ravel(), each.ravel())
+    assert (leaf.digest == same.digest) == is_equal
+  assert len({leaf.digest for leaf in found}) > 3
