@@ -153,14 +153,6 @@ def _flat(state: StreamState) -> dict[str, Any]:
   }
 
 
-def _digest(arrays: dict[str, np.ndarray]) -> str:
-  found = hashlib.sha256()
-  for name in sorted(arrays):
-    found.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-    found.update(arrays[name].tobytes())
-  return found.hexdigest()
-
-
 def save(folder: epath.Path, run: Run, state: StreamState) -> None:
   """Writes a session: killed on the way, the one before is still there."""
   import safetensors
@@ -175,7 +167,7 @@ def save(folder: epath.Path, run: Run, state: StreamState) -> None:
     tokenizer=run.tokenizer.sha256,
     model=run.config.model,
     tokens=int(state.processed),
-    state=_digest(arrays),
+    state=digest.of_arrays(arrays),
   )
   target = _state_file(folder, card)
   try:
@@ -236,7 +228,7 @@ def load(folder: epath.Path, run: Run) -> StreamState:
     arrays = safetensors_numpy.load_file(files.local(path))
   except (OSError, ValueError, safetensors.SafetensorError) as error:
     raise _damaged(path, files.reason(error)) from error
-  if _digest(arrays) != card.state:
+  if digest.of_arrays(arrays) != card.state:
     raise _damaged(path, "its checksum is another")
   shapes = jax.eval_shape(lambda: streaming.start(run.config.model))
   leaves = []

@@ -13,12 +13,23 @@ permutation is seen; one changed word is always seen, anything else but once in
 """
 
 import functools
+import hashlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+
+
+def of_arrays(arrays: Mapping[str, np.ndarray]) -> str:
+  """SHA-256 of whole arrays on the host, with their names and types."""
+  found = hashlib.sha256()
+  for name in sorted(arrays):
+    found.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+    found.update(arrays[name].tobytes())
+  return found.hexdigest()
 
 
 class Leaf(NamedTuple):

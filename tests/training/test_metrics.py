@@ -90,6 +90,44 @@ def test_meter_says_what_it_wrote_and_json_has_no_nan(tmp_path):
   assert json.loads(lines(tmp_path)[0])["loss"] is None
 
 
+def test_lines_that_are_no_records_are_left_out(tmp_path):
+  good = [
+    {"step": 1, "kind": "train", "loss": 1.0, "seconds": 2.0},
+    {"step": 1, "kind": "eval", "split": "valid", "loss": None},
+    {"step": 1, "kind": "dynamics", "dynamics/layer_0/memory/x": 1e3},
+    {"step": 1, "kind": "rollback", "offset": 3},
+  ]
+  bad = [
+    {"step": "1", "kind": "train", "loss": 1.0},
+    {"step": True, "kind": "train", "loss": 1.0},
+    {"step": 1.0, "kind": "train", "loss": 1.0},
+    {"step": 1, "kind": 3, "loss": 1.0},
+    {"step": 1, "kind": "train"},
+    {"step": 1, "kind": "train", "loss": "low"},
+    {"step": 1, "kind": "train", "loss": 1.0, "seconds": [2.0]},
+    {"step": 1, "kind": "eval", "split": "valid", "loss": {}},
+    ["step", "kind"],
+  ]
+  text = "".join(json.dumps(line) + "\n" for line in [*bad, *good])
+  nan = '{"step": 2, "kind": "train", "loss": NaN, "seconds": 1e999}\n'
+  (tmp_path / "metrics.jsonl").write_text(text + nan + "[" * 100_000 + "\n")
+  last = {"step": 2, "kind": "train", "loss": None, "seconds": None}
+  assert metrics.read(tmp_path) == [*good, last]
+  writer = metrics.Writer(tmp_path, CONFIG, 9)
+  assert 2.0 <= meter_of(writer).seconds < 3.0
+  assert writer.find("eval", 1, "valid")["loss"] is None
+  assert writer.find("eval", 1, "test") is None
+
+
+def test_speed_is_zero_where_the_records_were_lost(tmp_path):
+  writer = metrics.Writer(tmp_path, CONFIG, 0)
+  assert meter_of(writer).median_tokens_per_second() == 0.0
+  writer.write("train", 1, {"loss": 1.0})
+  assert meter_of(writer).median_tokens_per_second() == 0.0
+  writer.write("train", 2, {"loss": 1.0, "tokens": 300, "seconds": 2.0})
+  assert meter_of(writer).median_tokens_per_second() == 150.0
+
+
 def test_training_goes_on_without_a_wandb_that_fails(
   tmp_path, monkeypatch, capsys
 ):
