@@ -83,9 +83,9 @@ def test_copy_of_an_object_that_changed_is_taken_again(bucket, monkeypatch):
   copy = files.local(path)
   date = int(copy.stat().st_mtime)
   assert copy.read_bytes() == b"old" and date == path.stat().mtime > 0
-  monkeypatch.setattr(files, "_copy", fail)
-  assert files.local(path) == copy  # not a second time
-  monkeypatch.undo()
+  with monkeypatch.context() as patch:
+    patch.setattr(files, "_copy", fail)
+    assert files.local(path) == copy  # not a second time
   os.utime(copy, (date - 9, date - 9))  # as if it were of another day
   path.write_bytes(b"new")
   assert files.local(path).read_bytes() == b"new"
