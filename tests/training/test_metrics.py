@@ -3,6 +3,7 @@ import json
 import sys
 import types
 
+import numpy as np
 import pytest
 
 from hope_jax.config import Config, ConfigError, TrainConfig
@@ -71,6 +72,39 @@ def test_meter_speed_leaves_pauses_out(tmp_path, monkeypatch):
   assert meter.median_tokens_per_second() == 225.0
   assert writer.records[-1]["seconds"] == meter.seconds == 3069.0
   assert writer.records[-1]["tokens"] == 3100
+
+
+def test_meter_forgets_what_it_holds_and_its_clock(tmp_path):
+  """After a rollback: the steps made so far are made again."""
+  writer = metrics.Writer(tmp_path, CONFIG, 0)
+  meter = meter_of(writer)
+  for number in (1, 5):
+    meter.hold(number, Scalars(2.0, 0.5))
+  meter.forget()
+  assert meter.flush() is None
+  for number in (3, 4):
+    meter.hold(number, Scalars(1.0, 0.5))
+  meter.flush()
+  assert [(r["step"], "tokens_per_second" in r) for r in writer.records] == [
+    (1, False),
+    (3, False),
+    (4, True),
+  ]
+
+
+def test_mfu_is_measured_against_the_peak(tmp_path):
+  writer = metrics.Writer(tmp_path, CONFIG, 0)
+  meter = metrics.Meter(
+    writer, tokens_per_step=100, flops_per_token=7.0, peak_flops=350.0
+  )
+  for number in (1, 2):
+    meter.hold(number, Scalars(2.0, 0.5))
+  meter.flush()
+  first, second = writer.records
+  assert "mfu" not in first
+  np.testing.assert_allclose(
+    second["mfu"], second["tokens_per_second"] * 7.0 / 350.0
+  )
 
 
 def test_meter_counts_seconds_of_earlier_sessions(tmp_path):
