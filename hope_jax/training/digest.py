@@ -43,18 +43,22 @@ def leaves(tree: Any) -> dict[str, Leaf]:
   """Every array of `tree` by its name, `params/embed/embedding`.
 
   All processes that hold a part of the arrays call it; one compiled program
-  reads everything once.
+  reads everything once.  Arrays of the host (numpy's) stay there.
   """
   names = [
     jax.tree_util.keystr(path, simple=True, separator="/")
     for path, _ in jax.tree_util.tree_leaves_with_path(tree)
   ]
   arrays = jax.tree.leaves(tree)
-  first = getattr(arrays[0], "sharding", None) if arrays else None
-  everywhere = None
-  if isinstance(first, NamedSharding):
-    everywhere = NamedSharding(first.mesh, PartitionSpec())
-  found = np.asarray(_leaves(arrays, everywhere))
+  if all(isinstance(x, jax.Array) for x in arrays):
+    first = arrays[0].sharding if arrays else None
+    everywhere = None
+    if isinstance(first, NamedSharding):
+      everywhere = NamedSharding(first.mesh, PartitionSpec())
+    found = np.asarray(_leaves(arrays, everywhere))
+  else:  # one after the other, so that no second copy of all is made
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+      found = np.concatenate([_leaves([x], None) for x in arrays])
   return {
     name: Leaf(f"{a:08x}{b:08x}", bool(is_finite))
     for name, (a, b, is_finite) in zip(names, found.tolist(), strict=True)

@@ -446,6 +446,7 @@ def test_digests_are_as_defined_and_named_by_path():
   ]
   assert all(leaf.is_finite for leaf in found.values())
   assert digest.leaves({}) == {}
+  assert digest.leaves(jax.device_get(state)) == found  # arrays of the host
   key = {"key": jax.random.key(3), "empty": jnp.zeros((0, 2))}
   data = jax.random.key_data(key["key"])
   assert digest.leaves(key)["key"].digest == oracle(data)
