@@ -177,10 +177,10 @@ def toy_step(monkeypatch, weights, clock=1.0):
     bad_in_a_row=zero + 2,
     offset=zero + 4,
   )
-  tokens = jnp.array([[0, 1, 2, 3]])
+  hit = draw[1].argmax()  # where a test has weight 0
   batch = {
-    "tokens": tokens,
-    "targets": (tokens + 1) % 5,
+    "tokens": jnp.array([[0, 1, 2, 3]]),
+    "targets": jnp.array([[1, hit, 3, 4]]),
     "weights": jnp.asarray(weights, jnp.float32)[None],
   }
   after, metrics = step._train_step(
