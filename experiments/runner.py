@@ -60,11 +60,15 @@ class _Process:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any] | None:
-  """The file's content; None if it is missing or half written."""
+  """The file's JSON object; None if it is missing, or holds none.
+
+  NaN and infinity, which older versions wrote, are None.
+  """
   try:
-    return json.loads(path.read_text())
-  except (FileNotFoundError, json.JSONDecodeError):
+    content = json.loads(path.read_text(), parse_constant=lambda _: None)
+  except (OSError, ValueError):
     return None
+  return content if isinstance(content, dict) else None
 
 
 def last_error(log: str) -> str:
@@ -136,12 +140,20 @@ class Runner:
     result = read_json(self._out / trial.name / workdir_lib.RESULT)
     if result is None:
       return None
-    if not is_same(result["config"], self._config(trial)):
+    folder = from_root(self._out / trial.name)
+    if not is_same(result.get("config", {}), self._config(trial)):
       self._failures[trial.name] = (
-        f"{from_root(self._out / trial.name)} holds the result of another"
-        " config: remove it or choose another --out"
+        f"{folder} holds the result of another config: remove it or choose"
+        " another --out"
       )
       return None
+    for name in ("valid_loss", "test_loss"):
+      if not isinstance(result.get(name), float | int):
+        self._failures[trial.name] = (
+          f"{folder} holds a result whose {name} is no finite number: it has"
+          " diverged, or the file is damaged; remove it to train again"
+        )
+        return None
     return result
 
   def _evaluations(self, trial: Trial) -> dict[str, dict[str, Any]]:
@@ -150,7 +162,9 @@ class Runner:
     for evaluation in trial.evaluations:
       path = self._out / trial.name / f"evaluate_{evaluation.label}.json"
       content = read_json(path)
-      if content and content["step"] == self._config(trial).train.steps:
+      steps = self._config(trial).train.steps
+      is_sound = content and content.get("loss", 0.0) is not None
+      if content and is_sound and content.get("step") == steps:
         done[evaluation.label] = content
     return done
 
@@ -224,8 +238,11 @@ class Runner:
       if self._rows and trial.row not in self._rows:
         continue
       following = self._next_command(trial)
+      if following and following[1] in self._written:
+        self._failures.setdefault(
+          trial.name, f"{from_root(following[1])} is not what was asked for"
+        )
       if following and trial.name not in self._failures:
-        assert following[1] not in self._written, "no progress"
         self._start(trial, *following)
 
   def _start(

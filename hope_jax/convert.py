@@ -119,6 +119,12 @@ def from_hf(
       path=text or DataConfig.path, tokenizer=name, sequence_length=length
     ),
   )
+  for parameter, x in params.items():
+    if not np.isfinite(x).all():
+      raise ConfigError(
+        f"{folder}: {parameter} is made of numbers that are not finite:"
+        " copy it again"
+      )
   state = {"params": traverse_util.unflatten_dict(params, sep=".")}
   try:
     workdir.mkdir(parents=True, exist_ok=True)

@@ -9,11 +9,13 @@ same kind and tokenizer.  `--length=4096` reads longer sequences than training
 did (text).  `--positions` adds the scores of the first 64 positions, the next
 64, the next 128 ...: does more context help?  `--dynamics` adds what the
 memories did in the split's first batch, per layer and level: learn rates,
-half-lives, |D| / |M_0| at the end ...
+half-lives, |D| / |M_0| at the end ...  Numbers that are not finite are null; if
+the loss is one of them, the exit code is 1 and `--output` is not written.
 """
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 from absl import flags
@@ -27,6 +29,7 @@ from hope_jax.training import (
   checkpoints,
   command,
   evaluation,
+  faults,
   sharding,
 )
 from hope_jax.training import step as step_lib
@@ -150,9 +153,13 @@ def main() -> None:
       with_positions=args.positions,
     ),
   }
-  print(json.dumps(scores))
+  print(json.dumps(workdir_lib.finite(scores)))
+  if not math.isfinite(scores["loss"]):
+    raise faults.Diverged(
+      f"the {args.split} loss of {workdir} is not finite (null above)"
+    )
   if args.output:
-    workdir_lib.write_json(files.reach(args.output), scores)
+    workdir_lib.write_json(files.reach(args.output), workdir_lib.finite(scores))
 
 
 if __name__ == "__main__":

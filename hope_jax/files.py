@@ -61,14 +61,20 @@ def cache() -> pathlib.Path:
 
 
 def local(path: epath.Path) -> pathlib.Path:
-  """`path`, or for a remote one its copy in the cache ($HOPE_JAX_CACHE)."""
+  """`path`, or for a remote one its copy in the cache ($HOPE_JAX_CACHE).
+
+  A copy is taken again when the object's size or date has changed.
+  """
   if not is_remote(path):
     return pathlib.Path(path)
   key = hashlib.sha256(str(path).encode()).hexdigest()[:16]
   copy = cache() / key / path.name
-  if not copy.exists() or copy.stat().st_size != path.stat().length:
+  there = path.stat()
+  here = epath.Path(copy).stat() if copy.exists() else None
+  if here is None or (here.length, here.mtime) != (there.length, there.mtime):
     with writing(epath.Path(copy)) as beside:
       _copy(path, epath.Path(beside))
+      os.utime(beside, (there.mtime, there.mtime))
   return copy
 
 
@@ -90,6 +96,8 @@ def writing(
     if remote and beside.exists():
       _copy(epath.Path(beside), path)
     elif beside.exists():
+      with beside.open("rb") as file:
+        os.fsync(file.fileno())  # else a power loss may leave it empty
       beside.replace(path)
   finally:
     beside.unlink(missing_ok=True)

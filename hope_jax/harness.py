@@ -229,7 +229,7 @@ def main() -> None:
       "limit": args.limit,
       "scores": [line._asdict() for line in found],
     }
-    workdir_lib.write_json(files.reach(args.output), scores)
+    workdir_lib.write_json(files.reach(args.output), workdir_lib.finite(scores))
 
 
 if __name__ == "__main__":

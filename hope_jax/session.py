@@ -31,7 +31,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
@@ -45,12 +44,12 @@ from hope_jax.data.tokenizer import Bytes, Tokenizer
 from hope_jax.generation import Sampling
 from hope_jax.model_config import ModelConfig
 from hope_jax.streaming import StreamState
-from hope_jax.training import checkpoints, command, sharding
+from hope_jax.training import checkpoints, command, digest, sharding
 from hope_jax.training import step as step_lib
 from hope_jax.training import workdir as workdir_lib
 
 CARD, STATE = "session.json", "state-"
-VERSION = 1
+VERSION = 2  # 1 had another checksum of parameters
 BLOCK = 4 * streaming.PIECE  # tokens between two movements of the bar
 
 
@@ -136,17 +135,8 @@ def open_run(workdir: epath.Path, devices: int = 1) -> Run:
 
 def checksum(params: Any) -> str:
   """A hash that tells checkpoints apart, whatever mesh they are on."""
-
-  @jax.jit
-  def sums(params: Any) -> list[jax.Array]:
-    bits = [
-      jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-      for x in jax.tree.leaves(params)
-    ]  # whole numbers wrap around: the same sum in any order
-    return [jnp.sum(x, dtype=jnp.uint32) for x in bits]
-
-  found = np.asarray(jax.device_get(sums(params)), "<u4")
-  return hashlib.sha256(found.tobytes()).hexdigest()
+  found = [leaf.digest for leaf in digest.leaves(params).values()]
+  return hashlib.sha256("".join(found).encode()).hexdigest()
 
 
 def start(run: Run) -> StreamState:
@@ -163,14 +153,6 @@ def _flat(state: StreamState) -> dict[str, Any]:
   }
 
 
-def _digest(arrays: dict[str, np.ndarray]) -> str:
-  digest = hashlib.sha256()
-  for name in sorted(arrays):
-    digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-    digest.update(arrays[name].tobytes())
-  return digest.hexdigest()
-
-
 def save(folder: epath.Path, run: Run, state: StreamState) -> None:
   """Writes a session: killed on the way, the one before is still there."""
   import safetensors
@@ -185,7 +167,7 @@ def save(folder: epath.Path, run: Run, state: StreamState) -> None:
     tokenizer=run.tokenizer.sha256,
     model=run.config.model,
     tokens=int(state.processed),
-    state=_digest(arrays),
+    state=digest.of_arrays(arrays),
   )
   target = _state_file(folder, card)
   try:
@@ -246,7 +228,7 @@ def load(folder: epath.Path, run: Run) -> StreamState:
     arrays = safetensors_numpy.load_file(files.local(path))
   except (OSError, ValueError, safetensors.SafetensorError) as error:
     raise _damaged(path, files.reason(error)) from error
-  if _digest(arrays) != card.state:
+  if digest.of_arrays(arrays) != card.state:
     raise _damaged(path, "its checksum is another")
   shapes = jax.eval_shape(lambda: streaming.start(run.config.model))
   leaves = []
@@ -467,7 +449,7 @@ def act(run: Run, folder: epath.Path, args: Any, sampling: Sampling) -> None:
   if args.fork:
     save(files.reach(args.fork), run, state)
   if args.info:
-    print(json.dumps(info(folder, run, state)))
+    print(json.dumps(workdir_lib.finite(info(folder, run, state))))
 
 
 def main() -> None:

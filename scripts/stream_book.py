@@ -139,7 +139,8 @@ def main() -> None:
         "device": jax.devices()[0].device_kind,
         "windows": windows,
       }
-      workdir.write_json(files.reach(args.out) / f"{name}.json", found)
+      path = files.reach(args.out) / f"{name}.json"
+      workdir.write_json(path, workdir.finite(found))
   plot(folder)
 
 

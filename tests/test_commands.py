@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -189,6 +190,28 @@ def test_evaluate_repeats_the_test_loss(home):
   ):
     np.testing.assert_allclose(scores[ours], result[theirs], rtol=1e-6)
   assert scores["split"] == "test" and scores["step"] == 4
+
+
+def test_evaluation_that_is_not_finite_is_null_and_code_1(
+  home, here, monkeypatch
+):
+  """What is finite is shown, but no file says that it was evaluated."""
+  scores = {"step": 4, "loss": math.nan, "dynamics": {"half_life": math.inf}}
+  shown = []
+  monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: scores)
+  monkeypatch.setattr(evaluate, "print", shown.append, raising=False)
+  code, text = here("evaluate", "--workdir=run", "--output=bad.json")
+  assert code == 1
+  (line,) = text.strip().splitlines()
+  assert line.startswith("error: the test loss of run is not finite")
+  (found,) = map(strict_json, shown)
+  assert found["loss"] is None and found["dynamics"] == {"half_life": None}
+  assert found["step"] == 4 and not (home / "bad.json").exists()
+
+
+def strict_json(text):
+  """JSON as other programs read it, without NaN."""
+  return json.loads(text, parse_constant=lambda name: pytest.fail(name))
 
 
 def test_generate_continues_the_prompt_and_repeats_by_seed(home):

@@ -262,6 +262,16 @@ def test_tensors_that_are_missing_or_too_many_are_named(llama):
   assert "lm_head.kernel" not in convert.read_checkpoint(folder)[1]
 
 
+def test_numbers_that_are_not_finite_are_named_and_nothing_is_made(llama):
+  folder, flat = llama
+  flat["model.norm.weight"][3] = np.nan
+  write(folder, flat, LLAMA)
+  run = folder.parent / "run"
+  with pytest.raises(ConfigError, match="hf: norm.* not finite: copy it again"):
+    convert.from_hf(folder, run)
+  assert not run.exists()
+
+
 def test_files_that_cannot_be_read_are_named(llama):
   folder, _ = llama
   index = folder / "model.safetensors.index.json"

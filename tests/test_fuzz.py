@@ -207,9 +207,7 @@ def test_workdirs(tmp_path, data):
     damaged_json(values) if file == "config.json" else JSON.map(json.dumps)
   )
   (run / file).write_text(data.draw(changed))
-  assert_explained(
-    lambda: workdir.claim(run, good, {"tokenizer": "1"})
-  )
+  assert_explained(lambda: workdir.claim(run, good, {"tokenizer": "1"}))
   assert_explained(lambda: workdir.read_result(run))
 
 

@@ -233,7 +233,7 @@ def damage(folder, kind):
     ("incomplete", "cannot read .*session.json .session.tokens is missing"),
     ({"state": "../x\0"}, "cannot read .*state-"),
     ({"tokens": "many"}, "session.tokens='many' must be of type int"),
-    ({"version": 2}, "of version 2, but this program reads version 1"),
+    ({"version": 1}, "of version 1, but this program reads version 2"),
     ({"step": 9}, "belongs to step 9 of .*step differs"),
     ({"parameters": "x"}, "checksum of parameters differs"),
     ({"tokenizer": "x"}, "tokenizer differs"),

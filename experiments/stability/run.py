@@ -257,8 +257,8 @@ def write(folder: pathlib.Path, part: str, cases: Cases) -> None:
 
 def run(part: str, flags: argparse.Namespace) -> Cases:
   """Runs what is missing of a part; returns all of its cases."""
-  known = read_json(flags.out / f"{part}.json") or {"cases": {}}
-  cases: dict[str, Case] = known["cases"]
+  known = read_json(flags.out / f"{part}.json") or {}
+  cases: dict[str, Case] = known.get("cases") or {}
   for key, make in PARTS[part][0](flags):
     if key in cases:
       continue

@@ -18,11 +18,13 @@ from flax import traverse_util
 from hope_jax import config as config_lib
 from hope_jax import files
 from hope_jax.config import Config, ConfigError
+from hope_jax.training import digest
 from hope_jax.training import workdir as workdir_lib
 
 MODEL = "model.safetensors"
 INDEX = f"{MODEL}.index.json"  # of a model in several files
 DTYPES = "F32", "BF16", "F16"
+SHA256 = "sha256"  # of the arrays, in the file's metadata; older files lack it
 
 
 def save(folder: epath.Path, config: Config, params: Any) -> None:
@@ -39,13 +41,15 @@ def save(folder: epath.Path, config: Config, params: Any) -> None:
 def write_tensors(
   folder: epath.Path, tensors: Mapping[str, np.ndarray], kind: str
 ) -> None:
-  """model.safetensors of tensors by name; `kind`: its format's name."""
+  """model.safetensors of tensors by name, with their hash; `kind`: its
+  format's name."""
   from safetensors import numpy as safetensors
 
   folder.mkdir(parents=True, exist_ok=True)
   flat = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+  about = {"format": kind, SHA256: digest.of_arrays(flat)}
   with files.writing(folder / MODEL) as path:
-    safetensors.save_file(flat, path, {"format": kind})
+    safetensors.save_file(flat, path, about)
     path.chmod(0o644)
 
 
@@ -59,9 +63,17 @@ def load(folder: epath.Path, abstract: Any = None) -> Any:
   from safetensors import numpy as safetensors_numpy
 
   try:
-    flat = safetensors_numpy.load_file(files.local(folder / MODEL))
+    path = files.local(folder / MODEL)
+    flat = safetensors_numpy.load_file(path)
+    with safetensors.safe_open(path, framework="np") as file:
+      about = file.metadata() or {}
   except (OSError, safetensors.SafetensorError) as error:
     raise ConfigError(f"cannot read {folder / MODEL}: {error}") from error
+  if SHA256 in about and about[SHA256] != digest.of_arrays(flat):
+    raise ConfigError(
+      f"{folder / MODEL} is damaged: its arrays are not those that were saved;"
+      " export it again"
+    )
   if abstract is not None:
     wanted: dict[str, Any] = traverse_util.flatten_dict(abstract, sep=".")
     for name in sorted(wanted.keys() | flat.keys()):

@@ -18,6 +18,7 @@ from typing import Any
 from hope_jax.config import TrainConfig
 
 _HISTORY = 50  # logged losses that a spike is measured against
+_FEWEST = 5  # without so many there is no usual loss
 _GRACE_SECONDS = 5.0  # for data workers to end
 
 
@@ -43,9 +44,11 @@ class Guard:
   def __init__(self, config: TrainConfig, records: list[dict[str, Any]]):
     """`records`: of earlier sessions."""
     self._config = config
-    losses = [r["loss"] for r in records if r["kind"] == "train"]
-    known = [loss for loss in losses if loss is not None]
-    self._losses = collections.deque(known, maxlen=_HISTORY)
+    self._losses: collections.deque[float] = collections.deque(maxlen=_HISTORY)
+    for record in records:
+      loss = record["loss"] if record["kind"] == "train" else None
+      if loss is not None and not self._is_jump(loss):
+        self._losses.append(loss)
     self._rollbacks = sum(r["kind"] == "rollback" for r in records)
 
   def is_spike(self, *seen: tuple[int, dict[str, float]] | None) -> bool:
@@ -63,11 +66,10 @@ class Guard:
         f" steps up to step {step}; the parameters are those from before, the"
         " checkpoints are intact: lower opt.peak_lr, or look at the data"
       )
-    loss, factor = values["loss"], self._config.rollback_factor
+    loss = values["loss"]
     if not math.isfinite(loss):
       return False
-    usual = statistics.median(self._losses) if self._losses else math.inf
-    if not factor or len(self._losses) < 5 or loss <= factor * usual:
+    if not self._is_jump(loss):
       self._losses.append(loss)
       return False
     self._rollbacks += 1
@@ -78,6 +80,39 @@ class Guard:
         " opt.peak_lr, or look at the data"
       )
     return True
+
+  def _is_jump(self, loss: float) -> bool:
+    """Whether it is far above the last ones; never among the first ones."""
+    factor = self._config.rollback_factor
+    if not factor or len(self._losses) < _FEWEST:
+      return False
+    return loss > factor * statistics.median(self._losses)
+
+
+def check_end(
+  config: TrainConfig,
+  *,
+  losses: dict[str, float | None],
+  bad: int,
+  bad_in_a_row: int,
+) -> None:
+  """`Diverged` if a run that made all its steps has no sound result.
+
+  `losses` by split, None for what was no number; `bad` as in `TrainState`.
+  One bad step at the end is skipped like any other one.
+  """
+  for split, loss in losses.items():
+    if loss is None or not math.isfinite(loss):
+      raise Diverged(
+        f"the {split} loss after the last step ({config.steps}) is not finite;"
+        " there is no result: lower opt.peak_lr, or look at the data"
+      )
+  if bad_in_a_row > 1 or bad == config.steps:
+    raise Diverged(
+      f"loss or gradient was not finite in the last {bad_in_a_row} of"
+      f" {config.steps} steps; there is no result: lower opt.peak_lr, or look"
+      " at the data"
+    )
 
 
 def with_timeout(batches: Iterator[Any], seconds: float) -> Generator[Any]:

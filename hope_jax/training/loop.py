@@ -187,6 +187,12 @@ def train(
     # 5. The result.
     assert valid is not None
     test = score("test")
+    faults.check_end(
+      options,
+      losses={"valid": valid["loss"], "test": test["loss"]},
+      bad=int(state.bad),
+      bad_in_a_row=int(state.bad_in_a_row),
+    )
     return {
       "model": config.model.sequence_layer,
       "parameters": parameters,

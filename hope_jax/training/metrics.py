@@ -8,7 +8,6 @@ that reading them never keeps the device waiting.
 import contextlib
 import hashlib
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,16 +24,31 @@ from hope_jax.training import workdir as workdir_lib
 
 
 def read(workdir: epath.Path) -> list[dict[str, Any]]:
-  """All records of a run; a line cut short by a crash is left out."""
+  """All records of a run; a line that is none is left out, such as one cut
+  short by a crash.  Numbers that are not finite are None."""
   path = workdir / workdir_lib.METRICS
   records = []
   if path.exists():
     for line in path.read_bytes().splitlines():
-      with contextlib.suppress(ValueError):
+      with contextlib.suppress(ValueError, RecursionError):
         record = json.loads(line)
-        if isinstance(record, dict) and record.keys() >= {"step", "kind"}:
-          records.append(record)
+        if _is_record(record):
+          records.append(workdir_lib.finite(record))
   return records
+
+
+def _is_record(value: Any) -> bool:
+  """Whether it is what `Writer` writes: step, kind, split and numbers."""
+  if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+    return False
+  if type(value.get("step")) is not int:
+    return False
+  if value["kind"] not in ("train", "eval"):
+    return True
+  numbers = [v for k, v in value.items() if k not in ("kind", "split")]
+  return "loss" in value and all(
+    v is None or type(v) in (int, float) for v in numbers
+  )
 
 
 class Writer:
@@ -54,8 +68,7 @@ class Writer:
 
   def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
     """Adds one record and shows it."""
-    finite = {key: _finite(value) for key, value in values.items()}
-    record = {"step": step, "kind": kind, **finite}
+    record = {"step": step, "kind": kind, **workdir_lib.finite(values)}
     self.records.append(record)
     if not self._is_main:
       return
@@ -135,12 +148,6 @@ class Writer:
       self._wandb = None
 
 
-def _finite(value: Any) -> Any:
-  """JSON has no NaN."""
-  is_number = not isinstance(value, float) or math.isfinite(value)
-  return value if is_number else None
-
-
 class Meter:
   """Times the steps and turns their device scalars into train records.
 
@@ -162,7 +169,7 @@ class Meter:
     self._peak = peak_flops
     self._held: tuple[int, Any] | None = None
     self._last: tuple[int, float] | None = None  # step, time of last record
-    earlier = [r.get("seconds", 0.0) for r in writer.records]
+    earlier = [r.get("seconds") or 0.0 for r in writer.records]
     self._start = time.perf_counter() - max(earlier, default=0.0)
 
   @property
@@ -215,12 +222,14 @@ class Meter:
       self._last = (step, then + time.perf_counter() - start)
 
   def median_tokens_per_second(self) -> float:
-    """Over the log intervals after the first, as far as there are any."""
+    """Over the log intervals after the first, as far as there are any; 0 where
+    the records were lost."""
     train = [r for r in self._writer.records if r["kind"] == "train"]
     rates = [r["tokens_per_second"] for r in train if "tokens_per_second" in r]
     if not rates:  # too short a run: the compilation counts, too
-      rates = [train[-1]["tokens"] / train[-1]["seconds"]]
-    return float(np.median(rates[1:] or rates))
+      known = [r for r in train[-1:] if r.get("tokens") and r.get("seconds")]
+      rates = [r["tokens"] / r["seconds"] for r in known]
+    return float(np.median(rates[1:] or rates or [0.0]))
 
 
 def _named(kind: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import pathlib
 import socket
@@ -42,37 +43,59 @@ MAY_CHANGE = (
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-  """Writes `value` as JSON, atomically."""
-  files.write_text(path, json.dumps(value, indent=2) + "\n")
+  """Writes `value` as JSON, atomically; `ValueError` for NaN and infinity,
+  which are none (`finite`)."""
+  files.write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+  """`value` with None for every number that JSON does not have."""
+  if isinstance(value, dict):
+    return {key: finite(each) for key, each in value.items()}
+  if isinstance(value, list | tuple):
+    return [finite(each) for each in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
 
 
 def read_config(workdir: epath.Path) -> Config:
   """The config of a run; `ConfigError` if `workdir` holds none."""
-  try:
-    values = read_object(workdir / CONFIG)
-  except OSError as error:
+  if not (workdir / CONFIG).exists():
     raise ConfigError(
-      f"{workdir} is not the folder of a run: cannot read {CONFIG}"
-      f" ({files.reason(error)})"
-    ) from error
-  return config_lib.from_config_dict(values)
+      f"{workdir} is not the folder of a run: it has no {CONFIG}"
+    )
+  return config_lib.from_config_dict(read_object(workdir / CONFIG))
 
 
 def read_result(workdir: epath.Path) -> dict[str, Any] | None:
-  """result.json of a finished run, or None."""
+  """result.json of a finished run, or None; `ConfigError` if it is damaged."""
   path = workdir / RESULT
-  return read_object(path) if path.exists() else None
+  if not path.exists():
+    return None
+  try:
+    return read_object(path)
+  except ConfigError as error:
+    raise ConfigError(
+      f"{error}: remove it, and run the same command again to write it anew"
+    ) from error
 
 
 def read_object(path: epath.Path) -> dict[str, Any]:
   """A file's JSON object; `ConfigError` if it holds anything else."""
   try:
-    values = json.loads(path.read_text())
-  except ValueError as error:  # or not UTF-8
+    values = json.loads(path.read_text(), parse_constant=_no_constant)
+  except (ValueError, RecursionError) as error:  # or not UTF-8
     raise ConfigError(f"{path} is not JSON: {error}") from error
+  except OSError as error:
+    raise ConfigError(f"cannot read {path}: {files.reason(error)}") from error
   if not isinstance(values, dict):
     raise ConfigError(f"{path} holds no JSON object")
   return values
+
+
+def _no_constant(name: str) -> None:
+  raise ValueError(f"it has {name}")
 
 
 def claim(workdir: epath.Path, config: Config, data: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import signal
@@ -108,6 +109,73 @@ def test_result_of_another_config_is_an_error_not_reused(tmp_path):
   (record,) = experiment.records()
   assert "another config" in record.message and record.result is None
   assert len(_starts(tmp_path, "a")) == 1
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"valid_loss": math.nan}, "whose valid_loss is no finite number"),
+    ({"test_loss": math.inf}, "whose test_loss is no finite number"),
+    ({"test_loss": "low"}, "whose test_loss is no finite number"),
+    ({"config": None}, "another config"),
+    ({"config": [1]}, "another config"),
+  ],
+)
+def test_result_of_a_diverged_run_is_a_failure_not_a_result(
+  tmp_path, change, message
+):
+  """Versions before wrote NaN; it is not trained again by itself."""
+  off = Evaluation("off", ("--writes=off",))
+  trial = dataclasses.replace(_trial("a"), evaluations=(off,))
+  assert _runner([trial], tmp_path).run() == 0
+  path = tmp_path / "a" / "result.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+  experiment = _runner([trial], tmp_path)
+  assert experiment.run() == 1
+  (record,) = experiment.records()
+  assert record.status == runner.FAILED and message in record.message
+  assert record.result is None and not record.evaluations
+  assert len(_starts(tmp_path, "a")) == 1
+
+
+def test_evaluation_that_is_not_finite_or_damaged_is_repeated(tmp_path):
+  off = Evaluation("off", ("--writes=off",))
+  trial = dataclasses.replace(_trial("a"), evaluations=(off,))
+  assert _runner([trial], tmp_path).run() == 0
+  path = tmp_path / "a" / "evaluate_off.json"
+  good = path.read_text()
+  scores = json.loads(good)
+  for change in (scores | {"loss": math.nan}, {}, [], scores | {"step": None}):
+    path.write_text(json.dumps(change))
+    assert _runner([trial], tmp_path).run() == 0
+    assert path.read_text() == good
+  path.write_bytes(b"\xff")
+  assert _runner([trial], tmp_path).run() == 0
+  assert path.read_text() == good
+
+
+def test_command_that_writes_something_else_is_a_failure(tmp_path):
+  """It ends well, so that it would be started for ever."""
+  trial = _trial("a")
+  script = tmp_path / "other.py"
+  script.write_text(
+    "import pathlib, sys\n"
+    "folder = [a for a in sys.argv if a.startswith('--workdir=')][0][10:]\n"
+    "name = pathlib.Path(folder) / 'evaluate_off.json'\n"
+    'name.write_text(\'{"step": 3, "loss": 1.0}\')\n'
+  )
+  assert _runner([trial], tmp_path).run() == 0
+  off = Evaluation("off", ("--writes=off",))
+  plan = [dataclasses.replace(trial, evaluations=(off,))]
+  experiment = runner.Runner(
+    lambda _: plan,
+    tmp_path,
+    command=lambda name: [sys.executable, str(script), name],
+    poll_seconds=0.02,
+  )
+  assert experiment.run() == 1
+  (record,) = experiment.records()
+  assert "evaluate_off.json is not what was asked for" in record.message
 
 
 def test_result_on_another_mesh_is_reused(tmp_path):

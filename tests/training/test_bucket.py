@@ -1,6 +1,7 @@
 """Runs in a bucket."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -75,11 +76,26 @@ def test_lock_in_a_bucket(bucket, monkeypatch, capsys):
     assert "machine that is gone" not in (bucket / "lock").read_text()
 
 
+def test_copy_of_an_object_that_changed_is_taken_again(bucket, monkeypatch):
+  """The new one has as many bytes: another export of the same model."""
+  path = bucket / "x.bin"
+  path.write_bytes(b"old")
+  copy = files.local(path)
+  date = int(copy.stat().st_mtime)
+  assert copy.read_bytes() == b"old" and date == path.stat().mtime > 0
+  with monkeypatch.context() as patch:
+    patch.setattr(files, "_copy", fail)
+    assert files.local(path) == copy  # not a second time
+  os.utime(copy, (date - 9, date - 9))  # as if it were of another day
+  path.write_bytes(b"new")
+  assert files.local(path).read_bytes() == b"new"
+
+
 def test_bucket_that_cannot_be_reached_is_one_clear_line(monkeypatch):
   monkeypatch.setattr(epath.gpath.PosixGPath, "exists", fail)
   with pytest.raises(ConfigError, match="cannot reach gs://nowhere/x .no net"):
     files.reach("gs://nowhere/x")
 
 
-def fail(path):
+def fail(*paths):
   raise RuntimeError("no network\nat all")

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,19 @@ def test_median_over_layers_names_levels_by_their_last_part():
   flat["dynamics/layer_0/memory/learn_rate"] = 0.5
   median = dynamics.median_over_layers(flat, "relative_change")
   assert median == {"cms_0": 2.0}
+
+
+def test_dynamics_are_means_within_a_layer(tiny, monkeypatch):
+  """Whatever axes a model sows them with, the layers are the first one."""
+  sown = {"a": jnp.array([[[1.0, 2.0], [3.0, 10.0]], [[0.0] * 2] * 2])}
+  fake = types.SimpleNamespace(
+    apply=lambda *_, **__: (None, {"dynamics": sown})
+  )
+  monkeypatch.setattr(dynamics, "LanguageModel", lambda _: fake)
+  mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+  with sharding.activate(mesh):
+    found = dynamics.build(tiny, mesh)({}, {"tokens": jnp.zeros((2, 4))})
+  assert found["a"].tolist() == [4.0, 0.0]
 
 
 def test_dynamics_of_a_model_reach_every_layer_and_level(tiny):

@@ -69,6 +69,28 @@ def test_export_of_another_tokenizer_is_refused(tiny, params, tmp_path):
     loop.run(dataclasses.replace(tiny, train=train), tmp_path / "run")
 
 
+@pytest.mark.parametrize("place", [-1, -5, -30])
+def test_export_with_a_changed_byte_is_refused(tiny, params, tmp_path, place):
+  exchange.save(tmp_path, tiny, params)
+  path = tmp_path / "model.safetensors"
+  content = bytearray(path.read_bytes())
+  content[place] ^= 1
+  path.write_bytes(content)
+  with pytest.raises(ConfigError, match="is damaged: .* export it again"):
+    exchange.load(tmp_path)
+
+
+def test_export_of_an_older_version_has_no_hash_and_is_taken(params, tmp_path):
+  from safetensors import numpy as safetensors
+
+  flat = {"embed.embedding": params["embed"]["embedding"]}
+  safetensors.save_file(flat, tmp_path / "model.safetensors", {"format": "x"})
+  found = exchange.load(tmp_path)
+  np.testing.assert_array_equal(
+    found["embed"]["embedding"], params["embed"]["embedding"]
+  )
+
+
 def test_unusable_exports_are_one_clear_line(tiny, params, tmp_path):
   with pytest.raises(ConfigError, match="cannot read .*model.safetensors"):
     exchange.load(tmp_path)

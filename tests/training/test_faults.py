@@ -146,6 +146,150 @@ def test_too_many_spikes_end_the_run(tiny, tmp_path, monkeypatch):
     loop.run(config, tmp_path)
 
 
+def guard(losses=(), records=None, **fields):
+  """A guard that has seen `losses`, of an earlier session with `records`."""
+  config = config_lib.TrainConfig(**{"rollback_factor": 3.0, **fields})
+  found = faults.Guard(config, records or [])
+  for number, loss in enumerate(losses):
+    assert not found.is_spike(seen(number, loss))
+  return found
+
+
+def seen(number, loss, bad_in_a_row=0):
+  return number, {"loss": loss, "bad_in_a_row": bad_in_a_row}
+
+
+def test_first_losses_are_no_spikes():
+  """Four losses do not say what is usual, five do."""
+  assert not guard([1.0] * 4).is_spike(seen(5, 100.0))
+  assert guard([1.0] * 5).is_spike(seen(6, 100.0))
+  assert not guard([1.0] * 5).is_spike(seen(6, 3.0))
+  assert guard([1.0] * 5).is_spike(seen(6, 3.01))
+  assert not guard([1.0] * 9, rollback_factor=0.0).is_spike(seen(9, 1e9))
+  # What is not finite is skipped by the step, and is nothing usual.
+  nan = guard([1.0] * 4 + [math.nan] * 3)
+  assert not nan.is_spike(seen(7, 100.0))
+
+
+def test_spikes_are_measured_against_the_last_fifty_losses():
+  """The median of 50: 25 new losses move it half way, 26 all the way."""
+  old, new = [6.0] * 50, [1.5]
+  assert not guard([*old, *new * 24]).is_spike(seen(99, 17.0))
+  assert not guard([*old, *new * 25]).is_spike(seen(99, 11.0))  # 3 * 3.75
+  assert guard([*old, *new * 25]).is_spike(seen(99, 11.5))
+  assert guard([*old, *new * 26]).is_spike(seen(99, 4.6))
+  assert not guard([*old, *new * 26]).is_spike(seen(99, 4.5))
+
+
+def test_either_of_two_losses_may_be_the_spike():
+  assert guard([1.0] * 5).is_spike(seen(6, 9.0), seen(7, 1.0))
+  assert guard([1.0] * 5).is_spike(seen(6, 1.0), seen(7, 9.0))
+  assert not guard([1.0] * 5).is_spike(None, seen(7, 1.0), None)
+
+
+def test_resumed_guard_is_the_uninterrupted_one():
+  """A jump that sent the run back is not among its usual losses."""
+  losses = [1.0, 1.1, 1.2, 1.3, 1.4, None, 90.0, 1.3, 95.0, 1.2]
+  records = [
+    {"kind": "train", "step": number, "loss": loss}
+    for number, loss in enumerate(losses)
+  ]
+  records.insert(7, {"kind": "rollback", "step": 4, "offset": 3})
+  records.insert(0, {"kind": "eval", "step": 0, "loss": 77.0})
+  resumed = guard(records=records, max_rollbacks=2)
+  usual = 3.0 * 1.2  # 1.0 1.1 1.2 1.2 1.3 1.3 1.4: the median is 1.2
+  assert not resumed.is_spike(seen(11, usual))
+  assert resumed.is_spike(seen(12, usual + 0.2))  # the second rollback
+  with pytest.raises(faults.Diverged, match="step 13, the 3th time"):
+    resumed.is_spike(seen(13, 90.0))
+
+
+def test_bad_steps_end_the_run_at_the_limit_only():
+  found = guard(max_bad_steps=3)
+  assert not found.is_spike(seen(1, math.nan, bad_in_a_row=2))
+  with pytest.raises(faults.Diverged, match="in 3 steps up to step 2"):
+    found.is_spike(seen(2, math.nan, bad_in_a_row=3))
+
+
+@pytest.mark.parametrize(
+  ("valid", "test", "bad", "bad_in_a_row", "message"),
+  [
+    (1.0, 2.0, 0, 0, None),
+    (1.0, 2.0, 5, 1, None),  # like any other step that is skipped
+    (math.nan, 2.0, 0, 0, "the valid loss after the last step"),
+    (1.0, math.inf, 0, 0, "the test loss after the last step"),
+    (1.0, None, 0, 0, "the test loss"),  # as metrics.jsonl has it
+    (1.0, 2.0, 2, 2, "not finite in the last 2 of 6 steps"),
+    (1.0, 2.0, 6, 6, "not finite in the last 6 of 6 steps"),
+  ],
+)
+def test_run_that_ends_not_finite_has_no_result(
+  valid, test, bad, bad_in_a_row, message
+):
+  config = config_lib.TrainConfig(steps=6)
+  losses = {"valid": valid, "test": test}
+  counts = {"bad": bad, "bad_in_a_row": bad_in_a_row}
+  if message is None:
+    faults.check_end(config, losses=losses, **counts)
+    return
+  with pytest.raises(faults.Diverged, match=message):
+    faults.check_end(config, losses=losses, **counts)
+  only = config_lib.TrainConfig(steps=1)
+  with pytest.raises(faults.Diverged, match="in the last 1 of 1 steps"):
+    faults.check_end(only, losses={}, bad=1, bad_in_a_row=1)
+
+
+def test_evaluation_without_a_number_is_no_result_and_stays_none(
+  tiny, tmp_path, monkeypatch
+):
+  """In the middle of a run it is recorded only; the same command says it
+  again, trains nothing and leaves the folder as it is."""
+  monkeypatch.setattr(
+    loop.evaluation, "evaluate", lambda *_, **__: NO_SCORES.copy()
+  )
+  for _ in range(2):
+    with pytest.raises(faults.Diverged, match="valid loss .* is not finite"):
+      loop.run(tiny, tmp_path)
+    assert not (tmp_path / "result.json").exists()
+  assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+  evals = [r for r in metrics.read(tmp_path) if r["kind"] == "eval"]
+  assert [(r["step"], r["loss"]) for r in evals] == [(3, None)] + [
+    (6, None)
+  ] * 2
+
+
+NO_SCORES = {"loss": math.nan, "accuracy": 0.0, "targets": 9}
+
+
+def test_learning_rate_without_bounds_ends_as_diverged(tiny, tmp_path):
+  """Fewer bad steps than max_bad_steps, but all up to the last."""
+  opt = dataclasses.replace(tiny.opt, peak_lr=3e38, clip_norm=0.0, eps=1e-30)
+  config = dataclasses.replace(tiny, opt=opt)
+  for _ in range(2):
+    with pytest.raises(faults.Diverged, match="finite in the last 5 of 6"):
+      loop.run(config, tmp_path)
+  assert not (tmp_path / "result.json").exists()
+
+
+def overflowed(train_step, state, batch):
+  state, scalars = train_step(state, batch)
+  params = jax.tree.map(lambda x: x * math.inf, state.params)
+  return dataclasses.replace(state, params=params), scalars
+
+
+def test_parameters_that_overflow_are_never_saved(tiny, tmp_path, monkeypatch):
+  """The last update's own loss and gradient are finite."""
+  with monkeypatch.context() as patch:
+    spoil(patch, lambda n: n == 6, overflowed)
+    with pytest.raises(faults.Diverged, match="is not finite after step 6"):
+      loop.run(tiny, tmp_path)
+  assert not (tmp_path / "result.json").exists()
+  assert not (tmp_path / "checkpoints" / "6").exists()
+  assert int(final_state(tiny, tmp_path).step) == 4
+  # The cause removed, the same command goes on.
+  assert loop.run(tiny, tmp_path)["steps"] == 6
+
+
 # ---------------------------------------------------------------- data
 
 

@@ -3,6 +3,7 @@ import json
 import sys
 import types
 
+import numpy as np
 import pytest
 
 from hope_jax.config import Config, ConfigError, TrainConfig
@@ -73,6 +74,39 @@ def test_meter_speed_leaves_pauses_out(tmp_path, monkeypatch):
   assert writer.records[-1]["tokens"] == 3100
 
 
+def test_meter_forgets_what_it_holds_and_its_clock(tmp_path):
+  """After a rollback: the steps made so far are made again."""
+  writer = metrics.Writer(tmp_path, CONFIG, 0)
+  meter = meter_of(writer)
+  for number in (1, 5):
+    meter.hold(number, Scalars(2.0, 0.5))
+  meter.forget()
+  assert meter.flush() is None
+  for number in (3, 4):
+    meter.hold(number, Scalars(1.0, 0.5))
+  meter.flush()
+  assert [(r["step"], "tokens_per_second" in r) for r in writer.records] == [
+    (1, False),
+    (3, False),
+    (4, True),
+  ]
+
+
+def test_mfu_is_measured_against_the_peak(tmp_path):
+  writer = metrics.Writer(tmp_path, CONFIG, 0)
+  meter = metrics.Meter(
+    writer, tokens_per_step=100, flops_per_token=7.0, peak_flops=350.0
+  )
+  for number in (1, 2):
+    meter.hold(number, Scalars(2.0, 0.5))
+  meter.flush()
+  first, second = writer.records
+  assert "mfu" not in first
+  np.testing.assert_allclose(
+    second["mfu"], second["tokens_per_second"] * 7.0 / 350.0
+  )
+
+
 def test_meter_counts_seconds_of_earlier_sessions(tmp_path):
   writer = metrics.Writer(tmp_path, CONFIG, 0)
   writer.write("train", 1, {"loss": 1.0, "seconds": 500.0})
@@ -88,6 +122,44 @@ def test_meter_says_what_it_wrote_and_json_has_no_nan(tmp_path):
   step, values = meter.flush()
   assert step == 8 and values["tokens"]
   assert json.loads(lines(tmp_path)[0])["loss"] is None
+
+
+def test_lines_that_are_no_records_are_left_out(tmp_path):
+  good = [
+    {"step": 1, "kind": "train", "loss": 1.0, "seconds": 2.0},
+    {"step": 1, "kind": "eval", "split": "valid", "loss": None},
+    {"step": 1, "kind": "dynamics", "dynamics/layer_0/memory/x": 1e3},
+    {"step": 1, "kind": "rollback", "offset": 3},
+  ]
+  bad = [
+    {"step": "1", "kind": "train", "loss": 1.0},
+    {"step": True, "kind": "train", "loss": 1.0},
+    {"step": 1.0, "kind": "train", "loss": 1.0},
+    {"step": 1, "kind": 3, "loss": 1.0},
+    {"step": 1, "kind": "train"},
+    {"step": 1, "kind": "train", "loss": "low"},
+    {"step": 1, "kind": "train", "loss": 1.0, "seconds": [2.0]},
+    {"step": 1, "kind": "eval", "split": "valid", "loss": {}},
+    ["step", "kind"],
+  ]
+  text = "".join(json.dumps(line) + "\n" for line in [*bad, *good])
+  nan = '{"step": 2, "kind": "train", "loss": NaN, "seconds": 1e999}\n'
+  (tmp_path / "metrics.jsonl").write_text(text + nan + "[" * 100_000 + "\n")
+  last = {"step": 2, "kind": "train", "loss": None, "seconds": None}
+  assert metrics.read(tmp_path) == [*good, last]
+  writer = metrics.Writer(tmp_path, CONFIG, 9)
+  assert 2.0 <= meter_of(writer).seconds < 3.0
+  assert writer.find("eval", 1, "valid")["loss"] is None
+  assert writer.find("eval", 1, "test") is None
+
+
+def test_speed_is_zero_where_the_records_were_lost(tmp_path):
+  writer = metrics.Writer(tmp_path, CONFIG, 0)
+  assert meter_of(writer).median_tokens_per_second() == 0.0
+  writer.write("train", 1, {"loss": 1.0})
+  assert meter_of(writer).median_tokens_per_second() == 0.0
+  writer.write("train", 2, {"loss": 1.0, "tokens": 300, "seconds": 2.0})
+  assert meter_of(writer).median_tokens_per_second() == 150.0
 
 
 def test_training_goes_on_without_a_wandb_that_fails(

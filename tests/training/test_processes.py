@@ -334,7 +334,12 @@ def supervised(tmp_path, lines, end):
   [
     (["a", "b"], "0", 0, ["a", "b"]),
     (["a"], "3", 3, ["a"]),
-    (["a", *FATAL], "abort", 75, ["a", "error: process 0 of the run, .*resume"]),
+    (
+      ["a", *FATAL],
+      "abort",
+      75,
+      ["a", "error: process 0 of the run, .*resume"],
+    ),
     (["a", "crash"], "abort", 134, ["a", "crash"]),  # of another kind
     (["a", FATAL[0], "b"], "1", 1, ["a", re.escape(FATAL[0]), "b"]),
     ([FATAL[0], "b", "error: why"], "75", 75, ["error: why"]),

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -145,6 +146,81 @@ def test_seed_changes_the_initial_state(tiny):
   _, first, _ = run(tiny, 1)
   _, second, _ = run(dataclasses.replace(tiny, train=other), 1)
   assert first[0].loss != second[0].loss
+
+
+class Toy(NamedTuple):
+  """A model's output: logits are rows of a table."""
+
+  logits: Any
+  state: Any
+
+
+def toy_step(monkeypatch, weights, clock=1.0):
+  """One update of a table, of a model that counts in its fast state."""
+
+  def forward(model, params, tokens, state, segments):
+    del model, segments
+    logits = params["table"][tokens] + jnp.sqrt(params["clock"])
+    return Toy(logits, state + 1)
+
+  monkeypatch.setattr(step.language_model, "forward", forward)
+  optimizer = optax.adam(0.1)
+  draw = np.random.default_rng(0).normal(size=(5, 5))
+  params = {"table": jnp.asarray(draw, jnp.float32), "clock": jnp.array(clock)}
+  zero = jnp.zeros((), jnp.int32)
+  state = step.TrainState(
+    step=zero,
+    params=params,
+    opt_state=optimizer.init(params),
+    fast=jnp.array(7),
+    bad=zero + 3,
+    bad_in_a_row=zero + 2,
+    offset=zero + 4,
+  )
+  hit = draw[1].argmax()  # where a test has weight 0
+  batch = {
+    "tokens": jnp.array([[0, 1, 2, 3]]),
+    "targets": jnp.array([[1, hit, 3, 4]]),
+    "weights": jnp.asarray(weights, jnp.float32)[None],
+  }
+  after, metrics = step._train_step(
+    state,
+    batch,
+    model=None,
+    optimizer=optimizer,
+    rate=lambda count: 0.1,
+    accumulate=1,
+  )
+  assert (after.step, after.offset) == (1, 4)
+  assert (metrics.bad, metrics.bad_in_a_row) == (after.bad, after.bad_in_a_row)
+  return state, after, metrics
+
+
+def test_good_step_changes_all_and_ends_the_bad_ones(monkeypatch):
+  state, after, metrics = toy_step(monkeypatch, [1.0, 0.0, 1.0, 1.0])
+  assert (after.bad, after.bad_in_a_row, after.fast) == (3, 0, 8)
+  assert (after.params["table"] != state.params["table"]).any()
+  assert after.opt_state[0].count == 1
+  assert np.isfinite(metrics.loss) and np.isfinite(metrics.grad_norm)
+  logits = np.asarray(state.params["table"])[[0, 2, 3]]
+  hits = logits.argmax(axis=1) == [1, 3, 4]
+  np.testing.assert_allclose(metrics.accuracy, hits.mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("weights", "clock", "is_loss_finite"),
+  [([1.0, 1.0, np.nan, 1.0], 1.0, False), ([1.0] * 4, 0.0, True)],
+)
+def test_bad_step_changes_nothing_but_its_counts(
+  monkeypatch, weights, clock, is_loss_finite
+):
+  """The loss is not finite, or the gradient only (that of sqrt at 0)."""
+  state, after, metrics = toy_step(monkeypatch, weights, clock)
+  assert np.isfinite(metrics.loss) == is_loss_finite
+  assert not np.isfinite(metrics.grad_norm)
+  assert (after.bad, after.bad_in_a_row) == (4, 3)
+  kept = lambda s: (s.params, s.opt_state, s.fast)
+  jax.tree.map(np.testing.assert_array_equal, kept(after), kept(state))
 
 
 def test_count_parameters_counts_all(tiny):

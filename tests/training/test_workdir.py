@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -47,6 +48,38 @@ def test_write_json_leaves_the_old_file_when_it_fails(tmp_path):
     workdir.write_json(path, {"a": dataclasses})
   assert json.loads(path.read_text()) == {"a": 1}
   assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_json_has_no_nan_unless_it_is_replaced(tmp_path, number):
+  path, value = tmp_path / "x.json", {"a": [1.5, (number, 2)], "b": "NaN"}
+  with pytest.raises(ValueError, match="not JSON compliant"):
+    workdir.write_json(path, value)
+  assert not path.exists()
+  workdir.write_json(path, workdir.finite(value))
+  assert workdir.read_object(path) == {"a": [1.5, [None, 2]], "b": "NaN"}
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (b"", "is not JSON"),
+    (b'{"valid_loss": NaN}', "is not JSON: it has NaN"),
+    (b'{"valid_loss": -Infinity}', "is not JSON: it has -Infinity"),
+    (b"[" * 100_000, "is not JSON"),
+    (b"\xff\xfe", "is not JSON"),
+    (b"[1]", "holds no JSON object"),
+    (None, "cannot read .*Is a directory"),
+  ],
+)
+def test_damaged_result_is_one_line_that_says_what_to_do(
+  tmp_path, content, message
+):
+  assert workdir.read_result(tmp_path) is None
+  path = tmp_path / "result.json"
+  path.mkdir() if content is None else path.write_bytes(content)
+  with pytest.raises(ConfigError, match=f"{message}.*: remove it, and run"):
+    workdir.read_result(tmp_path)
 
 
 def test_other_data_are_refused_and_named(tmp_path):
