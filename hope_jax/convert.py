@@ -149,8 +149,8 @@ def write_checkpoint(
   architecture, values = hugging_face.write_config(model)
   rules = architecture.rules(model)
   tensors = renaming.to_theirs(rules, model.num_layers, params)
-  eos = words.eos if words else None
-  ids = {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": None}
+  bos, eos = (words.bos, words.eos) if words else (None, None)
+  ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": None}
   try:
     exchange.write_tensors(folder, tensors, "pt")
     if words:

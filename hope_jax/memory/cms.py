@@ -169,7 +169,7 @@ def run_level(
     )
     dynamics = None
     if with_dynamics:
-      dynamics = _dynamics(slow, start, after, tokens, rule)
+      dynamics = _dynamics(slow, start, after, tokens, rule, live)
     return {"weight": after}, (trace.y, dynamics)
 
   (y, dynamics), state = chunks.scan_chunks(
@@ -357,7 +357,8 @@ def run_nested(
       x = x + read.y
       new = new if level.live else now
       if with_dynamics:
-        dynamics.append(_dynamics(slow, start, new, tokens, level.rule))
+        found = _dynamics(slow, start, new, tokens, level.rule, live)
+        dynamics.append(found)
       if masks is not None:
         start = chunks.choose(masks[1][:, 0], start, origin["weight"])
       after.append((start, new))
@@ -431,6 +432,7 @@ def _dynamics(
   after: LevelWeights,
   tokens: Tokens,
   rule: Rule,
+  live: jax.Array | None,
 ) -> dict[str, jax.Array]:
   """Scalars of one chunk, as in `deep.dynamics_of`."""
   keys = tokens.reads if tokens.keys is None else tokens.keys
@@ -438,5 +440,7 @@ def _dynamics(
   return {
     "learn_rate": rule.learn_rate,
     "relative_change": deep.relative_change(slow, after),
-    **deep.loss_dynamics(before, later, tokens.values, 0.5, rule.error_clip),
+    **deep.loss_dynamics(
+      before, later, tokens.values, 0.5, rule.error_clip, live=live
+    ),
   }

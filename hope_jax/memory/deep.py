@@ -107,13 +107,15 @@ def run_memory(
 
   base = chunks.per_sequence(slow, keys.shape[0], ("heads",))
 
-  def step(start, now, inputs, _):
+  def step(start, now, inputs, places):
     (k, v, query, gates), decays = inputs
     loss = inner_loss(start, base, k, v, cfg)
     after, read = learn_chunk(start, now, loss, k, query, gates, decays, cfg)
     dynamics = None
     if with_dynamics:
-      dynamics = dynamics_of(initial, after, gates, k, cfg, base, loss)
+      dynamics = dynamics_of(
+        initial, after, gates, k, cfg, base, loss, live=places
+      )
     return after, (read, dynamics)
 
   xs = _by_chunk(slow, keys, values, queries, gates, layout, cfg)
@@ -308,19 +310,21 @@ def dynamics_of(
   cfg: MemoryConfig,
   slow: Weights | None,
   loss: InnerLoss,
+  *,
+  live: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
   """What one chunk's learning did; scalars, means over batch and heads.
 
   learn_rate (eta), half_life (tokens), relative_change |D| / |M_0|, inner
   loss at the chunk's first and last state, clip_rate (share of output errors
-  above error_clip).
+  above error_clip).  `live` [C]: which places hold a token, None if all do.
   """
   weight = after["weight"]
   final = architectures.whole(slow, weight)
   later = architectures.forward(final, keys, cfg.activation).outputs
   return {
-    "learn_rate": jnp.mean(gates.learn_rate),
-    "half_life": half_life(gates.retention),
+    "learn_rate": mean(gates.learn_rate, live),
+    "half_life": half_life(gates.retention, live),
     "relative_change": relative_change(initial, weight, slow is None),
     **loss_dynamics(
       loss.predictions,
@@ -329,13 +333,25 @@ def dynamics_of(
       cfg.loss_factor,
       cfg.error_clip,
       is_dot=cfg.setting == "chunk_dot",
+      live=live,
     ),
   }
 
 
-def half_life(retention: jax.Array) -> jax.Array:
+def mean(x: jax.Array, live: jax.Array | None) -> jax.Array:
+  """Over all places [..., C] that hold a token."""
+  if live is None:
+    return jnp.mean(x)
+  count = jnp.sum(live) * (x.size // live.size)
+  return jnp.sum(jnp.where(live, x, 0)) / count
+
+
+def half_life(retention: jax.Array, live: jax.Array | None = None) -> jax.Array:
   """Median number of tokens after which half is forgotten."""
-  return jnp.median(jnp.log(0.5) / jnp.minimum(jnp.log(retention), -1e-9))
+  tokens = jnp.log(0.5) / jnp.minimum(jnp.log(retention), -1e-9)
+  if live is None:
+    return jnp.median(tokens)
+  return jnp.nanmedian(jnp.where(live, tokens, jnp.nan))
 
 
 def loss_dynamics(
@@ -346,6 +362,7 @@ def loss_dynamics(
   error_clip: float,
   *,
   is_dot: bool = False,
+  live: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
   """Inner loss of a chunk at its first and last state, and the clip rate.
 
@@ -360,9 +377,9 @@ def loss_dynamics(
   error = targets if is_dot else before - targets
   norm = 2.0 * loss_factor * jnp.linalg.norm(error, axis=-1)
   return {
-    "loss_before": loss_factor * jnp.mean(loss(before)),
-    "loss_after": loss_factor * jnp.mean(loss(after)),
-    "clip_rate": jnp.mean(norm > (error_clip or jnp.inf)),
+    "loss_before": loss_factor * mean(loss(before), live),
+    "loss_after": loss_factor * mean(loss(after), live),
+    "clip_rate": mean(norm > (error_clip or jnp.inf), live),
   }
 
 

@@ -258,7 +258,8 @@ def run_projections(
     if with_dynamics:
       final = architectures.whole(base, after["weight"])
       later = forward(final, made.k, cfg)
-      dynamics = _dynamics(initial, final, gates, trace, later, targets, cfg)
+      traces = trace, later, targets
+      dynamics = _dynamics(initial, final, gates, traces, cfg, live)
     return after, (made, dynamics)
 
   (made, dynamics), state = chunks.scan_chunks(
@@ -390,11 +391,12 @@ def _unless_frozen(
   return Boxes(*map(choose, kinds, new, old))
 
 
-def _dynamics(initial, final, gates, trace, later, targets, cfg):
+def _dynamics(initial, final, gates, traces, cfg, live):
   """Scalars of one chunk, per kind of box, as in `deep.dynamics_of`."""
+  trace, later, targets = traces
   shared = {
-    "learn_rate": jnp.mean(gates.learn_rate),
-    "half_life": deep.half_life(gates.retention),
+    "learn_rate": deep.mean(gates.learn_rate, live),
+    "half_life": deep.half_life(gates.retention, live),
   }
   hidden = {}
   if initial.hidden is not None:
@@ -418,6 +420,7 @@ def _dynamics(initial, final, gates, trace, later, targets, cfg):
         cfg.loss_factor,
         cfg.error_clip,
         is_dot=cfg.setting == "chunk_dot",
+        live=live,
       ),
     }
   return dynamics

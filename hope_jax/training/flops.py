@@ -1,4 +1,4 @@
-"""Floating-point operations counted from a jaxpr, and the peak of a chip.
+"""Floating-point operations counted from a jaxpr, and the peak of a device.
 
 Matrix products and convolutions only: 2 M N K each.  A scan counts its body
 times its length, a cond its dearest branch, a shard_map its body on every
@@ -9,8 +9,9 @@ length counts once.
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,26 +20,83 @@ import jax.numpy as jnp
 from hope_jax.config import Config
 from hope_jax.models.language_model import LanguageModel, forward
 
-# Part of jax's device_kind, lower case -> dense bfloat16 FLOP/s of one chip.
-# The first entry that matches counts.  From the makers' data sheets.
+
+class Peak(NamedTuple):
+  """Dense bfloat16 FLOP/s of one chip and how many cores share them, of which a
+  device of jax has `cores_of_device` unless it says so itself."""
+
+  flops: float
+  cores: int = 1
+  cores_of_device: int = 1
+
+
+# jax's device_kind as `_model` writes it, from the makers' data sheets.  Of
+# variants only those that are listed: they differ by up to a factor of six.
 PEAK_FLOPS = {
-  "tpu v6 lite": 918e12,
-  "tpu v6e": 918e12,
-  "tpu v5 lite": 197e12,
-  "tpu v5e": 197e12,
-  "tpu v5": 459e12,
-  "tpu v4": 275e12,
-  "h200": 989e12,
-  "h100 pcie": 756e12,
-  "h100": 989e12,
-  "a100": 312e12,
+  "tpu v3": Peak(123e12, cores=2),
+  "tpu v4 lite": Peak(138e12),
+  "tpu v4": Peak(275e12, cores=2, cores_of_device=2),
+  "tpu v5 lite": Peak(197e12),
+  "tpu v5e": Peak(197e12),
+  "tpu v5": Peak(459e12, cores=2, cores_of_device=2),
+  "tpu v5p": Peak(459e12, cores=2, cores_of_device=2),
+  "tpu v6 lite": Peak(918e12),
+  "tpu v6e": Peak(918e12),
+  "tpu7x": Peak(2307e12, cores=2),
+  "a10": Peak(125e12),
+  "a30": Peak(165e12),
+  "a40": Peak(149.7e12),
+  "a100 sxm4": Peak(312e12),
+  "a100 pcie": Peak(312e12),
+  "a800 sxm4": Peak(312e12),
+  "a800 pcie": Peak(312e12),
+  "l4": Peak(121e12),
+  "l40": Peak(181e12),
+  "l40s": Peak(362e12),
+  "h20": Peak(148e12),
+  "h100": Peak(989e12),
+  "h100 pcie": Peak(756e12),
+  "h100 nvl": Peak(835e12),
+  "h800": Peak(989e12),
+  "h800 pcie": Peak(756e12),
+  "h200": Peak(989e12),
+  "h200 nvl": Peak(835e12),
+  "gh200": Peak(989e12),
+  "b200": Peak(2250e12),
+  "b300": Peak(2250e12),
+  "b300 sxm6 ac": Peak(2250e12),
+  "gb200": Peak(2500e12),
+  "gb300": Peak(2500e12),
 }
+_MEMORY = re.compile(r" (\d+gb|hbm\w*)(?= |$)")
+
+
+def _model(kind: str) -> str:
+  """ "NVIDIA A100-SXM4-80GB" -> "a100 sxm4": without maker and memory."""
+  kind = kind.lower().replace("-", " ").removeprefix("nvidia ")
+  return _MEMORY.sub("", kind)
 
 
 def peak_flops(device: Any) -> float | None:
-  """Peak of one chip, None where it is not known (a CPU)."""
-  kind = device.device_kind.lower()
-  return next((v for key, v in PEAK_FLOPS.items() if key in kind), None)
+  """Peak of one device of jax, None where it is not known (a CPU).
+
+  A chip of two cores is one device (TPU v4, v5p) or two (v3, TPU7x).
+  """
+  peak = PEAK_FLOPS.get(_model(device.device_kind))
+  if peak is None:
+    return None
+  cores = getattr(device, "num_cores", None) or peak.cores_of_device
+  return peak.flops * min(cores, peak.cores) / peak.cores
+
+
+def why_no_mfu(device: Any) -> str | None:
+  """A line to print where the peak of an accelerator is not known."""
+  if device.platform == "cpu" or peak_flops(device) is not None:
+    return None
+  return (
+    f"mfu is not logged: the peak FLOP/s of {device.device_kind!r} are not"
+    " known; add them to PEAK_FLOPS in hope_jax/training/flops.py"
+  )
 
 
 def count(function: Any, *args: Any) -> float:

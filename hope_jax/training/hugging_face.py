@@ -28,6 +28,8 @@ class Architecture(NamedTuple):
     fixed: fields of config.json that must have this value.
     defaults: what fields mean that a config.json leaves out.
     read, write: what else there is, theirs -> ours and ours -> theirs.
+    constants: fields that change nothing of ours, written so that no reader
+      has to take its own default for them.
     unused: fields of `ModelConfig` that the sequence layer does not look at.
   """
 
@@ -39,6 +41,7 @@ class Architecture(NamedTuple):
   read: Callable[[dict[str, Any]], dict[str, Any]]
   write: Callable[[ModelConfig], dict[str, Any]]
   rules: Callable[[ModelConfig], list[Rule]]
+  constants: Mapping[str, Any]
   unused: tuple[str, ...] = ()
 
 
@@ -47,33 +50,65 @@ def _read_llama(values: dict[str, Any]) -> dict[str, Any]:
   if dim and dim * heads != values["hidden_size"]:
     raise Unsupported("head_dim", dim, values["hidden_size"] // heads)
   groups = values.get("num_key_value_heads") or heads
-  rope = values.get("rope_parameters") or {
-    "rope_theta": values.get("rope_theta", 10000.0),
-    **(values.get("rope_scaling") or {}),
-  }
-  kind = rope.get("rope_type", rope.get("type", "default"))
-  scaling = {}
-  if kind == "llama3":
-    scaling = {ours: rope[k] for k, ours in SCALING.items()}
-  elif kind != "default":
-    raise Unsupported("rope_type", kind, "default", "llama3")
+  base, scaling = _read_rope(values)
   return {
     "num_kv_heads": 0 if groups == heads else groups,
-    "rope_base": rope["rope_theta"],
+    "rope_base": base,
     "rope_scaling": scaling,
     "conv_window": 0,
   }
 
 
+def _read_rope(values: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+  """Base and scaling of rotary positions.
+
+  transformers 5 keeps both in `rope_parameters`, transformers 4 in `rope_theta`
+  and `rope_scaling`.  A config.json may have all of them; then they must agree,
+  as some readers take these and some those.
+  """
+  bases: dict[str, Any] = {"rope_theta": values.get("rope_theta")}
+  scalings: dict[str, Any] = {}
+  for name in ("rope_parameters", "rope_scaling"):
+    rope = values.get(name) or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+      raise Unsupported("rope_type", kind, "default", "llama3")
+    for field in (rope, values):
+      if (part := field.get("partial_rotary_factor") or 1) != 1:
+        raise Unsupported("partial_rotary_factor", part, 1)
+    bases[f"{name}.rope_theta"] = rope.get("rope_theta")
+    names = SCALING if kind == "llama3" else {}
+    scalings[name] = (
+      {ours: rope[k] for k, ours in names.items()} if rope else None
+    )
+  return _the_one(bases, ROPE_THETA), _the_one(scalings, {})
+
+
+def _the_one(found: dict[str, Any], default: Any) -> Any:
+  """What all names that have a value agree on."""
+  found = {name: value for name, value in found.items() if value is not None}
+  values = list(found.values()) or [default]
+  if any(value != values[0] for value in values):
+    said = " but ".join(f"{name}={value}" for name, value in found.items())
+    raise ConfigError(
+      f"config.json has {said}: remove what the checkpoint was not trained with"
+    )
+  return values[0]
+
+
 def _write_llama(model: ModelConfig) -> dict[str, Any]:
-  rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_base}
+  """Rotary positions in both forms of `_read_rope`."""
+  scaling: dict[str, Any] | None = None
   if model.rope_scaling.factor != 1:
-    rope["rope_type"] = "llama3"
-    rope |= {k: getattr(model.rope_scaling, v) for k, v in SCALING.items()}
+    scaling = {k: getattr(model.rope_scaling, v) for k, v in SCALING.items()}
+    scaling = {"rope_type": "llama3"} | scaling
+  base = {"rope_theta": model.rope_base}
   return {
     "head_dim": model.head_dim,
     "num_key_value_heads": model.kv_heads,
-    "rope_parameters": rope,
+    "rope_parameters": (scaling or {"rope_type": "default"}) | base,
+    **base,
+    "rope_scaling": scaling,
   }
 
 
@@ -90,7 +125,7 @@ def _read_mamba2(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_mamba2(model: ModelConfig) -> dict[str, Any]:
-  return {"num_heads": linear.layout(model).heads}
+  return {"num_heads": linear.layout(model).heads} | _write_mamba(model)
 
 
 def _read_mamba(values: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +136,10 @@ def _read_mamba(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_mamba(model: ModelConfig) -> dict[str, Any]:
-  return {"time_step_rank": -(-model.width // 16)}
+  return {
+    "time_step_rank": -(-model.width // 16),
+    "intermediate_size": 2 * model.width,
+  }
 
 
 def _read_mistral(values: dict[str, Any]) -> dict[str, Any]:
@@ -116,9 +154,11 @@ def _write_mistral(model: ModelConfig) -> dict[str, Any]:
 
 def _read_qwen(values: dict[str, Any]) -> dict[str, Any]:
   layers, width = values["num_hidden_layers"], values["hidden_size"]
-  kinds = values.get("layer_types") or ["full_attention"]
-  if set(kinds) != {"linear_attention"}:
-    raise Unsupported("layer_types", sorted(set(kinds)), ["linear_attention"])
+  every = values.get("full_attention_interval", 4)
+  usual = ["full_attention"] if layers >= every else ["linear_attention"]
+  kinds = set(values.get("layer_types") or usual)
+  if kinds != {"linear_attention"}:
+    raise Unsupported("layer_types", sorted(kinds), ["linear_attention"])
   dense = values.get("mlp_only_layers") or []
   if values.get("num_experts") and set(dense) != set(range(layers)):
     raise Unsupported("mlp_only_layers", dense, "all layers")
@@ -147,7 +187,6 @@ def _write_qwen(model: ModelConfig) -> dict[str, Any]:
     "mlp_only_layers": list(range(model.num_layers)),
     "num_attention_heads": model.num_heads,
     "num_key_value_heads": model.num_heads,
-    "use_cache": False,  # transformers' caches need a layer with attention
   }
 
 
@@ -164,6 +203,7 @@ SCALING = {
   "high_freq_factor": "high_frequency_factor",
   "original_max_position_embeddings": "original_context_length",
 }
+ROPE_THETA = 10000.0  # of a config.json without any
 ALWAYS = {"hidden_act": "silu", "quantization_config": None}
 # Of `ModelConfig`: they say how to begin or compute, or concern what is not
 # there.
@@ -176,6 +216,11 @@ FREE = (
   "context_length",
 )
 
+ATTENTION = {
+  "attention_dropout": 0.0,
+  "initializer_range": 0.02,
+  "use_cache": True,
+}
 LLAMA = Architecture(
   name="LlamaForCausalLM",
   layer="transformer",
@@ -189,16 +234,56 @@ LLAMA = Architecture(
   read=_read_llama,
   write=_write_llama,
   rules=renaming.llama,
+  constants=ATTENTION | {"pretraining_tp": 1},
 )
+MAMBA = {
+  "initializer_range": 0.1,
+  "rescale_prenorm_residual": False,
+  "residual_in_fp32": True,
+  "time_step_min": 0.001,
+  "time_step_max": 0.1,
+  "time_step_floor": 1e-4,
+  "use_cache": True,
+}
+# Of layers with attention, which are not there; caches need one.
+QWEN = ATTENTION | {
+  "use_cache": False,
+  "attention_bias": False,
+  "head_dim": 256,
+  "max_position_embeddings": 32768,
+  "partial_rotary_factor": 0.25,
+  "rope_theta": ROPE_THETA,
+  "rope_scaling": None,
+  "rope_parameters": {
+    "rope_type": "default",
+    "rope_theta": ROPE_THETA,
+    "partial_rotary_factor": 0.25,
+  },
+}
 QWEN3_NEXT = Architecture(
   name="Qwen3NextForCausalLM",
   layer="gated_deltanet",
   fields=BLOCK | {"linear_conv_kernel_dim": "conv_window"},
   fixed=ALWAYS,
-  defaults={"rms_norm_eps": 1e-6, "linear_conv_kernel_dim": 4},
+  defaults={
+    "rms_norm_eps": 1e-6,
+    "linear_conv_kernel_dim": 4,
+    "num_experts": 512,
+  },
   read=_read_qwen,
   write=_write_qwen,
   rules=renaming.qwen3_next,
+  constants=QWEN
+  | {  # of experts, which no layer has
+    "num_experts": 0,
+    "num_experts_per_tok": 0,
+    "decoder_sparse_step": 1,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "norm_topk_prob": True,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+  },
   unused=("rope_base",),
 )
 # The first of a sequence layer is the one that is written; with a window
@@ -208,10 +293,15 @@ ARCHITECTURES = {
   "mistral": LLAMA._replace(
     name="MistralForCausalLM",
     fixed=ALWAYS,
-    defaults=dict(LLAMA.defaults)
-    | {"sliding_window": 4096, "num_key_value_heads": 8},
+    defaults={
+      "rms_norm_eps": 1e-6,
+      "max_position_embeddings": 131072,
+      "sliding_window": 4096,
+      "num_key_value_heads": 8,
+    },
     read=_read_mistral,
     write=_write_mistral,
+    constants=ATTENTION,
   ),
   "mamba2": Architecture(
     name="Mamba2ForCausalLM",
@@ -237,6 +327,7 @@ ARCHITECTURES = {
     read=_read_mamba2,
     write=_write_mamba2,
     rules=renaming.mamba2,
+    constants=MAMBA | {"chunk_size": 256},
     unused=("rope_base", "num_heads"),
   ),
   "mamba": Architecture(
@@ -260,11 +351,21 @@ ARCHITECTURES = {
     read=_read_mamba,
     write=_write_mamba,
     rules=renaming.mamba,
+    constants=MAMBA
+    | {
+      "time_step_init_scheme": "random",
+      "time_step_scale": 1.0,
+      "use_associative_scan": True,
+      "use_mambapy": False,
+    },
     unused=("rope_base", "num_heads"),
   ),
   "qwen3_next": QWEN3_NEXT,
   "qwen3_5_text": QWEN3_NEXT._replace(
-    name="Qwen3_5ForCausalLM", rules=renaming.qwen3_5
+    name="Qwen3_5ForCausalLM",
+    defaults={"rms_norm_eps": 1e-6, "linear_conv_kernel_dim": 4},
+    rules=renaming.qwen3_5,
+    constants=QWEN,
   ),
 }
 
@@ -330,6 +431,8 @@ def write_config(model: ModelConfig) -> tuple[Architecture, dict[str, Any]]:
     "architectures": [found.name],
     "model_type": kind,
     "dtype": "float32",
+    "torch_dtype": "float32",  # transformers 4
+    **found.constants,
     **fixed,
     **same,
     **found.write(model),

@@ -14,13 +14,14 @@ is one unit lower triangular system per chunk; outputs and the chunk's last
 state are products again.  Exact for any chunk length.
 
 The decays differ by channel, so that the products <., .> take them apart into
-e^{L_t} and e^{-L_i}.  A channel keeps at least e^{-e^{-1/2}} = 0.545 of itself
-per token (RWKV-7): over C tokens -0.61 C <= L <= 0.  Both factors are measured
-from the middle of that range and stay within e^{0.31 C}, and what they make
-above the diagonal, which is masked, within e^{0.61 C}: float32 holds that to
-`MAX_CHUNK_LENGTH` tokens.  Every factor has a relative error of 0.61 C 6e-8,
-which no subtraction makes larger.  (The middle of the decays that are there
-would be nearer, but would let a later token into an earlier one's rounding.)
+e^{L_t} and e^{-L_i}.  A channel keeps at least e^{-f} of itself per token, with
+f = e^{-1/2} in RWKV-7 (0.545): over C tokens -f C <= L <= 0.  Both factors are
+measured from the middle of that range and stay within e^{f C / 2}, and what
+they make above the diagonal, which is masked, within e^{f C}: float32 holds
+that to f C = `LARGEST_EXPONENT`.  Every factor has a relative error of f C
+6e-8, which no subtraction makes larger.  (The middle of the decays that are
+there would be nearer, but would let a later token into an earlier one's
+rounding.)
 
 Dimensions: B batch, H heads, T tokens, N chunks, C chunk length, K key dim, E
 value dim.
@@ -37,7 +38,8 @@ from pallas_kernels.generalized_delta_rule.reference import DeltaRuleOutput
 from pallas_kernels.linear_rule.chunk import unit_lower_inverse
 
 MAX_CHUNK_LENGTH = 128
-FASTEST_DECAY = math.exp(-0.5)
+FASTEST_DECAY = math.exp(-0.5)  # of RWKV-7, -log w
+LARGEST_EXPONENT = FASTEST_DECAY * MAX_CHUNK_LENGTH
 
 _einsum = functools.partial(jnp.einsum, precision="highest")
 
@@ -53,6 +55,7 @@ def generalized_delta_rule(
   weight: jax.Array,
   reset: jax.Array | None = None,
   chunk_length: int = 16,
+  fastest_decay: float = FASTEST_DECAY,
   checkpoint: scan_lib.CheckpointPolicy = "sqrt",
 ) -> DeltaRuleOutput:
   """S_t = S_{t-1} (diag(w_t) + p_t b_t^T) + v_t k_t^T; reads o_t = S_t r_t.
@@ -63,19 +66,30 @@ def generalized_delta_rule(
     keys: k, [B, H, T, K].
     values: v, [B, H, T, E].
     queries: r, [B, H, T, K].
-    log_decay: log w in -e^{-1/2} .. 0, [B, H, T, K].
+    log_decay: log w in -fastest_decay .. 0, [B, H, T, K]; what is outside of it
+      counts as the nearer bound, and has no gradient.
     erase_read: p, [B, H, T, K].
     erase_write: b, [B, H, T, K].
     weight: S before the first token, [B, H, E, K].
     reset: bool [B, H, T]: S is zeroed before such a token.
     chunk_length: tokens per chunk; the result does not depend on it.
+    fastest_decay: bound of -log_decay; a larger one needs shorter chunks.  With
+      17 (4 tokens) what it leaves of a state is less than float32 resolves.
     checkpoint: what the backward pass recomputes (`scan.checkpointed_scan`).
 
   Raises:
-    ValueError: for a chunk_length above `MAX_CHUNK_LENGTH`.
+    ValueError: for a chunk_length above `MAX_CHUNK_LENGTH`, or one that is too
+      long for fastest_decay.
   """
-  if not 0 < chunk_length <= MAX_CHUNK_LENGTH:
-    raise ValueError(f"{chunk_length=} is not in 1 .. {MAX_CHUNK_LENGTH}")
+  longest = MAX_CHUNK_LENGTH
+  if fastest_decay > FASTEST_DECAY:
+    longest = int(LARGEST_EXPONENT / fastest_decay)
+  if not 0 < chunk_length <= longest:
+    raise ValueError(
+      f"{chunk_length=} is not in 1 .. {longest} for {fastest_decay=:.3g}"
+    )
+  log_decay = jnp.where(log_decay < -fastest_decay, -fastest_decay, log_decay)
+  log_decay = jnp.where(log_decay > 0, 0, log_decay)
   num_tokens = keys.shape[2]
   chunk_length = min(chunk_length, num_tokens)
   # A last chunk is filled up with tokens that neither decay, erase nor write.
@@ -84,12 +98,15 @@ def generalized_delta_rule(
     lambda x: scan_lib.split_chunks(x, chunk_length), tokens
   )
   weight, outputs = scan_lib.checkpointed_scan(
-    _chunk, weight, chunks, policy=checkpoint
+    functools.partial(_chunk, fastest_decay=fastest_decay),
+    weight,
+    chunks,
+    policy=checkpoint,
   )
   return DeltaRuleOutput(scan_lib.merge_chunks(outputs, num_tokens), weight)
 
 
-def _chunk(weight, chunk):
+def _chunk(weight, chunk, *, fastest_decay):
   """One chunk of the module's docstring: (S_C, O)."""
   k, v, r, log_w, p, b, reset = chunk
   log_w = jnp.cumsum(log_w, axis=-2)
@@ -97,7 +114,7 @@ def _chunk(weight, chunk):
     log_w[..., :-1, :], [(0, 0)] * (log_w.ndim - 2) + [(1, 0), (0, 0)]
   )
   end = log_w[..., -1:, :]
-  middle = -0.5 * FASTEST_DECAY * k.shape[-2]
+  middle = -0.5 * fastest_decay * k.shape[-2]
   away = jnp.exp(middle - log_w)
   earlier, upto, sees_start, sees_end = _masks(reset, k.shape[:-1])
 

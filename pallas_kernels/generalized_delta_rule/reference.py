@@ -33,7 +33,8 @@ def generalized_delta_rule_reference(
   weight: jax.Array,
   reset: jax.Array | None = None,
 ) -> DeltaRuleOutput:
-  """Runs `chunked.generalized_delta_rule`, one token at a time."""
+  """Runs `chunked.generalized_delta_rule`, one token at a time, for decays of
+  any size."""
 
   def step(w_BHEK, token):
     k, v, r, log_w, p, b, is_new = token

@@ -54,7 +54,8 @@ def linear_rule(
       y_t = W_{t-1} q_t  (read = "pre")  or  W_t q_t  (read = "post")
 
   The result does not depend on `chunk_length`.  Differentiable in every float
-  argument, also where retention or momentum_decay is exactly zero.
+  argument, whatever the size of retention and momentum_decay: values and
+  derivatives keep their digits down to exact zeros.
 
   Args:
     x: inputs x_t, [B, H, T, K].
@@ -62,8 +63,8 @@ def linear_rule(
       (or use chunk_length tokens per call).
     weight: initial W, [B, H, E, K].
     momentum: initial S, [B, H, E, K]; None: S_t = -eta_t u_t x_t^T.
-    retention: alpha_t >= 0, [B, H, T].
-    momentum_decay: beta_t >= 0, [B, H, T]; None exactly if momentum is None.
+    retention: alpha_t, [B, H, T].
+    momentum_decay: beta_t, [B, H, T]; None exactly if momentum is None.
     learn_rate: eta_t, [B, H, T].
     erase: delta_t, [B, H, T]; None: 0, and the cheaper form without a solve.
     queries: q_t, [B, H, T, K]; None: no outputs.

@@ -108,8 +108,8 @@ def chunk_decays(
   """Computes the decay factors between all tokens of a chunk.
 
   Args:
-    retention: alpha >= 0, [..., C]; exact zeros allowed, also for gradients.
-    momentum_decay: beta >= 0, [..., C], or None: no momentum.
+    retention: alpha, [..., C]; of any size and exact zeros, also for gradients.
+    momentum_decay: beta, [..., C], likewise, or None: no momentum.
     live: bool or 0/1 [..., C]; a dead token leaves W and S as they are.
     reset: bool or 0/1 [..., C]; W and S are zeroed before such a token.
     read: which states the queries see; "pre" leaves `after` out.
@@ -159,115 +159,154 @@ def live_tokens(index: jax.Array, length: int, num_tokens: int) -> jax.Array:
   return index * length + place < num_tokens
 
 
-class _Products:
-  """Products of a factor over the tokens between two, zeros and resets apart.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def products_between(
+  factor: jax.Array, arithmetic: Arithmetic = XLA
+) -> jax.Array:
+  """P_ti = prod_{i<r<t} f_r for i < t, else 0: [..., C] -> [..., C, C].
 
-  Exponentials of differences of log sums, masked before the exponential. Zeros
-  would break the logs, so that they are left out and counted: a product with n
-  zeros is 0 for n > 0, and its derivative in the zero itself is the product of
-  the rest for n = 1, and 0 for n > 1. The sum of the zeros carries that
-  derivative.  A product over a reset is 0.
+  Blocks of 1, 2, 4 ... tokens are joined in pairs: what lies between tokens of
+  two neighbours is the end of the one times the beginning of the other.  The
+  derivative is dP = P diag(df) P.  Values and derivatives are products of the
+  factors themselves, so that they keep their digits down to exact zeros, which
+  quotients or differences of sums of logarithms would lose.
   """
+  join = _between_by_masks if arithmetic.in_kernel else _between_by_blocks
+  return join(factor)
+
+
+@products_between.defjvp
+def _products_between_jvp(arithmetic, primals, tangents):
+  products = products_between(primals[0], arithmetic)
+  tangent = products * tangents[0][..., None, :]
+  return products, arithmetic.matmul(tangent, products)
+
+
+def _between_by_masks(factor: jax.Array) -> jax.Array:
+  """All pairs of blocks of a size at once."""
+  size = factor.shape[-1]
+  row, column = _places((*factor.shape, size))
+  place = jax.lax.broadcasted_iota(jnp.int32, factor.shape, factor.ndim - 1)
+  # Of a token's block: the products before and after the token.
+  before = after = jnp.ones_like(factor)
+  products = jnp.zeros_like(factor[..., :, None] * factor[..., None, :])
+  for level in range((size - 1).bit_length()):
+    is_pair = (row > column) & (row >> level ^ column >> level == 1)
+    pair = before[..., :, None] * after[..., None, :]
+    products = jnp.where(is_pair, pair, products)
+    # The whole of the other block; 1 where there is none.
+    total = (before * factor * after)[..., None, :]
+    first = (row >> level ^ 1) << level
+    other = jnp.where(
+      first < size, jnp.where(column == first, total, 0), row == column
+    )
+    other = jnp.sum(other, axis=-1)
+    is_second = (place >> level) % 2 == 1
+    before = jnp.where(is_second, before * other, before)
+    after = jnp.where(is_second, after, after * other)
+  return products
+
+
+def _between_by_blocks(factor: jax.Array) -> jax.Array:
+  """One pair of blocks beside the other, filled up with factors of 1."""
+  size = factor.shape[-1]
+  padding = (1 << (size - 1).bit_length()) - size
+  widths = [(0, 0)] * (factor.ndim - 1) + [(0, padding)]
+  total = jnp.pad(factor, widths, constant_values=1)[..., None]
+  before = after = jnp.ones_like(total)
+  products = jnp.zeros_like(total[..., None])
+  while total.shape[-2] > 1:
+    (f, g), (before, before_g), (after_f, after) = (
+      (x[..., 0::2, :], x[..., 1::2, :]) for x in (total, before, after)
+    )
+    first, second = products[..., 0::2, :, :], products[..., 1::2, :, :]
+    corner = before_g[..., :, None] * after_f[..., None, :]
+    upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+    products = jnp.concatenate(
+      [upper, jnp.concatenate([corner, second], axis=-1)], axis=-2
+    )
+    before = jnp.concatenate([before, f * before_g], axis=-1)
+    after = jnp.concatenate([after_f * g, after], axis=-1)
+    total = f * g
+  return products[..., 0, :size, :size]
+
+
+class _Products:
+  """Products of a factor over the tokens between two; over a reset 0."""
 
   def __init__(
     self, factor: jax.Array, reset: jax.Array | None, arithmetic: Arithmetic
   ):
-    factor = _widen(factor)
-    is_zero = jnp.abs(factor) < jnp.finfo(factor.dtype).tiny
-    terms = (
-      jnp.log(jnp.where(is_zero, 1, factor)),
-      is_zero.astype(factor.dtype),
-      jnp.where(is_zero, factor, 0),
-    )
-    row, column = _places((*factor.shape, factor.shape[-1]))
-    self.later, self.not_earlier = row > column, row >= column
-    # Of the tokens up to each [..., C], before each, of all [..., 1].
-    self.sums = [self._up_to(x, arithmetic) for x in terms]
-    self.sums_before = [
-      self._before(x, up_to, arithmetic)
-      for x, up_to in zip(terms, self.sums, strict=True)
-    ]
-    self.totals = [
-      self._all(x, up_to, arithmetic)
-      for x, up_to in zip(terms, self.sums, strict=True)
-    ]
+    self.factor = factor = _widen(factor)
+    self.in_kernel, self.size = arithmetic.in_kernel, factor.shape[-1]
+    axis = factor.ndim - 1
+    self.place = jax.lax.broadcasted_iota(jnp.int32, factor.shape, axis)
+    row, column = _places((*factor.shape, self.size))
+    self.is_same, self.not_earlier = row == column, row >= column
+    self.between = products_between(factor, arithmetic)
+    if self.in_kernel:
+      before = jnp.sum(jnp.where(column == 0, self.between, 0), -1)
+      after = jnp.sum(jnp.where(row == self.size - 1, self.between, 0), -2)
+    else:
+      before, after = self.between[..., 0], self.between[..., -1, :]
+    first, last = self._one(factor, 0), self._one(factor, self.size - 1)
+    # Of the chunk: what is before and what is after each token.
+    self.before = jnp.where(self.place == 0, 1, first * before)
+    self.after = jnp.where(self.place == self.size - 1, 1, last * after)
     self.resets: Any = None
     self.all_resets: Any = None
     if reset is not None:
-      reset = reset.astype(factor.dtype)
-      self.resets = self._up_to(reset, arithmetic)
-      self.all_resets = self._all(reset, self.resets, arithmetic)
+      self.resets = self._up_to(reset.astype(factor.dtype))
+      self.all_resets = self._one(self.resets, self.size - 1)
 
-  def _up_to(self, x: jax.Array, arithmetic: Arithmetic) -> jax.Array:
-    if not arithmetic.in_kernel:
+  def _one(self, x: jax.Array, index: int) -> jax.Array:
+    """That of one token, [..., 1]."""
+    if not self.in_kernel:
+      return x[..., index : index + 1]
+    return jnp.sum(jnp.where(self.place == index, x, 0), -1, keepdims=True)
+
+  def _up_to(self, x: jax.Array) -> jax.Array:
+    if not self.in_kernel:
       return jnp.cumsum(x, axis=-1)
     return jnp.sum(jnp.where(self.not_earlier, x[..., None, :], 0), -1)
 
-  def _before(
-    self, x: jax.Array, up_to: jax.Array, arithmetic: Arithmetic
-  ) -> jax.Array:
-    if not arithmetic.in_kernel:
-      return jnp.pad(up_to[..., :-1], [(0, 0)] * (x.ndim - 1) + [(1, 0)])
-    return jnp.sum(jnp.where(self.later, x[..., None, :], 0), -1)
+  def _pair(self, products: jax.Array) -> jax.Array:
+    if self.resets is None:
+      return products
+    is_same = self.resets[..., :, None] == self.resets[..., None, :]
+    return jnp.where(is_same, products, 0)
 
-  def _all(
-    self, x: jax.Array, up_to: jax.Array, arithmetic: Arithmetic
-  ) -> jax.Array:
-    if not arithmetic.in_kernel:
-      return up_to[..., -1:]
-    return jnp.sum(x, axis=-1, keepdims=True)
-
-  def _product(self, sums, mask=None) -> jax.Array:
-    """exp of a sum of logs, with its number and sum of zeros."""
-    log, count, zeros = sums
-    product = jnp.where(count == 0, 1, jnp.where(count == 1, zeros, 0))
-    if mask is None:
-      return jnp.exp(log) * product
-    return jnp.exp(jnp.where(mask, log, 0)) * jnp.where(mask, product, 0)
-
-  def _pair(self, late, mask) -> jax.Array:
-    if self.resets is not None:
-      mask &= self.resets[..., :, None] == self.resets[..., None, :]
-    return self._product(
-      [
-        a[..., :, None] - b[..., None, :]
-        for a, b in zip(late, self.sums, strict=True)
-      ],
-      mask,
-    )
-
-  def _start(self, sums) -> jax.Array:
-    return self._product(
-      sums, None if self.resets is None else self.resets == 0
-    )
+  def _start(self, products: jax.Array) -> jax.Array:
+    if self.resets is None:
+      return products
+    return jnp.where(self.resets == 0, products, 0)
 
   def pair(self) -> jax.Array:
     """prod_{i<r<=t} f_r for i <= t, [..., C, C]."""
-    return self._pair(self.sums, self.not_earlier)
+    later = self.factor[..., :, None] * self.between
+    return self._pair(jnp.where(self.is_same, 1, later))
 
   def pair_before(self) -> jax.Array:
     """prod_{i<r<t} f_r for i < t."""
-    return self._pair(self.sums_before, self.later)
+    return self._pair(self.between)
 
   def pair_end(self) -> jax.Array:
     """prod_{i<r} f_r, [..., C]."""
-    mask = None if self.resets is None else self.resets == self.all_resets
-    return self._product(
-      [a - b for a, b in zip(self.totals, self.sums, strict=True)], mask
-    )
+    if self.resets is None:
+      return self.after
+    return jnp.where(self.resets == self.all_resets, self.after, 0)
 
   def start(self) -> jax.Array:
     """prod_{r<=t} f_r, [..., C]."""
-    return self._start(self.sums)
+    return self._start(self.before * self.factor)
 
   def start_before(self) -> jax.Array:
     """prod_{r<t} f_r."""
-    return self._start(self.sums_before)
+    return self._start(self.before)
 
   def start_end(self) -> jax.Array:
     """prod_r f_r, [..., 1]."""
-    mask = None if self.resets is None else self.all_resets == 0
-    return self._product(self.totals, mask)
+    return self._one(self.start(), self.size - 1)
 
 
 def _keep(pair: jax.Array, live: jax.Array | None) -> jax.Array:

@@ -101,7 +101,10 @@ def choose(condition, a, b):
 
 
 def run_memory(initial, keys, values, queries, gates, cfg):
-  """Eq. 86-88 for one memory, gradients at the chunk's first state."""
+  """Eq. 86-88 for one memory, gradients at the chunk's first state.
+
+  Returns outputs, the state at the end, weights after every token.
+  """
 
   def token(carry, xs):
     start, state = carry
@@ -114,12 +117,14 @@ def run_memory(initial, keys, values, queries, gates, cfg):
     read = {"chunk": start, "token_pre": state["weight"]}.get(
       cfg.read, after["weight"]
     )
-    return (start, after), mlp(read, q)
+    return (start, after), (mlp(read, q), after["weight"])
 
   state = fresh(initial)
   xs = (jnp.arange(keys.shape[0]), keys, values, queries, gates)
-  (_, state), outputs = jax.lax.scan(token, (state["weight"], state), xs)
-  return outputs, state
+  (_, state), (outputs, path) = jax.lax.scan(
+    token, (state["weight"], state), xs
+  )
+  return outputs, state, path
 
 
 def box_weights(initial, cfg):
@@ -142,7 +147,11 @@ def box_weights(initial, cfg):
 
 
 def run_boxes(initial, slow, cfg):
-  """Eq. 83-85, 87, 88: all adaptive boxes; returns k, v, q, eta, alpha."""
+  """Eq. 83-85, 87, 88: all adaptive boxes.
+
+  Returns (k, v, q, eta, alpha), the state at the end, weights after each
+  token.
+  """
   unit = lambda x: x / jnp.sqrt(jnp.sum(x * x) + 1e-6)
 
   def token(carry, xs):
@@ -179,12 +188,13 @@ def run_boxes(initial, slow, cfg):
         residual,
         exact=False,
       )
-    return (start, after), (k, v, q, eta, alpha)
+    weights = {box: state["weight"] for box, state in after.items()}
+    return (start, after), ((k, v, q, eta, alpha), weights)
 
   states = {box: fresh(weights) for box, weights in initial.items()}
   xs = (jnp.arange(slow["k"].shape[0]), slow)
-  (_, states), made = jax.lax.scan(token, (initial, states), xs)
-  return made, states
+  (_, states), (made, path) = jax.lax.scan(token, (initial, states), xs)
+  return made, states, path
 
 
 def feed_forward(weights, n):
@@ -217,7 +227,10 @@ def cms_step(start, now, n, k, value, rule):
 
 
 def run_cms_level(slow, n, values, learn_rate, chunk, error_clip, **other):
-  """Eq. 71 for one level, token by token: read at the chunk's first state."""
+  """Eq. 71 for one level, token by token: read at the chunk's first state.
+
+  Returns outputs, D at the end, D after every token.
+  """
   rule = {
     "slow": slow,
     "learn_rate": learn_rate,
@@ -232,11 +245,11 @@ def run_cms_level(slow, n, values, learn_rate, chunk, error_clip, **other):
     t, n, k, value = xs
     start = choose(t % chunk == 0, now, start)
     y, now = cms_step(start, now, n, k, value, rule)
-    return (start, now), y
+    return (start, now), (y, now)
 
   xs = (jnp.arange(n.shape[0]), n, other.get("keys", n), values)
-  (_, after), outputs = jax.lax.scan(token, (nothing, nothing), xs)
-  return outputs, after
+  (_, after), (outputs, path) = jax.lax.scan(token, (nothing, nothing), xs)
+  return outputs, after, path
 
 
 def run_cms_nested(

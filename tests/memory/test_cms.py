@@ -68,7 +68,7 @@ def test_level_equals_loop_of_gradient_steps(error_clip, alpha, has_keys):
     keys=keys if has_keys else None,
   )
   for b in range(B):
-    expected, _ = oracle.run_cms_level(
+    expected, *_ = oracle.run_cms_level(
       slow, n[b], value[b], 0.3, C, error_clip, alpha=alpha, keys=keys[b]
     )
     np.testing.assert_allclose(ours[b], expected, atol=1e-12)

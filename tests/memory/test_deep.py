@@ -129,6 +129,25 @@ def test_memory_equals_token_loop(options, chunk_length):
   )
 
 
+def test_errors_of_the_hidden_layer_are_clipped():
+  """Where M_0 is large enough that they exceed the bound, too."""
+  cfg = MemoryConfig(chunk_length=3, error_clip=0.2)
+  initial, sequence, gates = random_memory()
+  initial = initial._replace(output=4 * initial.output)
+  weights = {name: w[0] for name, w in by_name(initial).items()}
+  key, target = sequence[0][0, 0, 0], sequence[1][0, 0, 0]
+  free = dataclasses.replace(cfg, error_clip=0.0)
+  errors = oracle.errors(weights, weights, key, target, free, residual=True)
+  clipped = oracle.clip(errors["output"], cfg.error_clip)
+  ratio = jnp.linalg.norm(clipped) / jnp.linalg.norm(errors["output"])
+  assert jnp.linalg.norm(errors["hidden"]) * ratio > 1.5 * cfg.error_clip
+  np.testing.assert_allclose(
+    compiled(chunked, initial, sequence, gates, cfg=cfg),
+    compiled(loop, initial, sequence, gates, cfg=cfg),
+    atol=1e-10,
+  )
+
+
 @pytest.mark.parametrize(
   ("options", "chunk_length"),
   [

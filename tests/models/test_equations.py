@@ -67,7 +67,7 @@ def memory_head(weights, boxes, vectors, logits, cfg):
   at = dict(logits, beta=jax.nn.sigmoid(beta))
   if boxes:
     slow = {"k": k, "v": v, "q": q, **at}
-    (k, v, q, eta, alpha), _ = oracle.run_boxes(boxes, slow, cfg)
+    (k, v, q, eta, alpha), *_ = oracle.run_boxes(boxes, slow, cfg)
   else:
     k, q = unit(k), unit(q)
     eta = jax.nn.softplus(at["eta"])
@@ -75,7 +75,7 @@ def memory_head(weights, boxes, vectors, logits, cfg):
   if cfg.activation == "gelu":  # Memora
     o = baselines.run_memora(weights, k, v, q, (eta, alpha), cfg)
     return o, k, v
-  o, _ = oracle.run_memory(weights, k, v, q, (eta, alpha, at["beta"]), cfg)
+  o, *_ = oracle.run_memory(weights, k, v, q, (eta, alpha, at["beta"]), cfg)
   return o, k, v
 
 
@@ -246,7 +246,7 @@ def continuum(p, x, mixed, config):
       x = x + share * feed_forward(level, n)
       continue
     rate = jax.nn.softplus(level["learn_rate"])
-    outputs, _ = oracle.run_cms_level(
+    outputs, *_ = oracle.run_cms_level(
       [level[name] for name in ("gate", "up", "down")],
       n,
       rms(value),

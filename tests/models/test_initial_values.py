@@ -1,4 +1,4 @@
-"""The published initial values of the baselines' slow weights."""
+"""Initial values of slow weights: the baselines' published ones, our own."""
 
 import functools
 
@@ -97,3 +97,35 @@ def test_decays_and_steps():
     assert np.all((rate > (name == "mamba2")) & (rate < 16)), name
   np.testing.assert_array_equal(gates("comba")["feedback"], 1)
   np.testing.assert_allclose(gates("comba")["correction"], 0.02)
+
+
+@pytest.mark.parametrize("name", ["titans", "hope"])
+def test_gates_of_a_memory_start_as_configured(name):
+  cfg = config_lib.from_config_dict(shakespeare.get_config(name)).model.memory
+  gates = {
+    path.removeprefix("mixer/gates/"): x for path, x in weights(name).items()
+  }
+  heads = gates["eta_bias"].shape[-1]
+  rate = np.logaddexp(0, gates["eta_bias"])
+  np.testing.assert_allclose(rate, cfg.initial_learn_rate, rtol=1e-5)
+  momentum = 1 / (1 + np.exp(-gates["beta_bias"]))
+  np.testing.assert_allclose(momentum, cfg.initial_momentum, rtol=1e-5)
+  # alpha = sigmoid(-bias): half is left after the half-life.
+  half_life = np.log(0.5) / -np.logaddexp(0, gates["alpha_bias"])
+  spread = np.geomspace(cfg.half_life_min, cfg.half_life_max, heads)
+  np.testing.assert_allclose(half_life, [spread] * len(half_life), rtol=1e-3)
+
+
+def test_memories_of_hope_start_small_and_not_at_zero():
+  found = weights("hope")
+  config = config_lib.from_config_dict(shakespeare.get_config("hope")).model
+  spreads = {
+    "memory_hidden": config.head_dim**-0.5,
+    "memory_output": 0.1,
+    "boxes_hidden": config.head_dim**-0.5,
+    "boxes_projection": 0.02,
+    "boxes_gate": 0.02,
+  }
+  for name, std in spreads.items():
+    x = found[f"mixer/initial/{name}"]
+    assert abs(x.std() / std - 1) < 3 / x.size**0.5, name

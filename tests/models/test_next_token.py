@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from hope_jax.config import ConfigError
 from hope_jax.model_config import CMSConfig, MemoryConfig, ModelConfig
-from hope_jax.models import cms, language_model
+from hope_jax.models import cms, language_model, next_token
 from hope_jax.models.block import BlockState
 from tests.pallas_kernels.testing import fast_jit
 from tests.tiers import slow_case
@@ -276,6 +276,40 @@ def test_outer_gradient_goes_through_the_inner_one(order):
     found,
     expected,
   )
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_first_order_takes_the_inner_gradient_for_a_constant(order):
+  config = make(outer_order=order, error_clip=0.0)
+  state = language_model.init_state(config, B)
+  state = dataclasses.replace(
+    state, stream=jnp.ones_like(state.stream), tokens=state.tokens + 1
+  )
+  # Of both levels, in all layers.
+  rates = {"learn_rate": jnp.zeros(LAYERS)}
+  params = {"blocks": {"cms": {"level_0": rates, "level_1": rates}}}
+
+  def written(scale):
+    def finish(stream, levels, *_):
+      maps = levels["cms_0"].weight.gate[0]
+      return scale * jnp.einsum("BTD,BDF->BTF", stream, maps)
+
+    following = state.tokens[:, :1], None
+    after = next_token.learn(finish, params, state, following, config)
+    return jnp.sum(jnp.abs(after.levels["cms_0"].weight.gate))
+
+  value, slope = jax.value_and_grad(written)(1.0)
+  assert value > 0.1 and (slope == 0 if order == 1 else slope > 0.1)
+
+
+def test_levels_start_at_their_half_life_and_rate():
+  config = make(error_clip=0.0, half_life=20.0, tied_embeddings=False)
+  blocks = blocks_of(config, init(config)[1])
+  for block, _ in blocks:
+    log_retention = -jax.nn.softplus(block["forget"])
+    np.testing.assert_allclose(np.log(0.5) / log_retention, 20, rtol=1e-5)
+    rate = jax.nn.softplus(block["learn_rate"])
+    np.testing.assert_allclose(rate, 1, rtol=1e-5)
 
 
 def test_documents_do_not_leak():

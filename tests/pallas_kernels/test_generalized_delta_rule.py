@@ -90,9 +90,53 @@ def test_fastest_and_slowest_decay_keep_float32(chunk_length):
   assert_close(got, want, 1e-5)
 
 
+@pytest.mark.parametrize(
+  ("fastest", "chunk_length"), [(4.8, 16), (17.0, 4), (77.0, 1)]
+)
+def test_faster_decays_take_shorter_chunks(fastest, chunk_length):
+  """From 1 down to the declared bound, side by side and one after another."""
+  rng = np.random.default_rng(3)
+  decays = -fastest * rng.uniform(size=(B, H, T, K)) ** 3
+  decays[:, :, ::5, 1:] = -fastest
+  arrays = dict(decays=decays, resets=False)
+  run = functools.partial(
+    rule.generalized_delta_rule,
+    chunk_length=chunk_length,
+    fastest_decay=fastest,
+  )
+  got = values_and_vjp(run, inputs(np.float32, **arrays))
+  with jax.enable_x64(True):
+    want = values_and_vjp(
+      reference.generalized_delta_rule_reference, inputs(**arrays)
+    )
+  assert_close(got, want, 2e-5)
+
+
+def test_decays_outside_of_the_bounds_count_as_the_bounds():
+  decays = np.where(np.arange(K) % 2, -50.0, 3.0)
+  bounds = np.where(np.arange(K) % 2, FASTEST, 0.0)
+  run = rule.generalized_delta_rule
+  got, want = (
+    values_and_vjp(run, inputs(np.float32, decays=x)) for x in (decays, bounds)
+  )
+  assert not np.any(got[1][0].pop("log_decay"))
+  want[1][0].pop("log_decay")
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
+
+
 def test_chunks_that_are_too_long_are_refused():
   arrays = inputs(np.float32, resets=False)
   with pytest.raises(ValueError, match="chunk_length=129 is not in 1 .. 128"):
     rule.generalized_delta_rule(
       arrays.pop("keys"), arrays.pop("values"), **arrays, chunk_length=129
+    )
+
+
+def test_chunks_that_are_too_long_for_a_decay_are_refused():
+  arrays = inputs(np.float32, resets=False)
+  message = "chunk_length=16 is not in 1 .. 15 for fastest_decay=5"
+  with pytest.raises(ValueError, match=message):
+    rule.generalized_delta_rule(
+      arrays.pop("keys"), arrays.pop("values"), **arrays, fastest_decay=5.0
     )

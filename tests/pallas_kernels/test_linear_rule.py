@@ -164,6 +164,21 @@ def test_float32_is_close_to_float64():
   assert_close(got, _reference64(inputs, names), 1e-5 * 64**0.5)
 
 
+@pytest.mark.parametrize("chunk_length", [16, 64])
+def test_decays_of_any_size_keep_float32(chunk_length):
+  """From 1 to 1e-30 and 0 side by side, each chunk with several."""
+  inputs, names = _precision_inputs()
+  rng = np.random.default_rng(2)
+  for name in ("retention", "momentum_decay"):
+    shape = inputs[name].shape
+    small = 10.0 ** -rng.uniform(0, 30, shape) * (rng.uniform(size=shape) < 0.8)
+    usual = rng.uniform(size=shape) < 0.7
+    inputs[name] = jnp.where(usual, inputs[name], small)
+  inputs = _cast(inputs, jnp.float32, names)
+  got = _values_and_vjp(inputs, chunk_length=chunk_length)
+  assert_close(got, _reference64(inputs, names), 1e-5 * chunk_length**0.5)
+
+
 def test_float32_with_correlated_keys_is_close_to_float64():
   """Cosine 0.9, erase 1, chunks of 64: breaks series and low precision."""
   inputs, names = _precision_inputs()

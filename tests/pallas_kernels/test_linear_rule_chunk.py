@@ -179,6 +179,39 @@ def test_chunk_decays_equal_products():
     assert_close(jax.tree.map(lambda v: v[n], got), want, 1e-13)  # noqa: B023
 
 
+def _between(factors):
+  """prod_{i<r<t} f_r for i < t, and its derivative in every factor."""
+  size = len(factors)
+  products, slopes = np.zeros((size, size)), np.zeros((size, size, size))
+  for t, i in zip(*np.tril_indices(size, -1), strict=True):
+    products[t, i] = np.prod(factors[i + 1 : t])
+    for r in range(i + 1, t):
+      rest = np.prod(factors[i + 1 : r]) * np.prod(factors[r + 1 : t])
+      slopes[t, i, r] = rest
+  return products, slopes
+
+
+@pytest.mark.parametrize("in_kernel", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 7, 16, 33])
+def test_products_between_keep_all_digits(size, in_kernel):
+  """Every single product and derivative, for factors of any size, signed."""
+  rng = np.random.default_rng(size)
+  factors = 10.0 ** -rng.uniform(0, 30, size) * rng.choice([-1, 1], size)
+  usual = rng.uniform(size=size) < 0.5
+  factors[usual] = rng.uniform(0.5, 1.1, usual.sum())
+  factors[rng.uniform(size=size) < 0.1] = 0
+  factors = factors.astype(np.float32).astype(np.float64)
+  function = functools.partial(
+    chunk.products_between, arithmetic=chunk.Arithmetic(in_kernel=in_kernel)
+  )
+  both = fast_jit(lambda x: (function(x), jax.jacrev(function)(x)))
+  wanted = _between(factors)
+  for dtype, tolerance in ((jnp.float32, 3e-6), (jnp.float64, 1e-14)):
+    for got, want in zip(both(factors.astype(dtype)), wanted, strict=True):
+      smallest = float(jnp.finfo(dtype).tiny)
+      np.testing.assert_allclose(got, want, rtol=tolerance, atol=smallest)
+
+
 @pytest.mark.parametrize("inverse", INVERSES)
 @pytest.mark.parametrize("size", [1, 2, 7, 16, 33, 64])
 def test_unit_lower_inverse_equals_numpy(size, inverse):

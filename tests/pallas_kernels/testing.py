@@ -58,6 +58,9 @@ def random_inputs(
       inputs["retention"][:, 0, token] = 0
     for token in (0, 3, 4, 18, 50):
       inputs["momentum_decay"][:, 0, token] = 0
+    for name in ("retention", "momentum_decay"):  # and what is nearly zero
+      inputs[name][:, 0, 7:13] = 10.0 ** -np.array([30, 0, 20, 12, 5, 8])
+      inputs[name][:, 1, t // 2] = 1e-7
   inputs = {name: jnp.asarray(v, dtype) for name, v in inputs.items()}
   if not momentum:
     inputs |= dict(momentum=None, momentum_decay=None)

@@ -89,17 +89,62 @@ def test_per_token_leaves_recomputation_out(tiny):
 @pytest.mark.parametrize(
   ("kind", "want"),
   [
+    ("TPU v3", 61.5e12),  # two devices a chip
     ("TPU v4", 275e12),
+    ("TPU v4 lite", 138e12),
     ("TPU v5 lite", 197e12),
     ("TPU v5", 459e12),
     ("TPU v5p", 459e12),
     ("TPU v6 lite", 918e12),
-    ("NVIDIA H100 80GB HBM3", 989e12),
-    ("NVIDIA H200", 989e12),
+    ("TPU7x", 1153.5e12),  # two devices a chip
+    ("TPU8i", None),
+    ("NVIDIA A10", 125e12),
+    ("NVIDIA A10G", None),
     ("NVIDIA A100-SXM4-80GB", 312e12),
-    ("cpu", None),
+    ("NVIDIA A100-PCIE-40GB", 312e12),
+    ("NVIDIA A100 80GB PCIe", 312e12),
+    ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+    ("NVIDIA A800-SXM4-80GB", 312e12),
+    ("NVIDIA L4", 121e12),
+    ("NVIDIA L40", 181e12),
+    ("NVIDIA L40S", 362e12),
+    ("NVIDIA H20", 148e12),
+    ("NVIDIA H100 80GB HBM3", 989e12),
+    ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
+    ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA H100 NVL", 835e12),
+    ("NVIDIA H800", 989e12),
+    ("NVIDIA H800 PCIe", 756e12),
+    ("NVIDIA H200", 989e12),
+    ("NVIDIA H200 NVL", 835e12),
+    ("NVIDIA GH200 480GB", 989e12),
+    ("NVIDIA GH200 144G HBM3e", None),
+    ("NVIDIA B200", 2250e12),
+    ("NVIDIA B300 SXM6 AC", 2250e12),
+    ("NVIDIA GB200", 2500e12),
+    ("NVIDIA GB300", 2500e12),
+    ("NVIDIA GeForce RTX 4090", None),
+    ("AMD Instinct MI300X", None),
   ],
 )
 def test_peak_flops_by_device_kind(kind, want):
-  device = types.SimpleNamespace(device_kind=kind)
+  device = types.SimpleNamespace(device_kind=kind, platform="gpu")
   assert flops.peak_flops(device) == want
+  line = flops.why_no_mfu(device)
+  assert (line is None) == (want is not None)
+  assert line is None or (f"of {kind!r} are not known" in line)
+
+
+def test_peak_of_a_device_that_is_one_core_of_a_chip():
+  device = types.SimpleNamespace(device_kind="TPU v4", num_cores=1)
+  assert flops.peak_flops(device) == 137.5e12
+  device.num_cores = 2
+  assert flops.peak_flops(device) == 275e12
+  device.device_kind = "TPU v6 lite"
+  device.num_cores = 1
+  assert flops.peak_flops(device) == 918e12
+
+
+def test_nothing_is_said_of_a_cpu():
+  (device, *_) = jax.devices("cpu")
+  assert flops.peak_flops(device) is None and flops.why_no_mfu(device) is None
