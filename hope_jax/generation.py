@@ -160,7 +160,11 @@ def go_on(
   what `prefill` returns.  `is_over` is asked now and then whether a
   continuation may end; what a sequence draws depends on the seed and its number
   (`numbers`; default: 0, 1 ...) alone.
+
+  Raises:
+    ConfigError: logits are not finite; no text would mean anything.
   """
+  check_finite(logits)
   root = jax.random.key(seed)
   found = [np.zeros(0, np.int32) for _ in logits]
   numbers_N = jnp.asarray(range(len(found)) if numbers is None else numbers)
@@ -178,6 +182,7 @@ def go_on(
       sampling=sampling,
       vocab_size=vocab_size,
     )
+    check_finite(logits)
     found = [
       np.concatenate([old, new])
       for old, new in zip(found, np.asarray(tokens), strict=True)
@@ -185,6 +190,15 @@ def go_on(
     if all(is_over(tokens) for tokens in found):
       break
   return found
+
+
+def check_finite(logits: jax.Array) -> None:
+  """`ConfigError` for logits of a model that is no longer one."""
+  if not jnp.isfinite(logits).all():
+    raise ConfigError(
+      "the model's logits are not finite: its parameters are damaged or"
+      " diverged; take another checkpoint"
+    )
 
 
 def state_bytes(config: ModelConfig) -> int:

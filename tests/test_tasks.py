@@ -198,7 +198,7 @@ def test_squad_scores(answer, exact, f1):
 
 
 FLAGS = dict(tasks=["piqa"], limit=None, num_fewshot=None, batch_size=8)
-FLAGS |= {"include_path": None}
+FLAGS |= {"include_path": None, "output": None}
 
 
 @pytest.mark.parametrize(
