@@ -200,7 +200,9 @@ def evaluate(
   except Exception as error:
     if model.was_asked:
       raise
-    missing = next((t.task_name for t in leaves if not t.instances), "all")
+    missing = next(
+      (t.task_name for t in leaves if not getattr(t, "instances", None)), "all"
+    )
     shots = "" if num_fewshot is None else f" with --num_fewshot={num_fewshot}"
     raise ConfigError(
       f"--tasks: cannot make the requests of {missing}{shots}"

@@ -214,9 +214,9 @@ class HopeLM(TemplateLM):
     )
     if any(cut):
       print(
-        f"{task}: {np.count_nonzero(cut):,} of {len(plan):,} texts are too long"
-        f" for attention (model.context_length={self.max_length}): up to"
-        f" {max(cut):,} tokens of their beginning are not read",
+        f"{task}: {np.count_nonzero(cut):,} of {len(plan):,} contexts are too"
+        f" long for attention (model.context_length={self.max_length}): they"
+        f" lose up to {max(cut):,} tokens of their beginning",
         file=sys.stderr,
       )
 
@@ -302,6 +302,12 @@ class HopeLM(TemplateLM):
     found = self._answers(TEXT, requests)
     for request, (_, has_end) in zip(requests, found, strict=True):
       self.unfinished[str(request.task_name)] += not has_end
+    for task, count in self.unfinished.items():
+      if count:
+        print(
+          f"{task}: {count:,} texts end at max_gen_toks, without an end",
+          file=sys.stderr,
+        )
     return [text for text, _ in found]
 
   def _asked(self, options: dict[str, Any]) -> Asked:

@@ -251,8 +251,12 @@ def test_greedy_text_is_greedy_and_ends_before_until(transformer):
     )
   assert texts == [Bytes().decode(tokens) for tokens in wanted]
   until = {"until": [texts[0][4:6], "never there"], **options}
-  (stopped,) = ask(transformer, "generate_until", [(contexts[0], until)])
+  model = HopeLM(transformer)
+  asked = [(contexts[0], until), (contexts[0], options)]
+  with sharding.activate(transformer.mesh):
+    stopped, _ = model.generate_until(instances("generate_until", asked))
   assert stopped == texts[0][: texts[0].index(texts[0][4:6])]
+  assert model.unfinished.total() == 1
 
 
 def test_draws_depend_on_the_request_alone(transformer):
