@@ -123,6 +123,7 @@ def evaluate(
 
 def main() -> None:
   args = flags.FLAGS
+  output = files.check_output(args.output, "output") if args.output else None
   workdir = files.reach(args.workdir)
   levels = tuple(args.level)
   config = workdir_lib.read_config(workdir)
@@ -151,8 +152,14 @@ def main() -> None:
     ),
   }
   print(json.dumps(scores))
-  if args.output:
-    workdir_lib.write_json(files.reach(args.output), scores)
+  if output is None:
+    return
+  try:
+    workdir_lib.write_json(output, scores)
+  except OSError as error:
+    raise checkpoints.SaveFailed(
+      f"cannot write {output}: {files.reason(error)}"
+    ) from error
 
 
 if __name__ == "__main__":

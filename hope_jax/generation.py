@@ -129,6 +129,16 @@ def generate(
 ) -> list[np.ndarray]:
   """Up to `count` new tokens for every prompt (of any lengths); options as of
   `go_on`."""
+  check_room(prompts, config=config, count=count)
+  read = [prefill(params, prompt, config=config) for prompt in prompts]
+  logits, states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *read)
+  return go_on(params, states, logits, config=config, count=count, **options)
+
+
+def check_room(
+  prompts: Sequence[np.ndarray], *, config: ModelConfig, count: int
+) -> None:
+  """`ConfigError` if attention cannot hold a prompt and `count` tokens more."""
   longest = max(len(prompt) for prompt in prompts) + count
   if config.has_longest_context and longest > config.context_length:
     raise ConfigError(
@@ -136,9 +146,6 @@ def generate(
       f" holds model.context_length={config.context_length}: shorten them, or"
       " train with a longer one"
     )
-  read = [prefill(params, prompt, config=config) for prompt in prompts]
-  logits, states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *read)
-  return go_on(params, states, logits, config=config, count=count, **options)
 
 
 def go_on(

@@ -156,3 +156,27 @@ def test_draw_temperature_sharpens():
   want = PROBABILITY**2 / (PROBABILITY**2).sum()
   counts = np.bincount(drawn, minlength=5)
   np.testing.assert_allclose(counts / 3000, want, atol=0.03)
+
+
+def test_draws_differ_between_blocks():
+  config = make("transformer", num_layers=1)
+  _, params, _ = init(config)
+  silent = jax.tree.map(jnp.zeros_like, params)  # all tokens equally likely
+  (new,) = run(
+    (config, silent), PROMPTS[:1], count=30, sampling=Sampling(), seed=3
+  )
+  blocks = {tuple(block) for block in new.reshape(10, 3).tolist()}
+  assert len(blocks) == 10
+
+
+def test_prompts_are_lines(tmp_path):
+  file = tmp_path / "prompts.txt"
+  file.write_bytes("a\x0cb\u2028c\r\n\nd\x85e\n".encode())
+  assert generate.read_prompts(str(file)) == ["a\x0cb\u2028c", "", "d\x85e"]
+
+
+def test_logits_that_are_not_finite_are_no_text(model):
+  config, params = model
+  bad = jax.tree.map(lambda x: x * jnp.nan, params)
+  with pytest.raises(ConfigError, match="logits are not finite"):
+    run((config, bad), PROMPTS[:1], count=2)

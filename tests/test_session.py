@@ -433,6 +433,6 @@ def test_stream_book_windows_add_up_to_the_whole(run, saved, tmp_path):
   np.testing.assert_allclose(total, -whole.log_probs[0, 1:].sum(), rtol=1e-5)
   found = {"model": "titans", "writes": "on", "levels": [], "windows": windows}
   workdir.write_json(epath.Path(tmp_path / "stream-on.json"), found)
-  stream_book.plot(tmp_path)
+  stream_book.plot(epath.Path(tmp_path))
   assert (tmp_path / "perplexity.png").stat().st_size > 1000
   assert "66 tokens  perplexity" in stream_book.line(windows[2], windows[1])
