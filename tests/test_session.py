@@ -182,6 +182,68 @@ def test_kept_answer_ends_before_the_stop():
   assert kept("no") == b"no" and kept("") == b""
   assert kept("no! €") == tokens.tobytes()
 
+  class Ends(Bytes):
+    eos = ord("!")
+
+    def decode(self, tokens):
+      return super().decode(tokens[tokens != self.eos])
+
+  assert session._tokens_of("no", tokens[:3], Ends()).tobytes() == b"no"
+
+
+def test_question_is_answered_by_its_seed_and_up_to_its_stop(
+  run, saved, capsys
+):
+  def answer(**flags):
+    act(run, saved, ask=["Who? "], **flags)
+    return capsys.readouterr().out[len("Who? ") : -1]
+
+  drawn = [answer(temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+  assert drawn[0] == drawn[1] != drawn[2]
+  text = answer()
+  stop = next(c for n, c in enumerate(text) if n and c not in text[:n])
+  assert answer(stop=["not there", stop]) == text[: text.index(stop)]
+
+
+def test_levels_are_reset_before_texts_are_read(run, saved, tmp_path):
+  state = streaming.reset(session.load(saved, run), ["memory"], MODEL)
+  act(run, saved, reset=["memory"], feed=[str(tmp_path / "second.txt")])
+  check_equal(session.load(saved, run), fed(run, SECOND, state=state))
+
+
+def test_perplexity_is_of_all_tokens_but_a_sessions_first(
+  run, saved, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.setattr(session, "BLOCK", 16)
+  parts, real = [], streaming.extend
+
+  def spy(params, state, tokens, **options):
+    parts.append(tokens.shape[1])
+    return real(params, state, tokens, **options)
+
+  monkeypatch.setattr(streaming, "extend", spy)
+  state = session.load(saved, run)
+  read = session.feed(run, state, epath.Path(tmp_path / "first.txt"))
+  assert parts == [11, 16, 16, 16, 10] and read.tokens == 69  # after 69 others
+  monkeypatch.undo()
+  extend = lambda state, text: streaming.extend(
+    run.params, state, Bytes().encode(text)[None], config=MODEL
+  )
+  later = extend(fed(run, FIRST), FIRST).log_probs
+  np.testing.assert_allclose(read.loss, -later.mean(), rtol=1e-5)
+  whole = extend(session.start(run), FIRST).log_probs[0, 1:]
+  read = session.feed(
+    run, session.start(run), epath.Path(tmp_path / "first.txt")
+  )
+  np.testing.assert_allclose(read.loss, -whole.mean(), rtol=1e-5)
+
+
+def test_digest_knows_names_shapes_and_types():
+  zeros = np.zeros((2, 3), np.float32)
+  arrays = [{"a": zeros}, {"b": zeros}, {"a": zeros.T.copy()}]
+  arrays += [{"a": zeros.astype(np.int32)}, {"a": zeros, "b": zeros[:0]}]
+  assert len({session._digest(x) for x in arrays}) == len(arrays)
+
 
 @pytest.mark.parametrize(
   ("where", "name", "error"),
