@@ -312,8 +312,10 @@ def main() -> None:
     reason = files.reason(error)
     command.fail(f"no lm-eval ({reason}): install hope-jax[eval]", 1)
   logging.getLogger("lm_eval").setLevel(logging.ERROR)
+  workdir = files.reach(args.workdir)
+  workdir_lib.read_config(workdir)  # before data are loaded from far away
   tasks = load_tasks(args.tasks, args.include_path, args.data)
-  run = session.open_run(files.reach(args.workdir))
+  run = session.open_run(workdir)
   output = files.reach(args.output) if args.output else None
   if output is None:
     print(

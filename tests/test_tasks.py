@@ -499,6 +499,8 @@ def test_output_is_checked_before_anything_is_read(
   ):
     with pytest.raises(ConfigError, match=message):
       run_command(monkeypatch, transformer, ours, output=str(output))
+  with pytest.raises(ConfigError, match="no is not the folder of a run"):
+    run_command(monkeypatch, transformer, ours, workdir="no")
 
 
 def test_examples_that_a_task_does_not_take_are_said(
