@@ -1,5 +1,6 @@
 """Plots of an experiment, as PNG files."""
 
+import argparse
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +12,17 @@ import numpy as np
 from etils import epath
 
 from experiments.runner import Record
+from hope_jax import files
+from hope_jax.config import ConfigError
 from hope_jax.training import metrics
+
+
+def output(name: str) -> pathlib.Path:
+  """A flag's `type`: the path of a plot, refused if it cannot be written."""
+  try:
+    return pathlib.Path(files.check_output(name, "plot"))
+  except ConfigError as error:
+    raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _save(figure, path: pathlib.Path) -> None:

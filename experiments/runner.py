@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from experiments.trials import ROOT, Plan, Trial, is_same, resolve
+from hope_jax import files
 from hope_jax.config import Config, ConfigError
 from hope_jax.training import metrics
 from hope_jax.training import workdir as workdir_lib
@@ -422,6 +423,8 @@ def main(
   """
   flags = arguments(name, tuple(plans), argv)
   try:
+    files.check_folder(str(flags.out), "out")
+    files.check_folder(str(flags.report), "report")
     prepare(flags)
     runner = Runner(
       plans[flags.scale](),

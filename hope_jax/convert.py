@@ -203,7 +203,7 @@ def main() -> None:
   if args.to_hf:
     if args.text or args.context_length is not None:
       raise ConfigError("--text and --context_length are for --from_hf")
-    step = to_hf(workdir, files.reach(args.to_hf))
+    step = to_hf(workdir, files.check_folder(args.to_hf, "to_hf"))
     print(f"{workdir}, step {step} -> {args.to_hf}")
     return
   config = from_hf(

@@ -126,6 +126,7 @@ def evaluate(
 
 def main() -> None:
   args = flags.FLAGS
+  output = files.check_output(args.output, "output") if args.output else None
   workdir = files.reach(args.workdir)
   levels = tuple(args.level)
   config = workdir_lib.read_config(workdir)
@@ -158,8 +159,14 @@ def main() -> None:
     raise faults.Diverged(
       f"the {args.split} loss of {workdir} is not finite (null above)"
     )
-  if args.output:
-    workdir_lib.write_json(files.reach(args.output), workdir_lib.finite(scores))
+  if output is None:
+    return
+  try:
+    workdir_lib.write_json(output, workdir_lib.finite(scores))
+  except OSError as error:
+    raise checkpoints.SaveFailed(
+      f"cannot write {output}: {files.reason(error)}"
+    ) from error
 
 
 if __name__ == "__main__":

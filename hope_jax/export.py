@@ -41,8 +41,16 @@ def export(workdir: epath.Path, folder: epath.Path) -> int:
 
 
 def main() -> None:
+  import safetensors
+
   args = flags.FLAGS
-  step = export(files.reach(args.workdir), files.reach(args.output))
+  folder = files.check_folder(args.output, "output")
+  try:
+    step = export(files.reach(args.workdir), folder)
+  except (OSError, safetensors.SafetensorError) as error:
+    raise checkpoints.SaveFailed(
+      f"cannot write to {folder}: {files.reason(error)}"
+    ) from error
   print(f"{args.workdir}, step {step} -> {args.output}")
 
 

@@ -44,6 +44,43 @@ def reach(name: str) -> epath.Path:
   return path
 
 
+def check_output(name: str, flag: str) -> epath.Path:
+  """The file `name` of `--flag`, which is written when all is done:
+  `ConfigError` now if it cannot be."""
+  path = reach(name)
+  if path.is_dir():
+    raise ConfigError(f"--{flag}={name} is a folder: name a file")
+  _probe(path, f"--{flag}={name}")
+  return path
+
+
+def check_folder(name: str, flag: str) -> epath.Path:
+  """As `check_output`, of a folder that is there or will be made."""
+  path = reach(name)
+  is_there = path.is_dir()
+  if path.exists() and not is_there:
+    raise ConfigError(f"--{flag}={name} is a file: name a folder")
+  _probe(path / "probe" if is_there else path, f"--{flag}={name}")
+  return path
+
+
+def _probe(path: epath.Path, named: str) -> None:
+  """`ConfigError` if no file can be made beside `path`."""
+  try:
+    if is_remote(path):
+      probe = path.parent / f"{path.name}.tmp{os.getpid()}"
+      probe.write_text("probe")
+      probe.unlink()
+    else:
+      with writing(path) as beside:
+        beside.touch()
+        beside.unlink()
+  except Exception as error:  # of a bucket: anything
+    raise ConfigError(
+      f"cannot write {named} ({reason(error)}): choose another place"
+    ) from error
+
+
 def is_remote(path: Any) -> bool:
   """Whether `path` is in a bucket."""
   return "://" in str(path)

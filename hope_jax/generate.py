@@ -91,6 +91,7 @@ def generate(
   data = {"tokenizer": tokenizer.sha256}
   workdir_lib.check_data(workdir, config, data)
   encoded = [tokenizer.encode(prompt) for prompt in prompts]
+  generation.check_room(encoded, config=config.model, count=count)
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   with sharding.activate(mesh):
     compiled = step_lib.build(config, mesh)
@@ -111,9 +112,10 @@ def generate(
 
 
 def read_prompts(path: str) -> list[str]:
-  """The lines of a file."""
+  """The lines of a file; other line breaks than \\n and \\r\\n are text."""
   data = text_lib.read(files.reach(path)).tobytes()
-  return text_lib.decode(data, path).splitlines()
+  lines = text_lib.decode(data, path).removesuffix("\n").split("\n")
+  return [line.removesuffix("\r") for line in lines]
 
 
 def main() -> None:

@@ -129,6 +129,16 @@ def generate(
 ) -> list[np.ndarray]:
   """Up to `count` new tokens for every prompt (of any lengths); options as of
   `go_on`."""
+  check_room(prompts, config=config, count=count)
+  read = [prefill(params, prompt, config=config) for prompt in prompts]
+  logits, states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *read)
+  return go_on(params, states, logits, config=config, count=count, **options)
+
+
+def check_room(
+  prompts: Sequence[np.ndarray], *, config: ModelConfig, count: int
+) -> None:
+  """`ConfigError` if attention cannot hold a prompt and `count` tokens more."""
   longest = max(len(prompt) for prompt in prompts) + count
   if config.has_longest_context and longest > config.context_length:
     raise ConfigError(
@@ -136,9 +146,6 @@ def generate(
       f" holds model.context_length={config.context_length}: shorten them, or"
       " train with a longer one"
     )
-  read = [prefill(params, prompt, config=config) for prompt in prompts]
-  logits, states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *read)
-  return go_on(params, states, logits, config=config, count=count, **options)
 
 
 def go_on(
@@ -160,7 +167,11 @@ def go_on(
   what `prefill` returns.  `is_over` is asked now and then whether a
   continuation may end; what a sequence draws depends on the seed and its number
   (`numbers`; default: 0, 1 ...) alone.
+
+  Raises:
+    ConfigError: logits are not finite; no text would mean anything.
   """
+  check_finite(logits)
   root = jax.random.key(seed)
   found = [np.zeros(0, np.int32) for _ in logits]
   numbers_N = jnp.asarray(range(len(found)) if numbers is None else numbers)
@@ -178,6 +189,7 @@ def go_on(
       sampling=sampling,
       vocab_size=vocab_size,
     )
+    check_finite(logits)
     found = [
       np.concatenate([old, new])
       for old, new in zip(found, np.asarray(tokens), strict=True)
@@ -185,6 +197,15 @@ def go_on(
     if all(is_over(tokens) for tokens in found):
       break
   return found
+
+
+def check_finite(logits: jax.Array) -> None:
+  """`ConfigError` for logits of a model that is no longer one."""
+  if not jnp.isfinite(logits).all():
+    raise ConfigError(
+      "the model's logits are not finite: its parameters are damaged or"
+      " diverged; take another checkpoint"
+    )
 
 
 def state_bytes(config: ModelConfig) -> int:

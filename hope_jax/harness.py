@@ -7,7 +7,13 @@ python -m hope_jax.harness --workdir=runs/x --tasks=table2 --data=data \
 Tasks are lm-eval's own, which download their data, or those of the task files
 in `--include_path`, which come first; those may read from `--data` (a
 `custom_dataset` function gets it as its argument `data`).  Bounds are 95 %
-(1.96 standard errors), `chance` is one over the number of choices.
+(1.96 standard errors), `chance` is one over the number of choices, `truncated`
+how many of a task's requests had a context that attention's cache does not hold
+and by how many tokens it was cut at the most.
+
+All requests of all tasks are looked at before the first is answered.  With
+`--output` the answers of finished tasks are kept beside it until all are
+scored (`harness_answers.py`): the same command continues one that was killed.
 """
 
 import datetime
@@ -15,6 +21,7 @@ import difflib
 import logging
 import os
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +30,8 @@ from absl import flags
 
 from hope_jax import files, session
 from hope_jax.config import ConfigError
-from hope_jax.training import command, sharding
+from hope_jax.harness_answers import Answers
+from hope_jax.training import checkpoints, command, sharding
 from hope_jax.training import workdir as workdir_lib
 
 ROUNDS = 1000  # of the bootstrap, for metrics that are no means
@@ -31,8 +39,14 @@ CHOSEN = ("acc", "acc_norm", "acc_bytes")  # the share of right choices
 
 
 class Line(NamedTuple):
-  """A score; `stderr` and `chance` are None where there is none, `documents`
-  and `shots` for groups of tasks."""
+  """A score; `stderr` and `chance` are None where there is none, the counts
+  for groups of tasks.
+
+  Attributes:
+    truncated: requests whose context was cut.
+    cut_tokens: by how many tokens at the most.
+    unfinished: texts that were drawn to their longest length without an end.
+  """
 
   task: str
   metric: str
@@ -41,6 +55,9 @@ class Line(NamedTuple):
   chance: float | None
   documents: int | None
   shots: int | None
+  truncated: int | None = None
+  cut_tokens: int | None = None
+  unfinished: int | None = None
 
   @property
   def bound(self) -> float | None:
@@ -69,6 +86,8 @@ def check(args: Any) -> None:
     raise ConfigError("--tasks is empty: name at least one")
   if args.include_path is not None and not os.path.isdir(args.include_path):
     raise ConfigError(f"--include_path={args.include_path} is no folder")
+  if args.output:
+    files.check_output(args.output, "output")
 
 
 def load_tasks(
@@ -90,22 +109,54 @@ def load_tasks(
       near = difflib.get_close_matches(name, manager.all_tasks, 1)
       hint = f"; did you mean {near[0]!r}?" if near else ""
       raise ConfigError(f"--tasks: there is no task {name!r}{hint}")
+  groups: dict[str, Any] = {}
+  tasks: dict[str, Any] = {}
+  for name in dict.fromkeys(names):
+    loaded: Any = _load(manager, name)
+    found = loaded.get("groups", {})
+    groups |= {key: group for key, group in found.items() if key in names}
+    tasks |= loaded["tasks"]
+  inside = {
+    task.task_name
+    for group in groups.values()
+    for task in group.get_all_tasks()
+  }
+  rest = [task for name, task in tasks.items() if name not in inside]
+  return [*groups.values(), *rest]
+
+
+def _load(manager: Any, name: str) -> Any:
+  """What lm-eval loads of one name; `ConfigError` that says why it cannot."""
   try:
-    loaded = manager.load(list(names))
+    return manager.load([name])
   except ConfigError:
     raise
-  except Exception as error:  # no network, no such data, another format ...
+  except ConnectionError as error:
     raise ConfigError(
-      f"cannot load the data of --tasks={','.join(names)}"
-      f" ({files.reason(error)}): lm-eval downloads them; task files of"
-      " --include_path may read local ones"
+      f"--tasks: the data of {name!r} is not on this machine, and it could not"
+      f" be downloaded ({files.reason(error)}): copy the folder $HF_HOME of a"
+      " machine that has it, or name a task file in --include_path that reads"
+      " local data"
     ) from error
-  groups = [g for name, g in loaded.get("groups", {}).items() if name in names]
-  inside = {
-    task.task_name for group in groups for task in group.get_all_tasks()
-  }
-  rest = [t for name, t in loaded["tasks"].items() if name not in inside]
-  return [*groups, *rest]
+  except Exception as error:  # no such data, another format, its own code ...
+    file = manager.task_index[name].yaml_path or "lm-eval"
+    raise ConfigError(
+      f"--tasks: cannot load {name!r} ({_reason(error)}): see {file}"
+    ) from error
+
+
+def _reason(error: Exception) -> str:
+  return f"{type(error).__name__}: {files.reason(error)}"
+
+
+def _leaves(tasks: Sequence[Any]) -> list[Any]:
+  """The tasks themselves, those of groups too."""
+  found = {}
+  for task in tasks:
+    is_group = hasattr(task, "get_all_tasks")
+    for leaf in task.get_all_tasks() if is_group else [task]:
+      found[leaf.task_name] = leaf
+  return list(found.values())
 
 
 def evaluate(
@@ -115,8 +166,14 @@ def evaluate(
   limit: int | None = None,
   num_fewshot: int | None = None,
   batch_size: int = 8,
+  answers: Answers | None = None,
 ) -> list[Line]:
-  """The scores of `run` on tasks that `load_tasks` loaded."""
+  """The scores of `run` on tasks that `load_tasks` loaded.
+
+  Raises:
+    ConfigError: a request of any of the tasks cannot be made or answered;
+      nothing has been scored then.
+  """
   from lm_eval.evaluator import simple_evaluate
   from lm_eval.tasks import TaskManager
 
@@ -124,16 +181,62 @@ def evaluate(
 
   # A process that is forked from one with JAX's threads may hang.
   os.environ.setdefault("DISABLE_MULTIPROC", "1")
-  with sharding.activate(run.mesh):
-    results: Any = simple_evaluate(
-      model=HopeLM(run, batch_size=batch_size),
-      tasks=list(tasks),
-      task_manager=TaskManager(include_defaults=False),  # they are loaded
-      limit=limit,
-      num_fewshot=num_fewshot,
-      bootstrap_iters=0 if limit == 1 else ROUNDS,
+  leaves = _leaves(tasks)
+  for task in leaves:
+    _check_task(task, num_fewshot)
+  model = HopeLM(run, batch_size=batch_size, tasks=leaves, answers=answers)
+  try:
+    with sharding.activate(run.mesh):
+      results: Any = simple_evaluate(
+        model=model,
+        tasks=list(tasks),
+        task_manager=TaskManager(include_defaults=False),  # they are loaded
+        limit=limit,
+        num_fewshot=num_fewshot,
+        bootstrap_iters=0 if limit == 1 else ROUNDS,
+      )
+  except ConfigError:
+    raise
+  except Exception as error:
+    if model.was_asked:
+      raise
+    missing = next(
+      (t.task_name for t in leaves if not getattr(t, "instances", None)), "all"
     )
-  return lines(results)
+    shots = "" if num_fewshot is None else f" with --num_fewshot={num_fewshot}"
+    raise ConfigError(
+      f"--tasks: cannot make the requests of {missing}{shots}"
+      f" ({_reason(error)})"
+    ) from error
+  return [_with_counts(line, model) for line in lines(results)]
+
+
+def _check_task(task: Any, num_fewshot: int | None) -> None:
+  """Refuses what lm-eval would, in one line; says what it would not."""
+  for field, why in (
+    ("UNSAFE_CODE", "runs code that the model writes"),
+    ("MULTIMODAL", "is not of texts alone"),
+  ):
+    if getattr(task, field, False):
+      raise ConfigError(f"--tasks: {task.task_name} {why}: leave it out")
+  fixed = task.get_config("num_fewshot") == 0
+  if num_fewshot and fixed:
+    print(
+      f"{task.task_name}: its task file says num_fewshot: 0, so that"
+      f" --num_fewshot={num_fewshot} is not used",
+      file=sys.stderr,
+    )
+
+
+def _with_counts(line: Line, model: Any) -> Line:
+  cuts = model.cuts.get(line.task)
+  if cuts is None:  # a group
+    return line
+  return line._replace(
+    truncated=cuts.truncated,
+    cut_tokens=cuts.tokens,
+    unfinished=model.unfinished.get(line.task),
+  )
 
 
 def lines(results: Mapping[str, Any]) -> list[Line]:
@@ -187,10 +290,12 @@ def table(found: Sequence[Line]) -> str:
       cell(line.chance, "{:.4g}"),
       cell(line.documents, "{:,}"),
       cell(line.shots, "{}"),
+      f"{line.truncated:,} by {line.cut_tokens:,}" if line.truncated else "",
     ]
     for line in found
   ]
   header = ["task", "metric", "score", "95 %", "chance", "documents", "shots"]
+  header.append("truncated")
   return MarkdownTableWriter(
     headers=header,
     value_matrix=rows,
@@ -207,8 +312,17 @@ def main() -> None:
     reason = files.reason(error)
     command.fail(f"no lm-eval ({reason}): install hope-jax[eval]", 1)
   logging.getLogger("lm_eval").setLevel(logging.ERROR)
+  workdir = files.reach(args.workdir)
+  workdir_lib.read_config(workdir)  # before data are loaded from far away
   tasks = load_tasks(args.tasks, args.include_path, args.data)
-  run = session.open_run(files.reach(args.workdir))
+  run = session.open_run(workdir)
+  output = files.reach(args.output) if args.output else None
+  if output is None:
+    print(
+      "no --output: answers are not kept if this is interrupted",
+      file=sys.stderr,
+    )
+  answers = Answers(output, run)
   begin = time.monotonic()
   found = evaluate(
     run,
@@ -216,20 +330,29 @@ def main() -> None:
     limit=args.limit,
     num_fewshot=args.num_fewshot,
     batch_size=args.batch_size,
+    answers=answers,
   )
   print(table(found))
-  if args.output:
-    scores = {
-      "workdir": args.workdir,
-      "model": run.config.model.sequence_layer,
-      "step": run.step,
-      "date": datetime.date.today().isoformat(),
-      "seconds": time.monotonic() - begin,
-      "lm_eval": lm_eval.__version__,
-      "limit": args.limit,
-      "scores": [line._asdict() for line in found],
-    }
-    workdir_lib.write_json(files.reach(args.output), workdir_lib.finite(scores))
+  if output is None:
+    return
+  scores = {
+    "workdir": args.workdir,
+    "model": run.config.model.sequence_layer,
+    "step": run.step,
+    "date": datetime.date.today().isoformat(),
+    "seconds": time.monotonic() - begin,
+    "lm_eval": lm_eval.__version__,
+    "limit": args.limit,
+    "scores": [line._asdict() for line in found],
+  }
+  try:
+    workdir_lib.write_json(output, workdir_lib.finite(scores))
+  except OSError as error:
+    raise checkpoints.SaveFailed(
+      f"cannot write {output}: {files.reason(error)}; the answers are kept: run"
+      " the same command again"
+    ) from error
+  answers.remove()
 
 
 if __name__ == "__main__":

@@ -392,6 +392,10 @@ def main() -> None:
   args = flags.FLAGS
   if args.figure and not args.figure.endswith(".png"):
     raise ConfigError(f"--figure={args.figure} must end with .png")
+  if args.json:
+    files.check_output(args.json, "json")
+  if args.figure:
+    files.check_output(args.figure, "figure")
   config = command.read_config()
   found = components(config)
   content = report(config, found)

@@ -1,6 +1,6 @@
 """Sessions: what a model has read, kept in a folder from one day to the next.
 
-python -m hope_jax.session --workdir=runs/x --session=sessions/a \
+python -m hope_jax.session --workdir=runs/x --session=sessions/a --new \
   --feed=book.txt --feed=notes.txt
 python -m hope_jax.session --workdir=runs/x --session=sessions/a \
   --ask="Who is she? " --tokens=100 [--keep]
@@ -10,8 +10,11 @@ python -m hope_jax.session --workdir=runs/x --session=sessions/a \
 In this order: levels are reset (D, momentum and what they have of a chunk that
 is not over; or all levels), files are read, questions are continued, the
 session is saved, copied to `--fork` and described.  Asking leaves the session
-as it was, but with `--keep` it has read question and answer.  A folder that
-does not exist begins a session with the run's newest checkpoint.
+as it was, but with `--keep` it has read question and answer.  `--new` begins a
+session with the run's newest checkpoint; without it, one that does not exist is
+an error.  What can be known to go wrong (a text that is not UTF-8, more than
+attention's cache holds, a folder that cannot be written) is found before
+anything is read.
 
 The folder holds session.json, which names the run's checkpoint, and the state
 as state-<hash>.safetensors (names as in the tree of `streaming.StreamState`),
@@ -22,12 +25,12 @@ as it was before or as it is after.
 Legend: B batch (1), V vocab.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,19 +46,29 @@ from hope_jax.data import pipeline
 from hope_jax.data.tokenizer import Bytes, Tokenizer
 from hope_jax.generation import Sampling
 from hope_jax.model_config import ModelConfig
+from hope_jax.session_folder import (
+  CARD,
+  STATE,
+  VERSION,
+  Card,
+  check_folder,
+  claimed,
+  damaged,
+  read_card,
+  state_file,
+)
 from hope_jax.streaming import StreamState
 from hope_jax.training import checkpoints, command, digest, sharding
 from hope_jax.training import step as step_lib
 from hope_jax.training import workdir as workdir_lib
 
-CARD, STATE = "session.json", "state-"
-VERSION = 2  # 1 had another checksum of parameters
 BLOCK = 4 * streaming.PIECE  # tokens between two movements of the bar
 
 
 def define_flags() -> None:
   flags.DEFINE_string("workdir", None, "folder of the run", required=True)
   flags.DEFINE_string("session", None, "folder of the session", required=True)
+  flags.DEFINE_bool("new", False, "begin the session, which must not exist")
   flags.DEFINE_list("reset", [], "levels that forget: names, or all")
   flags.DEFINE_multi_string("feed", [], "text file to read")
   flags.DEFINE_multi_string("ask", [], "text to continue after what was read")
@@ -76,27 +89,6 @@ class Run(NamedTuple):
   step: int
   params: Any
   checksum: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Card:
-  """session.json: which model the session belongs to, and its state.
-
-  Attributes:
-    workdir: of the run, when the session was saved; it may have moved.
-    parameters, tokenizer: checksums.
-    tokens: read so far.
-    state: SHA-256 of the state's arrays.
-  """
-
-  version: int
-  workdir: str
-  step: int
-  parameters: str
-  tokenizer: str
-  model: ModelConfig
-  tokens: int
-  state: str
 
 
 class Read(NamedTuple):
@@ -169,7 +161,7 @@ def save(folder: epath.Path, run: Run, state: StreamState) -> None:
     tokens=int(state.processed),
     state=digest.of_arrays(arrays),
   )
-  target = _state_file(folder, card)
+  target = state_file(folder, card)
   try:
     with files.writing(target) as path:
       safetensors_numpy.save_file(arrays, path, {"format": "hope_jax session"})
@@ -186,33 +178,6 @@ def save(folder: epath.Path, run: Run, state: StreamState) -> None:
     ) from error
 
 
-def _state_file(folder: epath.Path, card: Card) -> epath.Path:
-  return folder / f"{STATE}{card.state[:16]}.safetensors"
-
-
-def read_card(folder: epath.Path) -> Card:
-  """session.json; `ConfigError` if it is none."""
-  path = folder / CARD
-  try:
-    values = json.loads(path.read_text())
-    card = config_lib.convert(Card, values, "session")
-  except (OSError, ValueError) as error:
-    raise _damaged(path, files.reason(error)) from error
-  if card.version != VERSION:
-    raise ConfigError(
-      f"{folder} is a session of version {card.version}, but this program"
-      f" reads version {VERSION}"
-    )
-  return card
-
-
-def _damaged(path: epath.Path, reason: str) -> ConfigError:
-  return ConfigError(
-    f"cannot read {path} ({reason}): put a copy of the session there, or begin"
-    " another --session"
-  )
-
-
 def load(folder: epath.Path, run: Run) -> StreamState:
   """The state of a saved session on the run's mesh.
 
@@ -223,22 +188,22 @@ def load(folder: epath.Path, run: Run) -> StreamState:
 
   card = read_card(folder)
   _check_origin(folder, card, run)
-  path = _state_file(folder, card)
+  path = state_file(folder, card)
   try:
     arrays = safetensors_numpy.load_file(files.local(path))
   except (OSError, ValueError, safetensors.SafetensorError) as error:
-    raise _damaged(path, files.reason(error)) from error
+    raise damaged(path, files.reason(error)) from error
   if digest.of_arrays(arrays) != card.state:
-    raise _damaged(path, "its checksum is another")
+    raise damaged(path, "its checksum is another")
   shapes = jax.eval_shape(lambda: streaming.start(run.config.model))
   leaves = []
   for name, like in _flat(shapes).items():
     x = arrays.pop(name, np.zeros(0))
     if (x.shape, x.dtype) != (like.shape, like.dtype):
-      raise _damaged(path, f"{name} is not {like.dtype}{list(like.shape)}")
+      raise damaged(path, f"{name} is not {like.dtype}{list(like.shape)}")
     leaves.append(x)
   if arrays:
-    raise _damaged(path, f"nothing here is called {min(arrays)}")
+    raise damaged(path, f"nothing here is called {min(arrays)}")
   state = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
   return jax.device_put(state, streaming.shardings(shapes, run.mesh))
 
@@ -266,46 +231,6 @@ def _check_origin(folder: epath.Path, card: Card, run: Run) -> None:
     )
 
 
-def check_folder(folder: epath.Path) -> None:
-  """`ConfigError` for a folder, or a file, that holds something else."""
-  if not folder.exists() or (folder / CARD).exists():
-    return
-  ours = lambda name: name.startswith((CARD, STATE, workdir_lib.LOCK))
-  if folder.is_dir() and all(ours(path.name) for path in folder.iterdir()):
-    return
-  raise ConfigError(f"{folder} exists, but holds no session: choose another")
-
-
-@contextlib.contextmanager
-def claimed(folder: epath.Path) -> Iterator[None]:
-  """Inside, no other process uses the session; a new one that is not saved
-  leaves nothing behind."""
-  check_folder(folder)
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise ConfigError(f"cannot make {folder}: {files.reason(error)}") from error
-  with contextlib.ExitStack() as stack:
-    try:
-      stack.enter_context(workdir_lib.locked(folder))
-    except ConfigError as error:
-      raise ConfigError(
-        f"{folder} is in use by another process: wait for it, or choose another"
-        " --session"
-      ) from error
-    except OSError as error:
-      raise ConfigError(
-        f"cannot write to {folder}: {files.reason(error)}"
-      ) from error
-    try:
-      yield
-    finally:
-      if not (folder / CARD).exists():
-        with contextlib.suppress(OSError):
-          (folder / workdir_lib.LOCK).unlink()
-          folder.rmdir()
-
-
 def feed(run: Run, state: StreamState, path: epath.Path) -> Read:
   """Reads a text file; `state` is used up."""
   import tqdm
@@ -326,6 +251,7 @@ def feed(run: Run, state: StreamState, path: epath.Path) -> Read:
       scored += len(known)
       state = read.state
       bar.update(len(tokens))
+  generation.check_finite(state.logits)  # or the session would be spoilt
   mean = loss / scored if scored else math.nan
   return Read(state, int(state.processed) - begin, mean)
 
@@ -410,22 +336,55 @@ def _levels(names: Sequence[str], model: ModelConfig) -> tuple[str, ...]:
 
 
 def _check(args: Any) -> Sampling:
-  """What can be known before anything is read."""
+  """What can be known before a model is there."""
   sampling = Sampling(args.temperature, args.top_k, args.top_p)
   generate.check_request(args.tokens, sampling, args.stop)
   for name in args.feed:
-    if not files.reach(name).exists():
+    path = files.reach(name)
+    if not path.exists():
       raise ConfigError(f"--feed={name} does not exist")
-  if args.fork and files.reach(args.fork).exists():
-    raise ConfigError(f"--fork={args.fork} exists already: choose another")
+    if not _is_read_once(path):
+      streaming.check_text(path)
+  if args.fork:
+    if files.reach(args.fork).exists():
+      raise ConfigError(f"--fork={args.fork} exists already: choose another")
+    files.check_folder(args.fork, "fork")
   return sampling
+
+
+def _is_read_once(path: epath.Path) -> bool:
+  """Whether `path` is a pipe or a terminal, not a file."""
+  if files.is_remote(path):
+    return False
+  local = pathlib.Path(path)
+  return local.is_fifo() or local.is_char_device()
+
+
+def _check_room(run: Run, position: int, args: Any) -> None:
+  """`ConfigError` if attention cannot hold what is going to be read."""
+  model = run.config.model
+  if not model.has_longest_context:
+    return
+  for path in map(files.reach, args.feed):
+    if _is_read_once(path):
+      continue
+    parts = streaming.read_text(path, run.tokenizer, BLOCK, BLOCK)
+    count = sum(map(len, parts))
+    streaming.check_room(model, position, count)
+    position += count
+  for question in args.ask:
+    count = len(run.tokenizer.encode(question))
+    streaming.check_room(model, position, count + args.tokens)
+    if args.keep:  # and what is answered, at least nothing
+      position += count
 
 
 def act(run: Run, folder: epath.Path, args: Any, sampling: Sampling) -> None:
   """Does what the flags say."""
-  is_new = not (folder / CARD).exists()
+  check_folder(folder, new=args.new)
   levels = _levels(args.reset, run.config.model)
-  state = start(run) if is_new else load(folder, run)
+  state = start(run) if args.new else load(folder, run)
+  _check_room(run, int(state.processed), args)
   state = streaming.reset(state, levels, run.config.model)
   for name in args.feed:
     state, tokens, loss = feed(run, state, files.reach(name))
@@ -444,7 +403,7 @@ def act(run: Run, folder: epath.Path, args: Any, sampling: Sampling) -> None:
     )
     line = json.dumps({"prompt": question, "text": text}, ensure_ascii=False)
     print(question + text if len(args.ask) == 1 else line, flush=True)
-  if is_new or levels or args.feed or (args.ask and args.keep):
+  if args.new or levels or args.feed or (args.ask and args.keep):
     save(folder, run, state)
   if args.fork:
     save(files.reach(args.fork), run, state)
@@ -456,7 +415,7 @@ def main() -> None:
   args = flags.FLAGS
   sampling = _check(args)
   folder = files.reach(args.session)
-  check_folder(folder)
+  check_folder(folder, new=args.new)
   run = open_run(files.reach(args.workdir), args.devices)
   with claimed(folder), sharding.activate(run.mesh):
     act(run, folder, args, sampling)

@@ -254,6 +254,12 @@ def read_text(
     yield np.concatenate(held)
 
 
+def check_text(path: epath.Path) -> None:
+  """`ConfigError` for a file that `read_text` cannot read to its end."""
+  for _ in _parts(path):
+    pass
+
+
 def _parts(path: epath.Path) -> Iterator[str]:
   place, rest = 0, b""
   try:

@@ -11,7 +11,6 @@ Nothing is run, only compiled.
 
 import argparse
 import functools
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,7 +75,7 @@ def temporary_bytes(length: int, policy: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser("python -m scripts.backward_memory")
-  parser.add_argument("--plot", type=pathlib.Path, help="PNG file")
+  parser.add_argument("--plot", type=plots.output, help="PNG file")
   flags = parser.parse_args(argv)
   lines, curves = [], {policy: [] for policy in POLICIES}
   for length in LENGTHS:

@@ -10,7 +10,6 @@ only its length matters, so that it is not filled by reading a real text.
 
 import argparse
 import dataclasses
-import pathlib
 import statistics
 import time
 from collections.abc import Sequence
@@ -92,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--size", default="tiny")
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--longest", type=int, default=LENGTHS[-1])
-  parser.add_argument("--plot", type=pathlib.Path)
+  parser.add_argument("--plot", type=plots.output, help="PNG file")
   flags = parser.parse_args(argv)
   names = flags.models.split(",")
   lengths = [length for length in LENGTHS if length <= flags.longest]

@@ -13,7 +13,6 @@ and the perplexity of these tokens; all of it goes to --out/stream-on.json.
 import dataclasses
 import json
 import math
-import pathlib
 import resource
 import sys
 import time
@@ -24,6 +23,7 @@ import jax
 import matplotlib
 import numpy as np
 from absl import flags
+from etils import epath
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -92,7 +92,7 @@ def line(window: Window, before: Window | None) -> str:
   )
 
 
-def plot(folder: pathlib.Path) -> None:
+def plot(folder: epath.Path) -> None:
   """perplexity.png: every stream of the folder by position."""
   figure, axes = plt.subplots(figsize=(7, 4))
   for path in sorted(folder.glob("stream-*.json")):
@@ -107,7 +107,8 @@ def plot(folder: pathlib.Path) -> None:
   axes.grid(alpha=0.3)
   axes.legend(fontsize=8)
   figure.tight_layout()
-  figure.savefig(folder / "perplexity.png", dpi=150)
+  with files.writing(folder / "perplexity.png") as path:
+    figure.savefig(path, format="png", dpi=150)
   plt.close(figure)
 
 
@@ -118,11 +119,11 @@ def main() -> None:
   levels = tuple(args.level)
   if levels and args.writes == "on":
     raise ConfigError("--level needs --writes=off")
+  folder = files.check_folder(args.out, "out")
   run = session.open_run(files.reach(args.workdir), args.devices)
   if args.writes == "off":
     model = evaluate.switch_off(run.config.model, levels)
     run = run._replace(config=dataclasses.replace(run.config, model=model))
-  folder = pathlib.Path(args.out)
   name = "-".join(("stream", args.writes, *levels))
   windows: list[Window] = []
   with sharding.activate(run.mesh):
@@ -139,8 +140,7 @@ def main() -> None:
         "device": jax.devices()[0].device_kind,
         "windows": windows,
       }
-      path = files.reach(args.out) / f"{name}.json"
-      workdir.write_json(path, workdir.finite(found))
+      workdir.write_json(folder / f"{name}.json", workdir.finite(found))
   plot(folder)
 
 

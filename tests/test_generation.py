@@ -156,3 +156,61 @@ def test_draw_temperature_sharpens():
   want = PROBABILITY**2 / (PROBABILITY**2).sum()
   counts = np.bincount(drawn, minlength=5)
   np.testing.assert_allclose(counts / 3000, want, atol=0.03)
+
+
+ONE_MODEL = pytest.mark.parametrize("model", ["transformer"], indirect=True)
+
+
+@ONE_MODEL
+def test_draws_differ_between_blocks(model):
+  config, params = model
+  silent = jax.tree.map(jnp.zeros_like, params)  # all tokens equally likely
+  (new,) = run(
+    (config, silent), PROMPTS[:1], count=30, sampling=Sampling(), seed=3
+  )
+  blocks = {tuple(block) for block in new.reshape(10, 3).tolist()}
+  assert len(blocks) == 10
+  assert len(set(new.tolist())) > 10  # nor are those of a block the same
+
+
+@ONE_MODEL
+def test_draws_depend_on_the_number_of_a_sequence(model):
+  drawn = lambda numbers: [
+    new.tolist()
+    for new in run(
+      model, PROMPTS[:1] * len(numbers), sampling=Sampling(), numbers=numbers
+    )
+  ]
+  first, second, third = drawn([4, 4, 7])
+  assert first == second != third
+  assert drawn([7]) == [third]
+
+
+@ONE_MODEL
+def test_no_token_beyond_the_vocabulary_is_drawn(model):
+  options = {"sampling": Sampling(2.0), "vocab_size": 3}
+  found = np.concatenate(run(model, PROMPTS, **options))
+  assert set(found.tolist()) == {0, 1, 2}
+
+
+@ONE_MODEL
+def test_sequences_go_on_until_the_last_is_over(model):
+  first = run(model, PROMPTS, count=3)
+  assert (first[0] != first[2]).any()
+  is_over = lambda tokens: (tokens[:3] == first[0]).all()
+  found = run(model, PROMPTS, is_over=is_over)
+  assert [len(tokens) for tokens in found] == [8, 8, 8]
+
+
+def test_prompts_are_lines(tmp_path):
+  file = tmp_path / "prompts.txt"
+  file.write_bytes("a\x0cb\u2028c\r\n\nd\x85e\n".encode())
+  assert generate.read_prompts(str(file)) == ["a\x0cb\u2028c", "", "d\x85e"]
+
+
+@ONE_MODEL
+def test_logits_that_are_not_finite_are_no_text(model):
+  config, params = model
+  bad = jax.tree.map(lambda x: x * jnp.nan, params)
+  with pytest.raises(ConfigError, match="logits are not finite"):
+    run((config, bad), PROMPTS[:1], count=2)

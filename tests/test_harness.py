@@ -159,7 +159,9 @@ def test_only_attention_forgets_the_beginning(run):
     kept = context[-(CONTEXT + 1 - 5) :]
     with pytest.raises(ConfigError, match="121 tokens is too long.*=120"):
       model._bounded(context, [7] * (CONTEXT + 1))
-  assert model._bounded(context, continuation) == (kept, continuation)
+  plan = model._bounded(context, continuation)
+  assert plan.parts == [(kept, continuation)]
+  assert plan.cut == len(context) - len(kept)
 
 
 def test_attention_in_a_window_reads_any_length(transformer):
@@ -182,12 +184,10 @@ def test_texts_begin_with_the_token_of_their_tokenizer(transformer):
   assert model.prefix_token_id == 7 and model.tok_encode("\a") == [7]
   pair = model._encode_pair("a ", "b")
   assert pair == ([7, *b"a"], [*b" b"])
-  asked = []
-  model._score = lambda windows, _: (
-    asked.extend(windows) or [scoring.Score(0.0, True)]
+  (plan,) = model.plan(
+    "loglikelihood_rolling", instances("loglikelihood_rolling", [("ab",)])
   )
-  model.loglikelihood_rolling(instances("loglikelihood_rolling", [("ab",)]))
-  assert asked == [scoring.Request([7], [*b"ab"])]
+  assert plan.parts == [scoring.Request([7], [*b"ab"])]
 
 
 def test_rolling_scores_every_token_once(run, full):
@@ -251,8 +251,12 @@ def test_greedy_text_is_greedy_and_ends_before_until(transformer):
     )
   assert texts == [Bytes().decode(tokens) for tokens in wanted]
   until = {"until": [texts[0][4:6], "never there"], **options}
-  (stopped,) = ask(transformer, "generate_until", [(contexts[0], until)])
+  model = HopeLM(transformer)
+  asked = [(contexts[0], until), (contexts[0], options)]
+  with sharding.activate(transformer.mesh):
+    stopped, _ = model.generate_until(instances("generate_until", asked))
   assert stopped == texts[0][: texts[0].index(texts[0][4:6])]
+  assert model.unfinished.total() == 1
 
 
 def test_draws_depend_on_the_request_alone(transformer):

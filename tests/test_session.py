@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import types
 
 import jax
@@ -74,7 +75,14 @@ def fed(run, *texts, state=None):
 def act(run, folder, **flags):
   """What the command does."""
   defaults = dict(
-    reset=[], feed=[], ask=[], stop=[], fork=None, info=False, keep=False
+    new=False,
+    reset=[],
+    feed=[],
+    ask=[],
+    stop=[],
+    fork=None,
+    info=False,
+    keep=False,
   )
   sampling = dict(tokens=5, temperature=0.0, top_k=0, top_p=1.0, seed=0)
   args = types.SimpleNamespace(**defaults | sampling | flags)
@@ -99,7 +107,7 @@ def saved(run, tmp_path):
   folder = epath.Path(tmp_path / "session")
   (tmp_path / "first.txt").write_text(FIRST)
   (tmp_path / "second.txt").write_text(SECOND)
-  act(run, folder, feed=[str(tmp_path / "first.txt")])
+  act(run, folder, new=True, feed=[str(tmp_path / "first.txt")])
   return folder
 
 
@@ -173,6 +181,68 @@ def test_kept_answer_ends_before_the_stop():
   kept = lambda text: session._tokens_of(text, tokens, Bytes()).tobytes()
   assert kept("no") == b"no" and kept("") == b""
   assert kept("no! €") == tokens.tobytes()
+
+  class Ends(Bytes):
+    eos = ord("!")
+
+    def decode(self, tokens):
+      return super().decode(tokens[tokens != self.eos])
+
+  assert session._tokens_of("no", tokens[:3], Ends()).tobytes() == b"no"
+
+
+def test_question_is_answered_by_its_seed_and_up_to_its_stop(
+  run, saved, capsys
+):
+  def answer(**flags):
+    act(run, saved, ask=["Who? "], **flags)
+    return capsys.readouterr().out[len("Who? ") : -1]
+
+  drawn = [answer(temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+  assert drawn[0] == drawn[1] != drawn[2]
+  text = answer()
+  stop = next(c for n, c in enumerate(text) if n and c not in text[:n])
+  assert answer(stop=["not there", stop]) == text[: text.index(stop)]
+
+
+def test_levels_are_reset_before_texts_are_read(run, saved, tmp_path):
+  state = streaming.reset(session.load(saved, run), ["memory"], MODEL)
+  act(run, saved, reset=["memory"], feed=[str(tmp_path / "second.txt")])
+  check_equal(session.load(saved, run), fed(run, SECOND, state=state))
+
+
+def test_perplexity_is_of_all_tokens_but_a_sessions_first(
+  run, saved, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.setattr(session, "BLOCK", 16)
+  parts, real = [], streaming.extend
+
+  def spy(params, state, tokens, **options):
+    parts.append(tokens.shape[1])
+    return real(params, state, tokens, **options)
+
+  monkeypatch.setattr(streaming, "extend", spy)
+  state = session.load(saved, run)
+  read = session.feed(run, state, epath.Path(tmp_path / "first.txt"))
+  assert parts == [11, 16, 16, 16, 10] and read.tokens == 69  # after 69 others
+  monkeypatch.undo()
+  extend = lambda state, text: streaming.extend(
+    run.params, state, Bytes().encode(text)[None], config=MODEL
+  )
+  later = extend(fed(run, FIRST), FIRST).log_probs
+  np.testing.assert_allclose(read.loss, -later.mean(), rtol=1e-5)
+  whole = extend(session.start(run), FIRST).log_probs[0, 1:]
+  read = session.feed(
+    run, session.start(run), epath.Path(tmp_path / "first.txt")
+  )
+  np.testing.assert_allclose(read.loss, -whole.mean(), rtol=1e-5)
+
+
+def test_digest_knows_names_shapes_and_types():
+  zeros = np.zeros((2, 3), np.float32)
+  arrays = [{"a": zeros}, {"b": zeros}, {"a": zeros.T.copy()}]
+  arrays += [{"a": zeros.astype(np.int32)}, {"a": zeros, "b": zeros[:0]}]
+  assert len({session._digest(x) for x in arrays}) == len(arrays)
 
 
 @pytest.mark.parametrize(
@@ -267,13 +337,111 @@ def test_wrong_commands_are_one_line_and_leave_nothing(
   run, tmp_path, flags, message
 ):
   with pytest.raises(ConfigError, match=message):
-    act(run, epath.Path(tmp_path / "new"), **flags)
+    act(run, epath.Path(tmp_path / "new"), new=True, **flags)
   assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def unread(saved, monkeypatch):
+  """No token must be read any more."""
+  del saved
+
+  def fail(*args, **kwargs):
+    raise AssertionError("read before all was checked")
+
+  monkeypatch.setattr(streaming, "extend", fail)
+
+
+@pytest.mark.parametrize(
+  "flags",
+  [{"ask": ["Who?"]}, {"info": True}, {"reset": ["all"]}, {"feed": [""]}],
+)
+@pytest.mark.usefixtures("unread")
+def test_session_that_does_not_exist_is_not_begun(run, saved, flags):
+  if "feed" in flags:
+    flags = {"feed": [str(saved.parent / "first.txt")]}
+  wanted = saved.parent / "sesion"
+  with pytest.raises(
+    ConfigError, match="did you mean '.*/session'.; --new beg"
+  ):
+    act(run, wanted, **flags)
+  assert not wanted.exists()
+  elsewhere = saved.parent / "no" / "such"
+  with pytest.raises(ConfigError, match="no session .*/no/such; --new begins"):
+    session.check_folder(elsewhere, new=False)
+  with pytest.raises(ConfigError, match="is a session already: leave --new"):
+    act(run, saved, new=True, **flags)
+
+
+def test_what_cannot_be_read_is_found_before_the_rest_is(
+  run, saved, tmp_path, monkeypatch, unread
+):
+  good, before = str(tmp_path / "first.txt"), contents(saved)
+  (tmp_path / "bad.txt").write_bytes(b"x" * 9 + b"\xff" + b"y" * 9)
+  (tmp_path / "file").touch()
+  for flags, message in (
+    (
+      {"feed": [good, str(tmp_path / "bad.txt")]},
+      "bad.txt is not UTF-8.*byte 9",
+    ),
+    ({"feed": [good, str(tmp_path)]}, "cannot read .*Is a directory"),
+    ({"feed": [good, str(tmp_path / "file")]}, "file is empty"),
+    (
+      {"feed": [good], "fork": str(tmp_path / "file" / "x")},
+      "cannot write --fork=.*file/x",
+    ),
+  ):
+    with pytest.raises(ConfigError, match=message):
+      act(run, saved, **flags)
+  assert contents(saved) == before
+  model = dataclasses.replace(MODEL, sequence_layer="transformer")
+  config = dataclasses.replace(
+    CONFIG, model=dataclasses.replace(model, context_length=160)
+  )
+  run = run._replace(config=config)
+  monkeypatch.setattr(session, "load", lambda *_: fed_count(69))
+  for flags, message in (
+    ({"feed": [good, good]}, "138 tokens and 69 more .*=160"),
+    ({"feed": [good], "ask": ["Who?" * 5]}, "138 tokens and 25 more"),
+    ({"ask": ["W" * 40, "W" * 47], "keep": True}, "109 tokens and 52 more"),
+    ({"feed": [good], "ask": [""] * 2, "tokens": 23}, "138 tokens and 23 more"),
+  ):
+    with pytest.raises(ConfigError, match=message):
+      act(run, saved, **flags)
+  monkeypatch.undo()
+  session._check_room(run, 69, flags_of(feed=[good], ask=["W" * 17] * 2))
+  session._check_room(run, 69, flags_of(ask=["W" * 40, "W" * 46], keep=True))
+
+
+def fed_count(count):
+  return types.SimpleNamespace(processed=count)
+
+
+def flags_of(feed=(), ask=(), keep=False):
+  return types.SimpleNamespace(feed=feed, ask=ask, keep=keep, tokens=5)
+
+
+def test_pipes_are_read_once(run, saved, tmp_path):
+  pipe = tmp_path / "pipe"
+  os.mkfifo(pipe)
+  writer = threading.Thread(target=pipe.write_text, args=(SECOND,), daemon=True)
+  writer.start()
+  act(run, saved, feed=[str(pipe)])
+  check_equal(session.load(saved, run), fed(run, FIRST, SECOND))
+
+
+def test_text_that_leaves_no_finite_state_is_not_kept(run, saved, tmp_path):
+  before = contents(saved)
+  bad = run._replace(params=jax.tree.map(lambda x: x * np.nan, run.params))
+  for flags in ({"feed": [str(tmp_path / "second.txt")]}, {"ask": ["Who?"]}):
+    with pytest.raises(ConfigError, match="logits are not finite"):
+      act(bad, saved, keep=True, **flags)
+  assert contents(saved) == before
 
 
 def test_session_is_not_another_folder_nor_used_twice(run, saved):
   with pytest.raises(ConfigError, match="exists, but holds no session"):
-    session.check_folder(run.workdir)
+    session.check_folder(run.workdir, new=True)
   with (
     session.claimed(saved),
     pytest.raises(ConfigError, match="in use by another process"),
@@ -327,6 +495,6 @@ def test_stream_book_windows_add_up_to_the_whole(run, saved, tmp_path):
   np.testing.assert_allclose(total, -whole.log_probs[0, 1:].sum(), rtol=1e-5)
   found = {"model": "titans", "writes": "on", "levels": [], "windows": windows}
   workdir.write_json(epath.Path(tmp_path / "stream-on.json"), found)
-  stream_book.plot(tmp_path)
+  stream_book.plot(epath.Path(tmp_path))
   assert (tmp_path / "perplexity.png").stat().st_size > 1000
   assert "66 tokens  perplexity" in stream_book.line(windows[2], windows[1])

@@ -243,3 +243,75 @@ def test_relative_change_of_a_memory_is_a_ratio_of_norms(model, written):
   )
   found = streaming.relative_change(params, written, config)["memory"]
   np.testing.assert_allclose(found, np.median(ratio), rtol=1e-5)
+
+
+def random_state(config):
+  """Random parameters and a random state, without a pass; 3 sequences."""
+  rng = np.random.default_rng(0)
+  network = language_model.LanguageModel(config)
+  tokens = np.zeros((1, 8), np.int32)
+  shapes = jax.eval_shape(network.init, jax.random.key(0), tokens)["params"]
+  normal = lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype)
+  params = jax.tree.map(normal, nn.unbox(shapes))
+  state = streaming.start(config, 3)
+  state = jax.tree.map(lambda x: normal(x) if x.ndim > 1 else x, state)
+  return params, state
+
+
+def changes(initial, weights):
+  """|D| / |M_0| [L, ...] of weights by name."""
+  norm = lambda parts: np.sqrt(
+    sum(np.square(np.asarray(x)).sum((-2, -1)) for x in parts)
+  )
+  return norm(weights) / norm([x[:, None] for x in initial])
+
+
+def test_relative_change_of_levels_is_of_the_layers_that_learn():
+  cms = dataclasses.replace(CMS, signal="next_token", learning_share=0.5)
+  config = make("titans", num_layers=4, context_length=T, cms=cms)
+  params, state = random_state(config)
+  found = streaming.relative_change(params, state, config)
+  for level in ("cms_0", "cms_1"):
+    slow = params["blocks"]["cms"][f"level_{level[-1]}"]
+    fast = state.fast.levels[level].weight
+    ratios = changes(
+      [slow[name][2:] for name in ("gate", "up", "down")],
+      [fast.gate, fast.up, fast.down],
+    )
+    wanted = np.median(np.median(ratios, axis=1))  # of each layer, of layers
+    np.testing.assert_allclose(found[level], wanted, rtol=1e-5)
+
+
+def test_relative_change_of_projections_is_of_each_alone():
+  config = make("hope", num_layers=3, context_length=T, cms=CMS)
+  params, state = random_state(config)
+  found = streaming.relative_change(params, state, config)
+  slow = params["blocks"]["mixer"]["initial"]
+  fast = state.fast.mixer["boxes"].now["weight"]
+  for number, (level, kind, index) in enumerate(
+    [
+      ("k", "projection", 0),
+      ("v", "projection", 1),
+      ("q", "projection", 2),
+      ("eta", "gate", 0),
+      ("alpha", "gate", 1),
+    ]
+  ):
+    rows = slice(8 * number, 8 * number + 8)  # of the shared hidden layer
+    pick = lambda output, hidden, index=index, rows=rows: [
+      output[..., index, :, :],
+      hidden[..., rows, :],
+    ]
+    ratios = changes(
+      pick(slow[f"boxes_{kind}"], slow["boxes_hidden"]),
+      pick(getattr(fast, kind), fast.hidden),
+    )
+    wanted = np.median(np.median(ratios, axis=(1, 2)))
+    np.testing.assert_allclose(found[level], wanted, rtol=1e-5)
+
+
+def test_likeliest_token_and_its_log_probability():
+  logits = jnp.log(jnp.asarray([[0.2, 0.5, 0.3], [0.6, 0.3, 0.1]]))
+  found = streaming.score(logits, jnp.asarray([1, 2]))
+  np.testing.assert_allclose(found.log_probs, np.log([0.5, 0.1]), rtol=1e-6)
+  assert found.is_likeliest.tolist() == [True, False]

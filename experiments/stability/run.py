@@ -305,6 +305,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
   flags = arguments(argv)
   try:
+    files.check_folder(str(flags.out), "out")
     for part in PARTS if flags.part == "all" else (flags.part,):
       cases = run(part, flags)
       print(f"\n{PARTS[part][1](cases)}\n{caption(cases)}")
