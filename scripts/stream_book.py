@@ -21,12 +21,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import matplotlib
 import numpy as np
 from absl import flags
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 from hope_jax import evaluate, files, session, streaming
 from hope_jax.config import ConfigError
@@ -94,7 +90,10 @@ def line(window: Window, before: Window | None) -> str:
 
 def plot(folder: pathlib.Path) -> None:
   """perplexity.png: every stream of the folder by position."""
-  figure, axes = plt.subplots(figsize=(7, 4))
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(7, 4))
+  axes = figure.subplots()
   for path in sorted(folder.glob("stream-*.json")):
     found = json.loads(path.read_text())
     ends = [window["end"] / 1e3 for window in found["windows"]]
@@ -108,7 +107,6 @@ def plot(folder: pathlib.Path) -> None:
   axes.legend(fontsize=8)
   figure.tight_layout()
   figure.savefig(folder / "perplexity.png", dpi=150)
-  plt.close(figure)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ that reading them never keeps the device waiting.
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import math
 import sys
@@ -51,7 +52,7 @@ class Writer:
     self._grows = not files.is_remote(workdir)
     self._wandb = _start_wandb(workdir, config)
     self._steps = config.train.steps
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
       import tqdm
 
       self._bar = tqdm.tqdm(
