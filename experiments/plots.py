@@ -11,11 +11,11 @@ from experiments.runner import Record
 from hope_jax.training import metrics
 
 
-def _axes(*size: float) -> tuple[Any, Any]:
+def _axes(width: float, height: float) -> tuple[Any, Any]:
   """A figure of so many inches, and its axes."""
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=size)
+  figure = Figure(figsize=(width, height))
   return figure, figure.subplots()
 
 
