@@ -402,6 +402,10 @@ def main(
   """
   flags = arguments(name, tuple(plans), argv)
   try:
+    for flag in ("jobs", "budget"):
+      value = getattr(flags, flag)
+      if value is not None and value <= 0:
+        raise ConfigError(f"--{flag}={value:g} must be positive")
     prepare(flags)
     runner = Runner(
       plans[flags.scale](),

@@ -3,6 +3,7 @@
 import ast
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,6 +11,7 @@ import zipfile
 import pytest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+BASH = shutil.which("bash") or "bash"
 # Packages of pyproject.toml that a machine with JAX, Flax, optax and Orbax may
 # lack, and those of the extras.
 OPTIONAL = (
@@ -107,6 +109,63 @@ def test_missing_package_is_one_line(script, message):
   child = python(script)
   assert child.returncode == 2 and child.stderr.startswith(message)
   assert child.stderr.count("\n") == 1
+
+
+def fake_python(path: pathlib.Path, version: str) -> pathlib.Path:
+  """A program that answers what the scripts ask an interpreter."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(
+    f"#!{BASH}\n"
+    f'case "$*" in *print*sys.executable*) [ "$3" = {version} ] && echo "$0" ;;'
+    f" *version_info*) echo {version} ;; esac\n"
+  )
+  path.chmod(0o755)
+  return path
+
+
+@pytest.mark.parametrize(
+  ("in_path", "of_pyenv", "asked", "found"),
+  [
+    ("3.11", ["3.12.1"], [], "3.12.1"),
+    ("3.12", ["3.11.7"], [], "bin"),
+    ("3.13", ["3.15.0", "3.14.2"], [], "3.14.2"),  # no wheels for 3.15
+    ("3.13", ["3.11.7"], ["3.11"], "3.11.7"),
+    ("3.10", ["3.15.0"], [], None),
+  ],
+)
+def test_newest_python_with_wheels_is_found(
+  tmp_path, in_path, of_pyenv, asked, found
+):
+  fake_python(tmp_path / "bin" / "python3", in_path)
+  for version in of_pyenv:
+    path = tmp_path / "versions" / version / "bin" / "python"
+    fake_python(path, version.rpartition(".")[0])
+  child = subprocess.run(
+    [BASH, REPOSITORY / "scripts" / "find_python.sh", *asked],
+    env={"PATH": str(tmp_path / "bin"), "PYENV_ROOT": str(tmp_path)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert child.returncode == (found is None)
+  if found is None:
+    assert child.stderr.startswith("error: no interpreter with venv of Python")
+  else:
+    assert found in pathlib.Path(child.stdout).parts
+
+
+def test_environment_of_another_python_is_not_overwritten(tmp_path):
+  fake_python(tmp_path / "venv" / "bin" / "python", "3.13")
+  wanted = fake_python(tmp_path / "python3.11", "3.11")
+  child = subprocess.run(
+    [BASH, REPOSITORY / "scripts" / "setup.sh"],
+    env=os.environ
+    | {"HOPE_PYTHON": str(wanted), "HOPE_VENV": str(tmp_path / "venv")},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert child.returncode == 1 and "is of Python 3.13, not of" in child.stderr
 
 
 # Importer -> the top packages that it must not import.

@@ -122,13 +122,19 @@ def test_rows_run_alone(tmp_path):
   assert len(_starts(tmp_path, "a")) == 0 and len(_starts(tmp_path, "b")) == 1
 
 
-def test_unknown_row_is_one_line_that_names_the_rows(tmp_path, capsys):
+@pytest.mark.parametrize(
+  ("flag", "message"),
+  [
+    ("--rows=titan", "--rows: no row 'titan'; rows: hope"),
+    ("--jobs=0", "--jobs=0 must be positive"),
+    ("--budget=0", "--budget=0 must be positive"),
+  ],
+)
+def test_wrong_flag_is_one_line(tmp_path, capsys, flag, message):
   plans = {"cpu": lambda: lambda _: [_trial("a")]}
-  command = [f"--out={tmp_path}", "--rows=titan"]
+  command = [f"--out={tmp_path}", flag]
   assert runner.main("none", plans, lambda *_: None, command) == 2
-  assert (
-    capsys.readouterr().err == "error: --rows: no row 'titan'; rows: hope\n"
-  )
+  assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_wrong_definition_fails_before_anything_runs(tmp_path):

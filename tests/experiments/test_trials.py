@@ -57,6 +57,39 @@ def test_staged_chosen_trial_replaces_its_twin_of_the_grid():
   assert sum(t.is_final for t in planned) == 3
 
 
+def test_only_chosen_trials_are_evaluated():
+  off = trials.Evaluation("off", ("--writes=off",))
+  row = dataclasses.replace(ROW, evaluations=(off,))
+  results = _grid(2.0, 1.8, 1.9)
+  grid, chosen = trials.sweep(row, results, rates=RATES, seeds=(0, 1))
+  assert [t.evaluations for t in grid] == [()] * 3
+  assert [t.evaluations for t in chosen] == [(off,)] * 2
+
+
+def test_staged_plans_one_group_after_the_other_as_given():
+  rows = [
+    dataclasses.replace(ROW, group=group, row=row, name=f"{group}/{row}")
+    for row in ("hope", "titans")
+    for group in ("text", "recall")
+  ]
+  planned = trials.staged(rows, rates=(0.1,), seeds=(0, 1))({})
+  assert [(t.group, t.row) for t in planned] == [
+    ("text", "hope"),
+    ("text", "titans"),
+    ("recall", "hope"),
+    ("recall", "titans"),
+  ]
+
+
+def test_slug_is_a_name_without_spaces_and_pluses():
+  assert trials.slug("Transformer++ conv") == "transformerpp_conv"
+
+
+def test_seed_is_the_trials_whatever_its_overrides_say():
+  trial = dataclasses.replace(ROW, overrides={"train.seed": 9}, seed=3)
+  assert trial.fields() == {"train.seed": 3, "data.seed": 3}
+
+
 def test_resolve_applies_overrides_and_seed():
   trial = dataclasses.replace(
     ROW, overrides={"model.inner_rates": "off", "opt.peak_lr": 0.25}, seed=3
