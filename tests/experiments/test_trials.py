@@ -183,3 +183,37 @@ def test_twins_differ_from_the_live_rows_by_inner_rates_only():
       off = {"model.inner_rates": "off"}
       assert trial.overrides == {**live.overrides, **off}
       assert trial.mode == live.mode
+
+
+def test_controls_are_evaluated_on_the_test_split():
+  for row in switch_off.ROWS:
+    length, offs = switch_off.long_evaluation(row), switch_off.switch_offs(row)
+    assert all("--split=test" in e.flags for e in (length, *offs))
+    assert all("--writes=off" in e.flags for e in offs)
+    assert "--length=4096" in length.flags
+    assert ("--dynamics" in length.flags) == bool(offs)
+
+
+def test_experiments_overrides_are_above_the_rows_own():
+  trial = switch_off.trial(
+    "Hope twin",
+    group="g",
+    name="n",
+    config="configs/shakespeare.py",
+    suffix=",smoke",
+    overrides={"model.inner_rates": "on", "train.steps": 3},
+  )
+  assert trial.overrides == {"model.inner_rates": "on", "train.steps": 3}
+  assert (trial.mode, trial.evaluations) == ("hope,smoke", ())
+
+
+@pytest.mark.parametrize(
+  ("label", "words"),
+  [
+    ("off", "writes off: all"),
+    ("off_cms_0", "writes off: cms_0"),
+    ("length_4096", "T 4,096"),
+  ],
+)
+def test_labels_are_described_in_words(label, words):
+  assert switch_off.describe(label) == words
