@@ -6,7 +6,7 @@ import pytest
 # cores, for other versions of Python and JAX.
 CORE = (
   "data/test_pipeline.py",
-  "experiments/test_runner.py",
+  "experiments/test_trials.py",
   "memory/test_self_modifying.py",
   "models/test_models.py",
   "optim/test_adamw.py",
