@@ -3,11 +3,8 @@
 import argparse
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from etils import epath
 
@@ -25,11 +22,18 @@ def output(name: str) -> pathlib.Path:
     raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _save(figure, path: pathlib.Path) -> None:
+def _axes(width: float, height: float) -> tuple[Any, Any]:
+  """A figure of so many inches, and its axes."""
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(width, height))
+  return figure, figure.subplots()
+
+
+def _save(figure: Any, path: pathlib.Path) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.tight_layout()
   figure.savefig(path, dpi=150)
-  plt.close(figure)
 
 
 def _smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -63,7 +67,7 @@ def loss_curves(
   path: pathlib.Path, rows: Mapping[str, Sequence[Record]], title: str
 ) -> None:
   """Training loss (line) and validation loss (dots) of each row's trials."""
-  figure, axes = plt.subplots(figsize=(7, 4.5))
+  figure, axes = _axes(7, 4.5)
   for row, records in rows.items():
     if not records:
       continue
@@ -92,7 +96,7 @@ def bars(
   `rows` maps a row to its series, `{"Titans": {"8 pairs": [90.0, 91.2]}}`.
   """
   series = list(dict.fromkeys(key for row in rows.values() for key in row))
-  figure, axes = plt.subplots(figsize=(2 + 0.8 * len(rows), 4.5))
+  figure, axes = _axes(2 + 0.8 * len(rows), 4.5)
   width = 0.8 / max(1, len(series))
   for j, name in enumerate(series):
     color = f"C{j}"
@@ -121,7 +125,7 @@ def lines(
   ylabel: str,
 ) -> None:
   """Curves name -> (x, y) on doubly logarithmic axes."""
-  figure, axes = plt.subplots(figsize=(6, 4))
+  figure, axes = _axes(6, 4)
   for name, (x, y) in curves.items():
     axes.loglog(x, y, "o-", label=name, base=2)
   axes.set_xlabel(xlabel)

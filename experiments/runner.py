@@ -425,6 +425,10 @@ def main(
   try:
     files.check_folder(str(flags.out), "out")
     files.check_folder(str(flags.report), "report")
+    for flag in ("jobs", "budget"):
+      value = getattr(flags, flag)
+      if value is not None and value <= 0:
+        raise ConfigError(f"--{flag}={value:g} must be positive")
     prepare(flags)
     runner = Runner(
       plans[flags.scale](),

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from configs import _base, _models
+from configs import _models
 from experiments import tables, timing
 from hope_jax.config import Config, from_config_dict
 from hope_jax.training import flops, sharding, step
@@ -50,7 +50,7 @@ def make_config(name: str, flags: argparse.Namespace) -> Config:
     dtype=flags.dtype,
   )
   data = {"sequence_length": flags.length, "batch_size": flags.batch}
-  return from_config_dict(_base.make(model=group, data=data))
+  return from_config_dict({"model": group, "data": data})
 
 
 def build(config: Config, mesh: Any) -> Entry:

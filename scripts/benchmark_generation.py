@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from configs import _base, _models
+from configs import _models
 from experiments import plots, tables
 from hope_jax import generation
 from hope_jax.config import from_config_dict
@@ -37,7 +37,7 @@ def make_config(name: str, size: str, length: int) -> ModelConfig:
     name, size, memory_chunks=(16, 64), cms_chunks=(64, 256, 0)
   )
   data = {"sequence_length": 1024}
-  config = from_config_dict(_base.make(model=group, data=data)).model
+  config = from_config_dict({"model": group, "data": data}).model
   return dataclasses.replace(config, context_length=length)
 
 

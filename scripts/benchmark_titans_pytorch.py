@@ -29,7 +29,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from configs import _base, _models
+from configs import _models
 from experiments import tables, timing
 from hope_jax.config import from_config_dict
 from hope_jax.model_config import ModelConfig
@@ -42,7 +42,7 @@ def make_config(chunk: int) -> ModelConfig:
   group = _models.model(
     "titans", "3p9m", memory_chunks=(chunk, chunk), cms_chunks=()
   )
-  return from_config_dict(_base.make(model=group)).model
+  return from_config_dict({"model": group}).model
 
 
 def chunk_reads(config: ModelConfig) -> ModelConfig:

@@ -9,7 +9,6 @@ command continues an interrupted preparation; its result does not depend on
 --workers.  Then: --config.data.kind=records --config.data.path=data/novels.
 """
 
-import tqdm
 from absl import flags
 
 from hope_jax.config import ConfigError
@@ -45,6 +44,8 @@ def define_flags() -> None:
 
 
 def main(inputs: list[str]) -> None:
+  import tqdm
+
   args = flags.FLAGS
   if not inputs:
     raise ConfigError("no inputs: name files, folders or patterns")

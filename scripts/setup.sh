@@ -1,37 +1,57 @@
 #!/usr/bin/env bash
-# Makes .venv with the pinned requirements; the other scripts source it.
-# Does nothing when requirements.txt has not changed since the last time.
-# HOPE_PYTHON names another interpreter than the first Python >= 3.11 found.
+# Makes a virtual environment with the pinned requirements; the other scripts
+# source it.  Does nothing when the pins have not changed since the last time.
+#
+#   HOPE_PYTHON  the interpreter, if not the newest that find_python.sh finds
+#   HOPE_VENV    the environment's folder, if not .venv
+#   HOPE_CORE=1  only what the library and scripts/test.sh --core need
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-find_python() {
-  local candidate
-  for candidate in ${HOPE_PYTHON:-python3.11 python3.12 python3.13 python3.14 \
-    python3 python}; do
-    if "$candidate" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' \
-      >/dev/null 2>&1; then
-      echo "$candidate"
-      return
-    fi
-  done
-  echo "error: no Python >= 3.11 with venv found; set HOPE_PYTHON to one" >&2
-  return 1
+venv=${HOPE_VENV:-.venv}
+python=$venv/bin/python
+
+version() {
+  "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null
 }
 
-python=.venv/bin/python
+make_venv() {
+  local found
+  found=${HOPE_PYTHON:-$(scripts/find_python.sh || true)}
+  if ! "$found" -c \
+    'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' \
+    2>/dev/null; then
+    echo "error: ${found:-none found} is no Python >= 3.11 with venv:" \
+      "set HOPE_PYTHON to one" >&2
+    return 1
+  fi
+  echo "making $venv with $("$found" --version) ($(command -v "$found"))"
+  "$found" -m venv --clear "$venv"
+}
+
 # uv is four times as fast as pip, but does not know pip's folders of wheels.
 export UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}"
-wanted=$(cksum <requirements.txt)
-if [ "$(cat .venv/requirements.cksum 2>/dev/null)" != "$wanted" ]; then
-  if ! "$python" -c '' 2>/dev/null; then
-    found=$(find_python)
-    echo "making .venv with $("$found" --version)"
-    "$found" -m venv --clear .venv
+pins=$(cat requirements.txt pyproject.toml | cksum)
+installed=$(cat "$venv/requirements.cksum" 2>/dev/null || true)
+if ! "$python" -c '' 2>/dev/null; then
+  make_venv
+  installed=
+elif [ -n "${HOPE_PYTHON:-}" ] &&
+  [ "$(version "$HOPE_PYTHON")" != "$(version "$python")" ]; then
+  echo "error: $venv is of Python $(version "$python"), not of $HOPE_PYTHON:" \
+    "remove it, or name another folder with HOPE_VENV" >&2
+  exit 1
+fi
+if [ "$installed" != "$pins" ] &&
+  ! { [ -n "${HOPE_CORE:-}" ] && [ "$installed" = "core $pins" ]; }; then
+  what=(-r requirements.txt)
+  if [ -n "${HOPE_CORE:-}" ]; then
+    what=(-c requirements.txt -r pyproject.toml pytest pytest-xdist hypothesis)
+    pins="core $pins"
   fi
-  echo "installing requirements.txt"
+  echo "installing ${what[*]} into $venv"
   "$python" -m pip install --quiet --disable-pip-version-check \
     "$(grep '^uv==' requirements.txt)"
-  .venv/bin/uv pip install --quiet --python "$python" -r requirements.txt
-  echo "$wanted" >.venv/requirements.cksum
+  "$venv/bin/uv" pip install --quiet --python "$python" "${what[@]}"
+  echo "$pins" >"$venv/requirements.cksum"
 fi

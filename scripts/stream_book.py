@@ -20,13 +20,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import matplotlib
 import numpy as np
 from absl import flags
 from etils import epath
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 from hope_jax import evaluate, files, session, streaming
 from hope_jax.config import ConfigError
@@ -94,7 +90,10 @@ def line(window: Window, before: Window | None) -> str:
 
 def plot(folder: epath.Path) -> None:
   """perplexity.png: every stream of the folder by position."""
-  figure, axes = plt.subplots(figsize=(7, 4))
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(7, 4))
+  axes = figure.subplots()
   for path in sorted(folder.glob("stream-*.json")):
     found = json.loads(path.read_text())
     ends = [window["end"] / 1e3 for window in found["windows"]]
@@ -109,7 +108,6 @@ def plot(folder: epath.Path) -> None:
   figure.tight_layout()
   with files.writing(folder / "perplexity.png") as path:
     figure.savefig(path, format="png", dpi=150)
-  plt.close(figure)
 
 
 def main() -> None:

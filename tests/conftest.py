@@ -2,7 +2,10 @@
 
 import functools
 import http.server
+import importlib.util
 import os
+import pathlib
+import sys
 import threading
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -12,6 +15,8 @@ import jax
 import pytest
 from etils import epath
 
+from tests.tiers import CORE
+
 # x[B, T] + y[T] is an error everywhere: write y[None].
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -19,6 +24,8 @@ hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
+TESTS = pathlib.Path(__file__).parent
+ORACLES = ("lm_eval", "torch", "transformers")  # torch: on Python 3.11 only
 
 FAST = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 
@@ -99,6 +106,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
   parser.addoption(
     "--slow", action="store_true", help="also run the longest tests and repeats"
   )
+  parser.addoption(
+    "--core", action="store_true", help="run one file of each room only"
+  )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  """In CI, tests that compare with other libraries must not be skipped."""
+  if not os.environ.get("CI") or config.getoption("--core"):
+    return
+  for name in ORACLES if sys.version_info < (3, 12) else ():
+    if importlib.util.find_spec(name) is None:
+      raise pytest.UsageError(f"CI needs {name}, which requirements.txt pins")
+
+
+def pytest_ignore_collect(
+  collection_path: pathlib.Path, config: pytest.Config
+) -> bool | None:
+  """With --core no other file is even imported: it may need more packages."""
+  is_test = collection_path.match("test_*.py")
+  if config.getoption("--core") and is_test:
+    name = collection_path.relative_to(TESTS).as_posix()
+    return name not in CORE or None
+  return None
 
 
 def pytest_collection_modifyitems(

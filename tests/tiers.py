@@ -1,8 +1,22 @@
-"""What CI leaves to `scripts/test.sh --slow`: repeats on further models."""
+"""Selections of the tests: what CI runs where."""
 
 import pytest
 
+# `scripts/test.sh --core`: a file of each room, at most four minutes on two
+# cores, for other versions of Python and JAX.
+CORE = (
+  "data/test_pipeline.py",
+  "experiments/test_trials.py",
+  "memory/test_self_modifying.py",
+  "models/test_models.py",
+  "optim/test_adamw.py",
+  "pallas_kernels/test_linear_rule_kernels.py",
+  "test_commands.py",
+  "test_configs.py",
+  "training/test_step.py",
+)
+
 
 def slow_case(*values):
-  """A case of `parametrize` that runs with --slow only."""
+  """A case of `parametrize` that CI leaves to `scripts/test.sh --slow`."""
   return pytest.param(*values, marks=pytest.mark.slow)

@@ -82,19 +82,19 @@ class TrainBatches:
 def prefetch(
   batches: TrainBatches, start: int, workers: int = 0
 ) -> Iterator[Batch]:
-  """Batches from step `start` on, made ahead in a background thread or in
-  `workers` processes."""
+  """Batches from step `start` on, made when asked for (`faults.with_timeout`
+  asks ahead), or ahead in `workers` processes."""
+  if not workers:
+    return (batches[step] for step in range(start, len(batches)))
   import grain
 
   source: Any = batches
   dataset = grain.MapDataset.source(source).slice(slice(start, None))
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)
-  ahead = dataset.to_iter_dataset(options)
-  if workers:
-    if not flags.FLAGS.is_parsed():  # in a library; grain's workers ask
-      flags.FLAGS.mark_as_parsed()
-    ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-  return iter(ahead)
+  if not flags.FLAGS.is_parsed():  # in a library; grain's workers ask
+    flags.FLAGS.mark_as_parsed()
+  processes = grain.MultiprocessingOptions(num_workers=workers)
+  return iter(dataset.to_iter_dataset(options).mp_prefetch(processes))
 
 
 def eval_batches(

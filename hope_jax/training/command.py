@@ -42,7 +42,14 @@ def define_config() -> None:
   Fields that the file leaves at their defaults can be overridden too;
   unknown ones are found when `read_config` converts to dataclasses.
   """
-  from ml_collections import config_flags
+  try:
+    from ml_collections import config_flags
+  except ModuleNotFoundError:
+    fail(
+      "--config needs the package ml_collections: pip install ml_collections,"
+      " or begin the run from Python, with hope_jax.training.loop.run",
+      2,
+    )
 
   config_flags.DEFINE_config_file(
     "config",
@@ -113,6 +120,9 @@ def run(main: Callable[..., None], *, takes_arguments: bool = False) -> None:
     except interruption.Interrupted as error:
       processes.finish()
       fail(f"{error}; {processes.AGAIN}", error.code)
+    except ModuleNotFoundError as error:  # some are imported where needed
+      package = str(error.name).partition(".")[0]
+      fail(f"{error}: pip install {package}", 2)
     except KeyboardInterrupt:
       fail(f"interrupted; {processes.AGAIN}", 130)
     except Exception as error:

@@ -115,12 +115,15 @@ def check_end(
     )
 
 
-def with_timeout(batches: Iterator[Any], seconds: float) -> Generator[Any]:
-  """`batches`; `NoData` if one takes longer, or making it fails.
+def with_timeout(
+  batches: Iterator[Any], seconds: float, ahead: int = 1
+) -> Generator[Any]:
+  """`batches`, up to `ahead` of them made ahead in a thread; `NoData` if one
+  takes longer, or making it fails.
 
   Closed, it ends what makes them.
   """
-  box: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
+  box: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=ahead)
   is_over = threading.Event()
 
   def put(kind: str, value: Any) -> None:

@@ -109,8 +109,8 @@ def train(
     batches = pipeline.TrainBatches(
       sources["train"], batch_size, rows, options.steps + offset
     )
-    ahead = pipeline.prefetch(batches, first + offset, config.data.workers)
-    return faults.with_timeout(ahead, config.data.timeout)
+    made = pipeline.prefetch(batches, first + offset, config.data.workers)
+    return faults.with_timeout(made, config.data.timeout, pipeline.PREFETCH)
 
   batches = read_on(state)
 

@@ -7,6 +7,7 @@ that reading them never keeps the device waiting.
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import sys
 import time
@@ -113,7 +114,8 @@ class Writer:
       shown += f" accuracy {values['accuracy']:.4f}"
     elif "tokens_per_second" in values:
       shown += f" {values['tokens_per_second']:,.0f} tokens/s"
-    if sys.stderr.isatty() and self._bar is None:
+    has_bar = sys.stderr.isatty() and importlib.util.find_spec("tqdm")
+    if has_bar and self._bar is None:
       import tqdm
 
       self._bar = tqdm.tqdm(

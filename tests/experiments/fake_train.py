@@ -1,15 +1,17 @@
 """Stands in for hope_jax.train and hope_jax.evaluate in the runner's tests.
 
-Behaves by fields of the trial: opt.peak_lr 0.5 fails, train.steps 7 never
-ends by itself, everything else takes `train.log_every` hundredths of a
-second.  Every start adds its process id to starts.txt.  The losses follow
-from rate and seed; the best rate is 0.002 on validation and 0.004 on test.
+Behaves by fields of the trial: opt.peak_lr 0.5 fails, train.steps 5 leaves no
+result, 7 never ends by itself, 8 not even when it is asked to, everything else
+takes `train.log_every` hundredths of a second.  Every start adds its process
+id to starts.txt.  The losses follow from rate and seed; the best rate is 0.002
+on validation and 0.004 on test.
 """
 
 import ast
 import json
 import os
 import pathlib
+import signal
 import sys
 import time
 
@@ -38,10 +40,14 @@ def train(flags: dict[str, str], workdir: pathlib.Path) -> None:
   trial = trials.Trial("", "", "", path, mode, overrides, seed)
   config = trials.resolve(trial)
   start = time.time()
+  if config.train.steps == 8:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
   with (workdir / "starts.txt").open("a") as file:
     file.write(f"{os.getpid()}\n")
-  if config.train.steps == 7:
+  if config.train.steps in (7, 8):
     time.sleep(60)
+  if config.train.steps == 5:
+    return
   if config.opt.peak_lr == 0.5:
     sys.exit("error: the loss is nan at step 3")
   time.sleep(config.train.log_every / 100)
@@ -62,6 +68,7 @@ def train(flags: dict[str, str], workdir: pathlib.Path) -> None:
     "accuracy": 0.5,
     "tokens_per_second": 100.0,
     "interval": [start, time.time()],
+    "cwd": os.getcwd(),
     "config": config_lib.to_dict(config),
   }
   (workdir / "result.json").write_text(json.dumps(result))

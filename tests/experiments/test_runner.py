@@ -101,6 +101,40 @@ def test_failed_trial_is_tried_again_by_the_next_run(tmp_path):
     assert len(_starts(tmp_path, "bad")) == attempts
 
 
+def test_command_that_leaves_no_result_has_failed(tmp_path):
+  experiment = _runner([_trial("a", **{"train.steps": 5})], tmp_path)
+  assert experiment.run() == 1
+  (record,) = experiment.records()
+  assert record.status == runner.FAILED and "exit code 0" in record.message
+
+
+def test_half_written_result_is_no_result(tmp_path):
+  (tmp_path / "a").mkdir()
+  (tmp_path / "a" / "result.json").write_text('{"test_loss": 1.')
+  assert _runner([_trial("a")], tmp_path).run() == 0
+  assert len(_starts(tmp_path, "a")) == 1
+
+
+def test_commands_run_in_the_repository(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  experiment = _runner([_trial("a")], tmp_path)
+  assert experiment.run() == 0
+  (record,) = experiment.records()
+  assert record.result is not None and record.result["cwd"] == str(ROOT)
+
+
+def test_status_says_how_far_the_running_trials_are(
+  tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(runner, "STATUS_SECONDS", 0.0)
+  (tmp_path / "a").mkdir()
+  row = {"step": 3, "kind": "train", "loss": 2.5}
+  (tmp_path / "a" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+  trials = [_trial("a", **{"train.steps": 9}), _trial("b")]  # b: no metrics yet
+  assert _runner(trials, tmp_path, jobs=2).run() == 0
+  assert "running a: step 3 of 9, loss 2.500" in capsys.readouterr().out
+
+
 def test_result_of_another_config_is_an_error_not_reused(tmp_path):
   assert _runner([_trial("a")], tmp_path).run() == 0
   changed = [_trial("a", **{"opt.peak_lr": 0.25})]
@@ -190,13 +224,19 @@ def test_rows_run_alone(tmp_path):
   assert len(_starts(tmp_path, "a")) == 0 and len(_starts(tmp_path, "b")) == 1
 
 
-def test_unknown_row_is_one_line_that_names_the_rows(tmp_path, capsys):
+@pytest.mark.parametrize(
+  ("flag", "message"),
+  [
+    ("--rows=titan", "--rows: no row 'titan'; rows: hope"),
+    ("--jobs=0", "--jobs=0 must be positive"),
+    ("--budget=0", "--budget=0 must be positive"),
+  ],
+)
+def test_wrong_flag_is_one_line(tmp_path, capsys, flag, message):
   plans = {"cpu": lambda: lambda _: [_trial("a")]}
-  command = [f"--out={tmp_path}", "--rows=titan"]
+  command = [f"--out={tmp_path}", flag]
   assert runner.main("none", plans, lambda *_: None, command) == 2
-  assert (
-    capsys.readouterr().err == "error: --rows: no row 'titan'; rows: hope\n"
-  )
+  assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_wrong_definition_fails_before_anything_runs(tmp_path):
@@ -216,6 +256,57 @@ def test_budget_stops_what_runs_and_lists_what_is_left(tmp_path, capsys):
   shown = capsys.readouterr().out
   assert "left    long" in shown and "left    next" in shown
   assert not _starts(tmp_path, "next")
+
+
+def test_process_that_ignores_the_end_is_killed(tmp_path, monkeypatch):
+  monkeypatch.setattr(runner, "GRACE_SECONDS", 0.2)
+  trials = [_trial("deaf", **{"train.steps": 8})]
+  experiment = _runner(trials, tmp_path, jobs=1, budget=1e-9)
+  experiment._start_more()
+  deadline = time.monotonic() + 60
+  while not _starts(tmp_path, "deaf") and time.monotonic() < deadline:
+    time.sleep(0.05)
+  (child,) = _starts(tmp_path, "deaf")
+  start = time.monotonic()
+  assert experiment.run() == 3
+  assert time.monotonic() - start < 30 and not _is_alive(child)
+
+
+def test_budgets_exit_code_is_kept_beside_a_failure(tmp_path, monkeypatch):
+  trials = [_trial("long", **{"train.steps": 7})]
+  experiment = _runner(trials, tmp_path, budget=1e-9)
+  failed = experiment.records()[0]._replace(status=runner.FAILED)
+  monkeypatch.setattr(experiment, "records", lambda: [failed])
+  assert experiment.run() == 3
+
+
+def test_command_passes_its_flags_on_and_always_reports(tmp_path, monkeypatch):
+  seen = {}
+
+  class Fake:
+    def __init__(self, plan, out, **options):
+      seen.update(options, plan=plan, out=out)
+
+    def run(self):
+      return 3
+
+    def records(self):
+      return ["record"]
+
+  monkeypatch.setattr(runner, "Runner", Fake)
+  folders = [f"--out={tmp_path}", f"--report={tmp_path / 'report'}"]
+  flags = [*folders, "--jobs=2", "--budget=5", "--rows=a,b", "--scale=gpu"]
+  plans = {"cpu": lambda: "small", "gpu": lambda: "large"}
+  report = lambda *given: seen.update(report=given)
+  assert runner.main("none", plans, report, flags) == 3
+  assert seen == {
+    "plan": "large",
+    "out": tmp_path,
+    "jobs": 2,
+    "budget": 5.0,
+    "rows": ["a", "b"],
+    "report": (["record"], tmp_path / "report", "gpu"),
+  }
 
 
 @pytest.mark.parametrize(("jobs", "expected"), [(1, [1, 1, 1]), (2, [1, 2, 2])])
@@ -296,6 +387,15 @@ def test_evaluations_run_once_after_training(tmp_path):
     assert record.evaluations["off"]["level"] == "memory"
   log = (tmp_path / "a" / "log.txt").read_text()
   assert log.count("--writes=off") == 1
+  assert log.count(" train --config=") == 1  # what came before is kept
+
+
+def test_trial_without_its_evaluation_is_left(tmp_path):
+  assert _runner([_trial("a")], tmp_path).run() == 0
+  off = Evaluation("off", ("--writes=off",))
+  trial = dataclasses.replace(_trial("a"), evaluations=(off,))
+  (record,) = _runner([trial], tmp_path).records()
+  assert record.status == runner.LEFT and record.result is not None
 
 
 def test_evaluation_of_another_step_is_repeated(tmp_path):

@@ -105,19 +105,89 @@ def test_table_of_an_unfinished_row_has_dashes():
   assert cells == ["hope", *["-"] * 6, "0", "1"]
 
 
+def test_description_has_the_median_speed():
+  done = [_record("hope", seed, 1.0) for seed in (0, 1, 8)]
+  assert tables.description(done) == {
+    "parameters": "1,000,000",
+    "tokens": "4,096",
+    "tokens/s": "1,001",
+    "peak lr": "0.001",
+  }
+
+
+def test_caption_has_all_seeds_and_what_failed():
+  records = [_record("hope", 0, 1.0), _record("titans", 2, 2.0, status=FAILED)]
+  first, failed = tables.caption(records).splitlines()
+  assert first.endswith(", seeds 0, 2; 1 of 2 trials done.")
+  assert failed == "Failed: titans-2-2.0: exit code 1"
+
+
+def test_accuracies_are_percent_of_rows_with_any():
+  records = [
+    _record("hope", 0, 1.0),
+    _record("hope", 1, 2.0),
+    _record("titans", 0, 1.0, status=FAILED),
+  ]
+  assert tables.accuracies(records, "text") == {"hope": [25.0, 50.0]}
+
+
+def test_evaluations_stand_below_their_row_in_the_order_of_the_plan():
+  record = _record("hope", 0, 1.0)
+  off = {"loss": 2.0, "accuracy": 0.1}
+  record = record._replace(evaluations={"off_memory": off, "off_cms_0": off})
+  lines = tables.table([record], "text", mqar.COLUMNS).splitlines()
+  assert ["memory" in lines[3], "cms_0" in lines[4]] == [True, True]
+
+
 def test_results_json_lists_every_trial(tmp_path):
   records = [_record("hope", 0, 1.0), _record("hope", 1, 2.0, status=FAILED)]
   tables.write_results(tmp_path / "results.json", "x", records, scale="cpu")
   content = json.loads((tmp_path / "results.json").read_text())
   assert content["scale"] == "cpu"
   assert [t["status"] for t in content["trials"]] == [DONE, FAILED]
-  assert content["trials"][0]["result"]["test_loss"] == 1.0
+  first = content["trials"][0]
+  assert first["result"]["test_loss"] == 1.0
+  assert "config" not in first["result"]
+  assert first["evaluated"] == {"off_cms_0": {"loss": 2.0, "accuracy": 0.1}}
   assert content["trials"][1]["message"] == "exit code 1"
 
 
 def test_smooth_is_a_trailing_mean():
   smooth = plots._smooth(plots.np.array([3.0, 5.0, 7.0, 9.0]), 3)
   assert smooth.tolist() == pytest.approx([3.0, 4.0, 5.0, 7.0])
+
+
+def test_curve_is_the_mean_of_the_finite_losses(tmp_path):
+  for name, losses in (("a", (4.0, None)), ("b", (2.0, 3.0))):
+    rows = [
+      {"step": step, "kind": "train", "loss": loss}
+      for step, loss in enumerate(losses, 1)
+    ]
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "metrics.jsonl").write_text(
+      "".join(json.dumps(row) + "\n" for row in rows)
+    )
+  records = [
+    _record("hope", 0, 1.0, folder=str(tmp_path / name)) for name in "ab"
+  ]
+  tokens, loss = plots._curve(records, "train")
+  assert (tokens * 1e6).tolist() == [8 * 256, 2 * 8 * 256]
+  assert loss.tolist() == [3.0, 3.0]
+
+
+def test_bars_are_means_beside_each_other(tmp_path, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(plots, "_save", lambda figure, _: drawn.append(figure))
+  rows = {"hope": {"8": [1.0, 2.0], "32": [5.0]}, "x": {"8": [4.0]}}
+  plots.bars(tmp_path, rows, title="t", ylabel="y")
+  (axes,) = drawn[0].axes
+  bars = [p for p in axes.patches if p.get_height()]  # without the legend's
+  found = [(p.get_x() + p.get_width() / 2, p.get_height()) for p in bars]
+  assert sorted(found) == [
+    (pytest.approx(-0.2), 1.5),
+    (pytest.approx(0.2), 5.0),
+    (pytest.approx(0.8), 4.0),
+  ]
 
 
 def test_plots_are_written(tmp_path):

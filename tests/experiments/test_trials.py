@@ -57,6 +57,39 @@ def test_staged_chosen_trial_replaces_its_twin_of_the_grid():
   assert sum(t.is_final for t in planned) == 3
 
 
+def test_only_chosen_trials_are_evaluated():
+  off = trials.Evaluation("off", ("--writes=off",))
+  row = dataclasses.replace(ROW, evaluations=(off,))
+  results = _grid(2.0, 1.8, 1.9)
+  grid, chosen = trials.sweep(row, results, rates=RATES, seeds=(0, 1))
+  assert [t.evaluations for t in grid] == [()] * 3
+  assert [t.evaluations for t in chosen] == [(off,)] * 2
+
+
+def test_staged_plans_one_group_after_the_other_as_given():
+  rows = [
+    dataclasses.replace(ROW, group=group, row=row, name=f"{group}/{row}")
+    for row in ("hope", "titans")
+    for group in ("text", "recall")
+  ]
+  planned = trials.staged(rows, rates=(0.1,), seeds=(0, 1))({})
+  assert [(t.group, t.row) for t in planned] == [
+    ("text", "hope"),
+    ("text", "titans"),
+    ("recall", "hope"),
+    ("recall", "titans"),
+  ]
+
+
+def test_slug_is_a_name_without_spaces_and_pluses():
+  assert trials.slug("Transformer++ conv") == "transformerpp_conv"
+
+
+def test_seed_is_the_trials_whatever_its_overrides_say():
+  trial = dataclasses.replace(ROW, overrides={"train.seed": 9}, seed=3)
+  assert trial.fields() == {"train.seed": 3, "data.seed": 3}
+
+
 def test_resolve_applies_overrides_and_seed():
   trial = dataclasses.replace(
     ROW, overrides={"model.inner_rates": "off", "opt.peak_lr": 0.25}, seed=3
@@ -150,3 +183,37 @@ def test_twins_differ_from_the_live_rows_by_inner_rates_only():
       off = {"model.inner_rates": "off"}
       assert trial.overrides == {**live.overrides, **off}
       assert trial.mode == live.mode
+
+
+def test_controls_are_evaluated_on_the_test_split():
+  for row in switch_off.ROWS:
+    length, offs = switch_off.long_evaluation(row), switch_off.switch_offs(row)
+    assert all("--split=test" in e.flags for e in (length, *offs))
+    assert all("--writes=off" in e.flags for e in offs)
+    assert "--length=4096" in length.flags
+    assert ("--dynamics" in length.flags) == bool(offs)
+
+
+def test_experiments_overrides_are_above_the_rows_own():
+  trial = switch_off.trial(
+    "Hope twin",
+    group="g",
+    name="n",
+    config="configs/shakespeare.py",
+    suffix=",smoke",
+    overrides={"model.inner_rates": "on", "train.steps": 3},
+  )
+  assert trial.overrides == {"model.inner_rates": "on", "train.steps": 3}
+  assert (trial.mode, trial.evaluations) == ("hope,smoke", ())
+
+
+@pytest.mark.parametrize(
+  ("label", "words"),
+  [
+    ("off", "writes off: all"),
+    ("off_cms_0", "writes off: cms_0"),
+    ("length_4096", "T 4,096"),
+  ],
+)
+def test_labels_are_described_in_words(label, words):
+  assert switch_off.describe(label) == words
