@@ -30,6 +30,7 @@ from hope_jax.training import (
   command,
   evaluation,
   faults,
+  progress,
   sharding,
 )
 from hope_jax.training import step as step_lib
@@ -105,6 +106,13 @@ def evaluate(
     workdir_lib.check_data(workdir, config, data)
   with sharding.activate(mesh):
     compiled = step_lib.build(config, mesh)
+    count, size = len(source), config.eval.batch_size
+    count = min(count, config.eval.batches * size or count)
+    length = config.data.sequence_length
+    progress.say(
+      f"evaluating {count} x {length} = {count * length:,} tokens of the"
+      f" {split} split of {config.data.path or config.data.kind}"
+    )
     step, params = checkpoints.restore_params(
       workdir, compiled.abstract_state.params
     )

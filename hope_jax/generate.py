@@ -23,7 +23,7 @@ from hope_jax.data import pipeline
 from hope_jax.data import text as text_lib
 from hope_jax.data.tokenizer import Tokenizer
 from hope_jax.generation import Sampling
-from hope_jax.training import checkpoints, command, sharding
+from hope_jax.training import checkpoints, command, progress, sharding
 from hope_jax.training import step as step_lib
 from hope_jax.training import workdir as workdir_lib
 
@@ -98,16 +98,17 @@ def generate(
     _, params = checkpoints.restore_params(
       workdir, compiled.abstract_state.params
     )
-    new = generation.generate(
-      params,
-      encoded,
-      config=config.model,
-      count=count,
-      sampling=sampling,
-      vocab_size=tokenizer.vocab_size,
-      seed=seed,
-      is_over=lambda tokens: cut(tokens, tokenizer, stop)[1],
-    )
+    with progress.waiting("compiling and drawing", patience=2.0):
+      new = generation.generate(
+        params,
+        encoded,
+        config=config.model,
+        count=count,
+        sampling=sampling,
+        vocab_size=tokenizer.vocab_size,
+        seed=seed,
+        is_over=lambda tokens: cut(tokens, tokenizer, stop)[1],
+      )
   return [cut(tokens, tokenizer, stop)[0] for tokens in new]
 
 

@@ -18,6 +18,7 @@ what texts in training most often begin after.
 """
 
 import collections
+import contextlib
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,11 +37,19 @@ from hope_jax.generation import Sampling
 from hope_jax.harness_answers import Answers
 from hope_jax.model_config import ModelConfig
 from hope_jax.scoring import Request, Score
+from hope_jax.training import progress
 
 NEW_TOKENS = 256  # that a task may draw if it does not say how many
 # lm-eval's names of what a model is asked for.
 LIKELIHOOD, ROLLING = "loglikelihood", "loglikelihood_rolling"
 TEXT = "generate_until"
+
+
+def _without_terminal(label: str) -> contextlib.AbstractContextManager[None]:
+  """Lines that say how long it takes, where no bar can."""
+  if sys.stderr.isatty():
+    return contextlib.nullcontext()
+  return progress.waiting(label, patience=2.0)
 
 
 class Asked(NamedTuple):
@@ -266,8 +275,9 @@ class HopeLM(TemplateLM):
       config=self._run.config.model,
       batch_size=self.batch_size,
     )
-    for n, score in tqdm.tqdm(found, label, len(numbers), disable=None):
-      scores[numbers[n]] = score
+    with _without_terminal(label):
+      for n, score in tqdm.tqdm(found, label, len(numbers), disable=None):
+        scores[numbers[n]] = score
     return scores
 
   def _loglikelihood_tokens(
@@ -348,7 +358,8 @@ class HopeLM(TemplateLM):
       )
       groups.setdefault((planned.asked, config), []).append(number)
     texts: list[Any] = [None] * len(plan)
-    with tqdm.tqdm(desc=label, total=len(plan), disable=None) as bar:
+    bar = tqdm.tqdm(desc=label, total=len(plan), disable=None)
+    with _without_terminal(label), bar:
       for (asked, config), numbers in groups.items():
         contexts = [plan[number].parts[0].context for number in numbers]
         for place, *text in self._continue(contexts, numbers, asked, config):

@@ -58,7 +58,7 @@ from hope_jax.session_folder import (
   state_file,
 )
 from hope_jax.streaming import StreamState
-from hope_jax.training import checkpoints, command, digest, sharding
+from hope_jax.training import checkpoints, command, digest, progress, sharding
 from hope_jax.training import step as step_lib
 from hope_jax.training import workdir as workdir_lib
 
@@ -245,7 +245,8 @@ def feed(run: Run, state: StreamState, path: epath.Path) -> Read:
   ) as bar:
     first = BLOCK - begin % BLOCK  # then only whole pieces, to the last block
     for tokens in streaming.read_text(path, run.tokenizer, first, BLOCK):
-      read = streaming.extend(run.params, state, tokens[None], config=model)
+      with progress.waiting(f"reading {path.name}", patience=5.0):
+        read = streaming.extend(run.params, state, tokens[None], config=model)
       known = read.log_probs[0, 0 if begin or scored else 1 :]
       loss -= float(known.sum(dtype=np.float64))
       scored += len(known)
@@ -280,17 +281,18 @@ def ask(
   read = streaming.extend(
     run.params, streaming.copy(state), tokens[None], config=model
   )
-  (new,) = generation.go_on(
-    run.params,
-    jax.tree.map(lambda x: x[None], read.state.fast),
-    read.logits,
-    config=model,
-    count=count,
-    sampling=sampling,
-    vocab_size=run.tokenizer.vocab_size,
-    seed=seed,
-    is_over=lambda tokens: generate.cut(tokens, run.tokenizer, stop)[1],
-  )
+  with progress.waiting("compiling and drawing", patience=2.0):
+    (new,) = generation.go_on(
+      run.params,
+      jax.tree.map(lambda x: x[None], read.state.fast),
+      read.logits,
+      config=model,
+      count=count,
+      sampling=sampling,
+      vocab_size=run.tokenizer.vocab_size,
+      seed=seed,
+      is_over=lambda tokens: generate.cut(tokens, run.tokenizer, stop)[1],
+    )
   text, _ = generate.cut(new, run.tokenizer, stop)
   if not keep:
     return Answer(text, state)

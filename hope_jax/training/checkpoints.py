@@ -27,7 +27,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from hope_jax import files
 from hope_jax.config import ConfigError, TrainConfig
-from hope_jax.training import digest, faults
+from hope_jax.training import digest, faults, progress
 from hope_jax.training import workdir as workdir_lib
 from hope_jax.training.faults import SaveFailed
 
@@ -318,9 +318,11 @@ def restore_params(workdir: epath.Path, abstract: Any) -> tuple[int, Any]:
     partial_restore=True,
   )
   handler = ocp.PyTreeCheckpointHandler()
-  params, reason = _read(
-    lambda: handler.restore(path / STATE, args=args)["params"]
-  )
+  _announce(workdir, step, abstract)
+  with progress.waiting("reading the checkpoint", patience=2.0):
+    params, reason = _read(
+      lambda: handler.restore(path / STATE, args=args)["params"]
+    )
   if reason:
     raise _broken(workdir, step, reason)
   for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -337,6 +339,20 @@ def restore_params(workdir: epath.Path, abstract: Any) -> tuple[int, Any]:
   if reason:
     raise _broken(workdir, step, reason)
   return step, params
+
+
+def _announce(workdir: epath.Path, step: int, abstract: Any) -> None:
+  """Says which model is going to be used, and where."""
+  model = ""
+  if (workdir / workdir_lib.CONFIG).exists():
+    model = workdir_lib.read_config(workdir).model.sequence_layer + ", "
+  leaves = jax.tree.leaves(abstract)
+  devices = leaves[0].sharding.device_set
+  kind = next(iter(devices)).device_kind
+  progress.say(
+    f"step {step} of {workdir}: {model}{sum(x.size for x in leaves):,}"
+    f" parameters on {len(devices)} x {kind}"
+  )
 
 
 def _broken(workdir: epath.Path, step: int, reason: str) -> ConfigError:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from hope_jax.config import Config
 from hope_jax.data import pipeline, tokenizer
-from hope_jax.training import dynamics, sharding, step
+from hope_jax.training import dynamics, progress, sharding, step
 
 FIRST_POSITIONS = 64  # the first of `by_position`'s bins
 
@@ -30,10 +30,11 @@ def evaluate(
   """
   size = config.eval.batch_size
   rows = sharding.process_rows(mesh, size)
-  sums = [
-    eval_step(params, sharding.put_batch(batch, mesh, size, rows))
-    for batch in pipeline.eval_batches(source, size, rows, config.eval.batches)
-  ]
+  sums = []
+  for batch in pipeline.eval_batches(source, size, rows, config.eval.batches):
+    placed = sharding.put_batch(batch, mesh, size, rows)
+    with progress.waiting("compiling the evaluation", patience=2.0):
+      sums.append(eval_step(params, placed))
   total = np.asarray(sums, np.float64).sum(axis=0)  # [3, T]
   scores: dict[str, Any] = _means(total)
   if with_positions:

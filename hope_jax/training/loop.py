@@ -39,7 +39,7 @@ def run(config: Config, workdir: epath.Path) -> dict[str, Any]:
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batches(config, mesh)
   compiled = step_lib.build(config, mesh)
-  _announce(compiled)
+  _announce(mesh, compiled)
   with progress.waiting("reading the data", patience=2.0):
     sources, data = processes.agree(
       lambda: (pipeline.load(config), pipeline.fingerprint(config))
@@ -67,11 +67,14 @@ def run(config: Config, workdir: epath.Path) -> dict[str, Any]:
   return result
 
 
-def _announce(compiled: step_lib.Compiled) -> None:
+def _announce(mesh: jax.sharding.Mesh, compiled: step_lib.Compiled) -> None:
   """How large the model is, and where it is going to be trained."""
   count = step_lib.count_parameters(compiled.abstract_state.params)
-  kind = jax.devices()[0].device_kind
-  progress.say(f"{count:,} parameters on {jax.device_count()} x {kind}")
+  device = mesh.devices.flat[0]
+  progress.say(f"{count:,} parameters on {mesh.size} x {device.device_kind}")
+  missing = flops.why_no_mfu(device)
+  if missing:
+    progress.say(missing)
 
 
 def train(
