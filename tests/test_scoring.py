@@ -200,9 +200,28 @@ def test_tree_holds_every_sequence_where_it_ends():
   assert (last.tokens, last.numbers) == ([9], [5])
   ends = {tuple(x.tokens): x.numbers for x in scoring._children(first)}
   assert ends == {(4, 5): [3], (3,): [0, 1]}
+  # One ends where another goes on.
+  (node,) = scoring._children(scoring.grow([[1, 2], [1, 2, 3]], 2))
+  assert (node.tokens, node.numbers) == ([1, 2], [0]) and node.children
   # Blocks that nothing branches from are one node.
   (chain,) = scoring._children(scoring.grow([[1, 2, 3, 4, 5]], 2))
   assert (chain.tokens, chain.numbers) == ([1, 2, 3, 4, 5], [0])
+
+
+def test_pieces_begin_at_multiples_of_their_size(monkeypatch):
+  sizes = []
+
+  def read_piece(_, states, tokens, is_read, **options):
+    sizes.append(tokens.shape[1])
+    return streaming.Scores(np.zeros(tokens.shape), tokens > 0), states
+
+  monkeypatch.setattr(scoring, "PIECE", 64)
+  monkeypatch.setattr(scoring, "read_piece", read_piece)
+  before: Any = scoring.Read(8, (), {"state": np.zeros(2)})
+  scoring.read(
+    None, [scoring.Row(before, TEXT[:72])], config=make("lstm"), batch_size=1
+  )
+  assert sizes == [8] * 9
 
 
 def test_blocks_end_where_levels_do():
