@@ -85,6 +85,43 @@ def test_memora_equals_token_loop(read, retention):
   np.testing.assert_allclose(pieces, expected, atol=1e-10)
 
 
+def changes(initial, difference):
+  """Median over batch and heads of |D| / |M_0|, matrices only."""
+  square = lambda tree: sum(
+    np.sum(np.square(w), axis=(-2, -1)) for w in jax.tree.leaves(tree)
+  )
+  return np.median(np.sqrt(square(difference) / square(initial)))
+
+
+@pytest.mark.parametrize("retention", ["zero", "start"])
+def test_memora_logs_what_it_did(retention):
+  cfg = MemoryConfig(
+    **{"momentum": "none", "activation": "gelu", "delta_rule": "none"},
+    **{"adaptive": (), "retention": retention, "chunk_length": 5},
+  )
+  initial = Weights(normal(4, H, F, K), normal(5, H, K, F))
+  eta, alpha = (jax.nn.sigmoid(normal(seed, B, H, T)) for seed in (6, 7))
+  nothing = {"weight": chunks.zeros(initial, B), "momentum": None}
+  out = fast_jit(
+    lambda *tokens: memora.run_memory(
+      initial,
+      *tokens,
+      Gates(eta, alpha, None),
+      cfg,
+      state=chunks.fresh(nothing),
+      with_dynamics=True,
+    )
+  )(*sequence())
+  wanted = {
+    "learn_rate": np.mean(eta),
+    "half_life": np.median(np.log(0.5) / np.log(alpha)),
+    "relative_change": changes(initial, out.state.now["weight"]),
+  }
+  assert out.dynamics.keys() == wanted.keys()
+  for name, value in wanted.items():
+    np.testing.assert_allclose(out.dynamics[name], value, err_msg=name)
+
+
 @pytest.mark.parametrize("is_mlp", [False, True])
 def test_ttt_equals_token_loop(is_mlp):
   cfg = MemoryConfig(chunk_length=5)
@@ -106,7 +143,9 @@ def test_ttt_equals_token_loop(is_mlp):
     factor = jnp.maximum(0, 1 / (1 + place) + learned[place])
     wide = lambda x: jnp.broadcast_to(x[None, None], rate.shape)
     seen = ttt.Tokens(k, v, q, rate, wide(factor), wide((place == 4) * 1.0))
-    return ttt.run_memory(initial, norm, seen, cfg, state=state)
+    return ttt.run_memory(
+      initial, norm, seen, cfg, state=state, with_dynamics=True
+    )
 
   expected = over_heads(
     lambda w, x: baselines.run_ttt(*w, *x, learned, 5),
@@ -114,8 +153,16 @@ def test_ttt_equals_token_loop(is_mlp):
     tokens,
   )
   assert jnp.sum(1 / jnp.arange(1, 6) + learned < 0) == 1
-  whole = fast_jit(lambda: run(slice(T), None).outputs)()
-  np.testing.assert_allclose(whole, expected, atol=1e-10)
-  nothing = {"weight": chunks.zeros(initial, B)}
-  pieces = in_pieces(run, chunks.fresh(nothing))
+  nothing = chunks.fresh({"weight": chunks.zeros(initial, B)})
+  whole = fast_jit(lambda: run(slice(T), nothing))()
+  np.testing.assert_allclose(whole.outputs, expected, atol=1e-10)
+  fresh = fast_jit(lambda: run(slice(T), None))()
+  np.testing.assert_allclose(fresh.outputs, expected, atol=1e-10)
+  np.testing.assert_allclose(fresh.dynamics["learn_rate"], np.mean(rate))
+  matrices = lambda tree: [layer.weight for layer in tree if layer]
+  np.testing.assert_allclose(
+    whole.dynamics["relative_change"],
+    changes(matrices(initial), matrices(whole.state.now["weight"])),
+  )
+  pieces = in_pieces(run, nothing)
   np.testing.assert_allclose(pieces, expected, atol=1e-10)

@@ -64,6 +64,10 @@ SPREADS = [
   ("samba", "block_1/mixer/query/kernel", TORCH * D**-0.5),
   ("samba", "block_1/mixer/output/kernel", TORCH * (8 * D) ** -0.5),
   ("samba", "block_1/ffn/down/kernel", TORCH * (8 * 384) ** -0.5),
+  ("memora", "mixer/initial/memory_hidden", 1.0),
+  ("memora", "mixer/initial/memory_output", 1.0),
+  ("hope", "cms/level_0/up", 0.02),
+  ("hope", "cms/level_0/down", 0.02 / 8**0.5),
 ]
 
 

@@ -312,6 +312,15 @@ def test_levels_start_at_their_half_life_and_rate():
     np.testing.assert_allclose(rate, 1, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+  ("share", "layers", "count"),
+  [(0.1, 3, 1), (0.6, 3, 2), (0.25, 12, 3), (1, 3, 3)],
+)
+def test_learning_share_is_rounded_to_layers(share, layers, count):
+  config = make(learning_share=share, num_layers=layers)
+  assert next_token.learning_layers(config) == count
+
+
 def test_documents_do_not_leak():
   """A document from a chunk's border on reads as if it stood alone; from
   inside a chunk, it does not depend on what was before."""
