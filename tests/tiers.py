@@ -7,7 +7,7 @@ import pytest
 CORE = (
   "data/test_pipeline.py",
   "experiments/test_trials.py",
-  "memory/test_self_modifying.py",
+  "memory/test_cms.py",
   "models/test_models.py",
   "optim/test_adamw.py",
   "pallas_kernels/test_linear_rule_kernels.py",
