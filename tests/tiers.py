@@ -7,8 +7,8 @@ import pytest
 CORE = (
   "data/test_pipeline.py",
   "experiments/test_trials.py",
-  "memory/test_self_modifying.py",
-  "models/test_models.py",
+  "memory/test_cms.py",
+  "models/test_initial_values.py",
   "optim/test_adamw.py",
   "pallas_kernels/test_linear_rule_kernels.py",
   "test_commands.py",

@@ -297,6 +297,23 @@ def test_batches_pass_and_end():
   assert list(faults.with_timeout(iter(range(5)), 10.0)) == list(range(5))
 
 
+def test_batches_are_made_ahead():
+  made = []
+
+  def make():
+    for n in range(9):
+      made.append(n)
+      yield n
+
+  batches = faults.with_timeout(make(), 10.0, ahead=3)
+  assert next(batches) == 0
+  deadline = time.monotonic() + 10
+  while len(made) < 5 and time.monotonic() < deadline:
+    time.sleep(0.01)
+  assert len(made) == 5  # one is used, three wait, one is at hand
+  batches.close()
+
+
 def test_hanging_data_is_an_error_within_its_time():
   def hang():
     yield 1
