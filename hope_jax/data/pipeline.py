@@ -9,7 +9,9 @@ data workers.  Every process makes its own rows of the global batch only.
 Legend: B batch, T tokens.
 """
 
+import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from hope_jax.config import Config
-from hope_jax.data import lanes, mqar, records, text, tokenizer
+from hope_jax.data import lanes, mqar, processes, records, text, tokenizer
 
 LOADERS = {"text": text.load, "mqar": mqar.load, "records": records.load}
 PREFETCH = 8  # batches
@@ -90,11 +92,28 @@ def prefetch(
   dataset = grain.MapDataset.source(source).slice(slice(start, None))
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)
   ahead = dataset.to_iter_dataset(options)
-  if workers:
-    if not flags.FLAGS.is_parsed():  # in a library; grain's workers ask
-      flags.FLAGS.mark_as_parsed()
-    ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-  return iter(ahead)
+  if not workers:
+    return iter(ahead)
+  if not flags.FLAGS.is_parsed():  # in a library; grain's workers ask
+    flags.FLAGS.mark_as_parsed()
+  # Through pipes: nothing frees the shared memory of a process that was killed.
+  through_pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+  ahead = grain.experimental.WithOptionsIterDataset(ahead, through_pipes)
+  ahead = ahead.mp_prefetch(
+    grain.MultiprocessingOptions(num_workers=workers),
+    worker_init_fn=lambda index, count: processes.follow_parent(),
+  )
+  return _in_processes(iter(ahead))
+
+
+def _in_processes(ahead: Any) -> Iterator[Batch]:
+  """`ahead`, whose first element starts its processes; closed, it ends them."""
+  with contextlib.closing(ahead):
+    with processes.starting():
+      batch = next(ahead, None)
+    while batch is not None:
+      yield batch
+      batch = next(ahead, None)
 
 
 def eval_batches(
