@@ -42,6 +42,7 @@ class Options:
     long: documents of at least so many tokens form the group `long`, the
       others `short`; 0: one group, `all`.
     text_field, prompt_field: of records; the prompt's tokens get weight 0.
+    parts: only the first so many parts of about `part_bytes`; 0: all.
     seed: of the order of documents inside a part.
   """
 
@@ -53,6 +54,7 @@ class Options:
   text_field: str = "text"
   prompt_field: str | None = None
   part_bytes: int = documents.PART_BYTES
+  parts: int = 0
   seed: int = 0
 
   def check(self) -> None:
@@ -71,8 +73,11 @@ class Options:
         f"--holdout={','.join(map(str, shares))} must be two shares, valid and"
         " test, with a sum below 1"
       )
-    if self.long < 0 or self.part_bytes < 1:
-      raise ConfigError("--long and --part_bytes must not be negative")
+    if min(self.long, self.parts) < 0 or self.part_bytes < 1:
+      raise ConfigError(
+        f"--long={self.long} and --parts={self.parts} must not be negative,"
+        f" --part_bytes={self.part_bytes} must be positive"
+      )
 
 
 def split_of(text: str, options: Options) -> str:
@@ -196,7 +201,9 @@ def prepare(
   """
   options.check()
   paths = documents.find(inputs)
-  parts = documents.parts(paths, options.part_bytes)
+  fields = documents.Fields(options.text_field, options.prompt_field)
+  parts = documents.parts(paths, options.part_bytes, fields)
+  parts = parts[: options.parts or None]
   folder = files.reach(output)
   plan = {
     "options": dataclasses.asdict(options),
