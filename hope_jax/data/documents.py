@@ -81,6 +81,13 @@ def find(inputs: Sequence[str]) -> list[str]:
   return found
 
 
+def changed(name: str) -> float:
+  """When a source was last changed; 0 where that is not known."""
+  if name.startswith(TFDS):
+    return 0.0
+  return float(epath.Path(name).stat().mtime or 0)
+
+
 def parts(
   paths: Sequence[str],
   part_bytes: int = PART_BYTES,
