@@ -32,8 +32,8 @@ SMOKE = {
 def recipe(arg: str | None, size: str, tokens: float):
   """A model of `size` trained on `tokens`.
 
-  `smoke` keeps vocabulary, dtype, remat and the kind of data, and takes the
-  tiny model and short examples, so that it runs on a CPU.
+  `smoke` keeps dtype, remat and the kind of data, and takes the tiny model, few
+  subwords and short examples, so that it runs on a CPU.
   """
   name, switches = _base.parse(arg, "hope", _models.NAMES, "smoke")
   is_smoke = "smoke" in switches
@@ -45,7 +45,7 @@ def recipe(arg: str | None, size: str, tokens: float):
       memory_chunks=(64, 256),
       cms_chunks=(64, 128, 0) if is_smoke else (512, 2048, 0),
       cms_signal="next_token",
-      vocab_size=32000,
+      vocab_size=512 if is_smoke else 32000,
       dtype="bfloat16",
       remat="full",
     ),
