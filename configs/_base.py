@@ -8,6 +8,8 @@ the two lists together.
 
 import ml_collections
 
+from hope_jax import fields
+
 DEFAULTS = {
   "model": {
     "sequence_layer": "transformer",
@@ -141,8 +143,11 @@ def parse(
   words = arg.split(",") if arg else []
   for word in words:
     if word not in (*names, *switches):
-      known = ", ".join((*names, *switches))
-      raise ValueError(f"mode {word!r} is not one of {known}")
+      known = (*names, *switches)
+      raise ValueError(
+        f"unknown mode {word!r}{fields.nearest(word, known)}"
+        f" (all: {', '.join(known)})"
+      )
   chosen = [word for word in words if word in names] or [default]
   if len(chosen) > 1:
     raise ValueError(f"mode {arg!r} names more than one model")

@@ -1,16 +1,30 @@
 """340M parameters on 15B tokens of FineWeb-Edu: the paper's recipe.
 
 Paper: Table 2 (340M / 15B, NeurIPS version).
-Command: python -m hope_jax.train --config=configs/hope_340m.py:hope \
-  --config.data.path=FOLDER --workdir=runs/hope-340m
-Modes: the models of `_models.py`; with `smoke` four steps of the tiny model on
-  the embedded text.
-Data: FOLDER holds train.txt, valid.txt and test.txt.  Text is read as bytes
-  so far; the vocabulary of 32,000 subwords is the recipe's.
+Data: the parquet files of HuggingFaceFW/fineweb-edu, sample/100BT, under
+  data/.  Documents of at least 4,096 tokens make a quarter of the examples: the
+  paper mixes long documents in and does not say how many.
+Prepare, once for the three sizes:
+  python -m scripts.prepare_data --output=data/fineweb_edu \
+    --tokenizer=sentencepiece:32000 --length=4096 --align=256 --long=4096 \
+    --holdout=0.0001,0.0001 --licence=ODC-By \
+    data/fineweb-edu/sample/100BT/*.parquet
+Command:
+  python -m hope_jax.train --config=configs/hope_340m.py:hope \
+    --workdir=runs/hope-340m
+Modes: the models of `_models.py`; with `smoke` four steps of the tiny model at
+  T 256 on 4 MB of one of the files, in 512 subwords:
+  python -m scripts.prepare_data --output=data/fineweb_edu_smoke \
+    --tokenizer=sentencepiece:512 --length=256 --align=256 --long=256 \
+    --holdout=0.1,0.1 --part_bytes=4000000 --parts=1 \
+    data/fineweb-edu/sample/100BT/000_00000.parquet
+  python -m hope_jax.train --config=configs/hope_340m.py:hope,smoke \
+    --workdir=runs/hope-340m-smoke
 Hardware: an accelerator pod; the mesh by --config.mesh.fsdp, .tensor.
 Expected: Hope 26.05 Wiki ppl / 46.90 avg, Transformer++ 31.52 / 42.92, Titans
   (LMM) 26.18 / 46.17 (NeurIPS version, Titans paper).
-Measured: not trained yet; parameter counts are tested.
+Measured: not trained yet; parameter counts are tested, and that the commands
+  of `smoke` run.
 """
 
 from configs import _paper

@@ -9,6 +9,7 @@ import difflib
 import math
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any, Literal
 
 
@@ -16,9 +17,18 @@ class ConfigError(ValueError):
   """A configuration that cannot be used; the message says what to change."""
 
 
+def nearest(value: Any, choices: Iterable[str]) -> str:
+  """ "; did you mean ...?" with what `value` may be a slip of, or nothing."""
+  near = difflib.get_close_matches(str(value), list(choices), n=1)
+  return f"; did you mean {near[0]!r}?" if near else ""
+
+
 def check_choice(value: str, name: str, choices: tuple[str, ...]):
   if value not in choices:
-    raise ConfigError(f"{name}={value!r} is not one of {', '.join(choices)}")
+    raise ConfigError(
+      f"unknown {name}={value!r}{nearest(value, choices)}"
+      f" (all: {', '.join(map(str, choices))})"
+    )
 
 
 def check_numbers(
@@ -54,9 +64,7 @@ def convert(cls: type, values: Any, where: str = "") -> Any:
   for key, value in values.items():
     name = f"{where}.{key}" if where else key
     if key not in fields:
-      near = difflib.get_close_matches(key, fields, n=1)
-      hint = f"; did you mean {near[0]!r}?" if near else ""
-      raise ConfigError(f"unknown field {name!r}{hint}")
+      raise ConfigError(f"unknown field {name!r}{nearest(key, fields)}")
     arguments[key] = _convert_value(hints[key], value, name)
   for key, field in fields.items():
     no_default = field.default is field.default_factory is dataclasses.MISSING

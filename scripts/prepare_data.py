@@ -38,6 +38,7 @@ def define_flags() -> None:
     "prompt_field", None, "field that is read but not learned (fine-tuning)"
   )
   flags.DEFINE_integer("part_bytes", defaults.part_bytes, "bytes of a part")
+  flags.DEFINE_integer("parts", defaults.parts, "the first parts only; 0: all")
   flags.DEFINE_integer("seed", defaults.seed, "of the documents' order")
   flags.DEFINE_string("licence", "", "noted in the manifest")
   flags.DEFINE_integer("workers", 0, "processes; 0: one per core")
@@ -62,6 +63,7 @@ def main(inputs: list[str]) -> None:
     text_field=args.text_field,
     prompt_field=args.prompt_field,
     part_bytes=args.part_bytes,
+    parts=args.parts,
     seed=args.seed,
   )
   with tqdm.tqdm(unit="B", unit_scale=True, disable=None) as bar:

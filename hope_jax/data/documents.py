@@ -35,6 +35,9 @@ class Fields(NamedTuple):
   prompt: str | None = None
 
 
+FIELDS = Fields()
+
+
 class Part(NamedTuple):
   """Units `start` .. `stop - 1` of a source: bytes, row groups or examples."""
 
@@ -78,12 +81,24 @@ def find(inputs: Sequence[str]) -> list[str]:
   return found
 
 
-def parts(paths: Sequence[str], part_bytes: int = PART_BYTES) -> list[Part]:
-  """The parts of all sources, in order."""
-  return [part for path in paths for part in _parts(path, part_bytes)]
+def changed(name: str) -> float:
+  """When a source was last changed; 0 where that is not known."""
+  if name.startswith(TFDS):
+    return 0.0
+  return float(epath.Path(name).stat().mtime or 0)
 
 
-def _parts(name: str, part_bytes: int) -> list[Part]:
+def parts(
+  paths: Sequence[str],
+  part_bytes: int = PART_BYTES,
+  fields: Fields = FIELDS,
+) -> list[Part]:
+  """The parts of all sources, in order; `ConfigError` for what can be known to
+  be unusable before anything is read."""
+  return [part for path in paths for part in _parts(path, part_bytes, fields)]
+
+
+def _parts(name: str, part_bytes: int, fields: Fields) -> list[Part]:
   if name.startswith(TFDS):
     source, size = _tfds(name), 1000
     count = len(source)
@@ -107,12 +122,16 @@ def _parts(name: str, part_bytes: int) -> list[Part]:
       for i in starts
     ]
   if kind == "parquet":
-    return _row_groups(path, part_bytes)
+    return _row_groups(path, part_bytes, fields)
   return [Part(name, kind, 0, size, size)]
 
 
-def _row_groups(path: epath.Path, part_bytes: int) -> list[Part]:
-  metadata = _parquet(path).metadata
+def _row_groups(
+  path: epath.Path, part_bytes: int, fields: Fields
+) -> list[Part]:
+  file = _parquet(path)
+  _check_columns(path, file, fields)
+  metadata = file.metadata
   found, start, held = [], 0, 0
   for group in range(metadata.num_row_groups):
     held += metadata.row_group(group).total_byte_size
@@ -120,6 +139,33 @@ def _row_groups(path: epath.Path, part_bytes: int) -> list[Part]:
       found.append(Part(str(path), "parquet", start, group + 1, held))
       start, held = group + 1, 0
   return found
+
+
+def _check_columns(path: epath.Path, file: Any, fields: Fields) -> None:
+  """`ConfigError` unless the columns are there, are text and have no nulls, as
+  far as the file's end says."""
+  import pyarrow
+
+  schema = file.schema_arrow
+  for name in filter(None, fields):
+    if name not in schema.names:
+      raise ConfigError(
+        f"{path} has no column {name!r}; it has {', '.join(schema.names)}"
+      )
+    kind = schema.field(name).type
+    if pyarrow.types.is_dictionary(kind):
+      kind = kind.value_type
+    if kind not in (pyarrow.string(), pyarrow.large_string()):
+      raise ConfigError(f"{path}: column {name!r} is {kind}, not text")
+    for group in range(file.metadata.num_row_groups):
+      row_group = file.metadata.row_group(group)
+      columns = map(row_group.column, range(row_group.num_columns))
+      found = next(c for c in columns if c.path_in_schema == name)
+      if found.statistics and found.statistics.null_count:
+        raise ConfigError(
+          f"{path}: column {name!r} has {found.statistics.null_count} rows"
+          f" without a value in row group {group}: remove them"
+        )
 
 
 def read(part: Part, fields: Fields) -> Iterator[Text]:
@@ -184,19 +230,11 @@ def _read_parquet(part: Part, fields: Fields) -> Iterator[Text]:
 
 def _parquet_rows(part: Part, fields: Fields) -> Iterator[Text]:
   file = _parquet(epath.Path(part.path))
-  columns = [name for name in (fields.text, fields.prompt) if name]
-  missing = [c for c in columns if c not in file.schema_arrow.names]
-  if missing:
-    raise ConfigError(
-      f"{part.path} has no column {missing[0]!r}; it has"
-      f" {', '.join(file.schema_arrow.names)}"
-    )
-  row = 0
+  columns = list(filter(None, fields))
   for group in range(part.start, part.stop):
     table = file.read_row_group(group, columns=columns)
-    for record in table.to_pylist():
+    for row, record in enumerate(table.to_pylist()):
       yield _text(record, fields, f"{part.path}, row group {group}, row {row}")
-      row += 1
 
 
 def _read_tfds(part: Part, fields: Fields) -> Iterator[Text]:
@@ -251,6 +289,9 @@ def _text(record: Any, fields: Fields, where: str) -> Text:
   for name in (fields.prompt, fields.text):
     value = "" if name is None else record.get(name)
     if not isinstance(value, str):
+      if name in record:
+        kind = "null" if value is None else f"a {type(value).__name__}"
+        raise ConfigError(f"{where}: field {name!r} is {kind}, not text")
       raise ConfigError(
         f"{where}: no text in field {name!r}; it has"
         f" {', '.join(map(str, record)) or 'nothing'}"

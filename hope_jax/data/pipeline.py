@@ -9,7 +9,9 @@ data workers.  Every process makes its own rows of the global batch only.
 Legend: B batch, T tokens.
 """
 
+import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +20,7 @@ from absl import flags
 
 from hope_jax.config import Config
 from hope_jax.data import lanes, mqar, records, text, tokenizer
+from hope_jax.data import workers as workers_lib
 
 LOADERS = {"text": text.load, "mqar": mqar.load, "records": records.load}
 PREFETCH = 8  # batches
@@ -91,10 +94,27 @@ def prefetch(
   source: Any = batches
   dataset = grain.MapDataset.source(source).slice(slice(start, None))
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)
+  ahead = dataset.to_iter_dataset(options)
   if not flags.FLAGS.is_parsed():  # in a library; grain's workers ask
     flags.FLAGS.mark_as_parsed()
-  processes = grain.MultiprocessingOptions(num_workers=workers)
-  return iter(dataset.to_iter_dataset(options).mp_prefetch(processes))
+  # Through pipes: nothing frees the shared memory of a process that was killed.
+  through_pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+  ahead = grain.experimental.WithOptionsIterDataset(ahead, through_pipes)
+  ahead = ahead.mp_prefetch(
+    grain.MultiprocessingOptions(num_workers=workers),
+    worker_init_fn=lambda index, count: workers_lib.follow_parent(),
+  )
+  return _in_processes(iter(ahead))
+
+
+def _in_processes(ahead: Any) -> Iterator[Batch]:
+  """`ahead`, whose first element starts its processes; closed, it ends them."""
+  with contextlib.closing(ahead):
+    with workers_lib.starting():
+      batch = next(ahead, None)
+    while batch is not None:
+      yield batch
+      batch = next(ahead, None)
 
 
 def eval_batches(

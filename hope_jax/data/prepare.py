@@ -8,6 +8,7 @@ is done.  A second call does what is missing.  The manifests come last.
 
 import collections
 import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import hashlib
 import importlib
@@ -27,6 +28,7 @@ from hope_jax.data import tokenizer as tokenizer_lib
 
 SPLITS = ("train", "valid", "test")
 PARTS, PLAN = "parts", "plan.json"
+TOKENIZER_BYTES = 1 << 28  # of text that a tokenizer is trained on, about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Options:
     long: documents of at least so many tokens form the group `long`, the
       others `short`; 0: one group, `all`.
     text_field, prompt_field: of records; the prompt's tokens get weight 0.
+    parts: only the first so many parts of about `part_bytes`; 0: all.
     seed: of the order of documents inside a part.
   """
 
@@ -53,6 +56,7 @@ class Options:
   text_field: str = "text"
   prompt_field: str | None = None
   part_bytes: int = documents.PART_BYTES
+  parts: int = 0
   seed: int = 0
 
   def check(self) -> None:
@@ -71,8 +75,11 @@ class Options:
         f"--holdout={','.join(map(str, shares))} must be two shares, valid and"
         " test, with a sum below 1"
       )
-    if self.long < 0 or self.part_bytes < 1:
-      raise ConfigError("--long and --part_bytes must not be negative")
+    if min(self.long, self.parts) < 0 or self.part_bytes < 1:
+      raise ConfigError(
+        f"--long={self.long} and --parts={self.parts} must not be negative,"
+        f" --part_bytes={self.part_bytes} must be positive"
+      )
 
 
 def split_of(text: str, options: Options) -> str:
@@ -120,8 +127,14 @@ def _run_part(
   """Prepares one part: its shards and then its counts; returns its bytes."""
   groups = collections.defaultdict(list)
   fields = documents.Fields(options.text_field, options.prompt_field)
-  for text in documents.read(part, fields):
-    document = tokenize(text, tokenizer)
+  for number, text in enumerate(documents.read(part, fields)):
+    try:
+      document = tokenize(text, tokenizer)
+    except ConfigError as error:
+      place = f"from {part.start} on" if part.start else "in order"
+      raise ConfigError(
+        f"{part.path}, document {number} {place}: {error}"
+      ) from error
     group = "all"
     if options.long:
       is_long = len(document.tokens) >= options.long
@@ -143,6 +156,20 @@ def _run_part(
   done = epath.Path(output) / PARTS / f"{index:05d}.json"
   files.write_text(done, json.dumps(shards))
   return part.bytes
+
+
+def _shards(folder: epath.Path, index: int) -> list[dict[str, Any]] | None:
+  """What a part became; None if it is still to be prepared, or was damaged
+  since (a machine's end may lose what was not on its disk yet)."""
+  try:
+    shards = json.loads((folder / PARTS / f"{index:05d}.json").read_text())
+    for shard in shards:
+      path = folder / shard["split"] / shard["file"]
+      if path.stat().length != shard["bytes"]:
+        return None
+  except (OSError, ValueError):
+    return None
+  return shards
 
 
 def _write_shard(
@@ -196,20 +223,23 @@ def prepare(
   """
   options.check()
   paths = documents.find(inputs)
-  parts = documents.parts(paths, options.part_bytes)
+  fields = documents.Fields(options.text_field, options.prompt_field)
+  parts = documents.parts(paths, options.part_bytes, fields)
+  parts = parts[: options.parts or None]
   folder = files.reach(output)
   plan = {
     "options": dataclasses.asdict(options),
     "tokenizer": tokenizer,
     "licence": licence,
     "parts": [part._asdict() for part in parts],
+    "changed": {path: documents.changed(path) for path in paths},
   }
   _claim(folder, plan, options)
   tokenizer_ = _tokenizer(folder, tokenizer, parts, options)
   todo = [
     (index, part)
     for index, part in enumerate(parts)
-    if not (folder / PARTS / f"{index:05d}.json").exists()
+    if _shards(folder, index) is None
   ]
   done_bytes = sum(p.bytes for p in parts) - sum(p.bytes for _, p in todo)
   count = len(parts) - len(todo)
@@ -227,7 +257,7 @@ def _claim(folder: epath.Path, plan: dict[str, Any], options: Options) -> None:
     if path.read_text() != text:
       raise ConfigError(
         f"{folder} holds a preparation of other inputs or options: finish it"
-        " with the same command, or choose another --output"
+        " with the same command and unchanged files, or choose another --output"
       )
     return
   targets = ("train", "valid", "test") if options.holdout else (options.split,)
@@ -255,16 +285,23 @@ def _tokenizer(
       raise ConfigError(
         f"--tokenizer={name}: give the size, as in sentencepiece:32000"
       )
-    if path.exists():
-      return tokenizer_lib.load(path)
-    fields = documents.Fields(options.text_field, options.prompt_field)
-    texts = (
-      text.prompt + text.text
-      for part in parts
-      for text in documents.read(part, fields)
-    )
-    path.write_bytes(tokenizer_lib.train(texts, int(size), options.seed))
-    return tokenizer_lib.load(path)
+    if not path.exists():
+      fields = documents.Fields(options.text_field, options.prompt_field)
+      texts = (
+        text.prompt + text.text
+        for part in _sample(parts)
+        for text in documents.read(part, fields)
+      )
+      model = tokenizer_lib.train(texts, int(size), options.seed)
+      with files.writing(path) as beside:
+        beside.write_bytes(model)
+    loaded = tokenizer_lib.load(path)
+    if loaded.vocab_size != int(size):
+      raise ConfigError(
+        f"{folder} holds a tokenizer of {loaded.vocab_size} pieces, not of"
+        f" --tokenizer={name}: choose another --output"
+      )
+    return loaded
   loaded = tokenizer_lib.load(name)
   for file, content in loaded.files.items():
     if (folder / file).exists() and (folder / file).read_bytes() != content:
@@ -274,6 +311,14 @@ def _tokenizer(
       )
   tokenizer_lib.save(loaded, folder)
   return tokenizer_lib.load(folder / next(iter(loaded.files)))
+
+
+def _sample(parts: list[documents.Part]) -> list[documents.Part]:
+  """All parts, or of many as many as a tokenizer can learn from, evenly spread:
+  its training takes some 30 bytes of memory per byte of text."""
+  total = sum(part.bytes for part in parts)
+  step = max(1, -(-total // TOKENIZER_BYTES))
+  return parts[::step]
 
 
 def _run(
@@ -289,17 +334,24 @@ def _run(
       yield _run_part(index, part, tokenizer, options, output)
     return
   context = multiprocessing.get_context("spawn")
-  with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-    futures = [
-      pool.submit(_run_part, index, part, tokenizer, options, output)
-      for index, part in todo
-    ]
-    try:
-      for future in concurrent.futures.as_completed(futures):
-        yield future.result()
-    except BaseException:
-      pool.shutdown(cancel_futures=True)
-      raise
+  pool = concurrent.futures.ProcessPoolExecutor(
+    workers, context, workers_lib.follow_parent
+  )
+  try:
+    with workers_lib.starting():
+      futures = [
+        pool.submit(_run_part, index, part, tokenizer, options, output)
+        for index, part in todo
+      ]
+    for future in concurrent.futures.as_completed(futures):
+      yield future.result()
+  except concurrent.futures.process.BrokenProcessPool as error:
+    raise ConfigError(
+      "a process that prepared a part was killed, perhaps for its memory: run"
+      f" the same command again, with fewer --workers ({workers})"
+    ) from error
+  finally:  # an error does not wait for what is under way
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _finish(
@@ -312,8 +364,7 @@ def _finish(
   """Writes the splits' manifests and removes what only resuming needed."""
   by_split = collections.defaultdict(list)
   for index in range(len(parts)):
-    done = folder / PARTS / f"{index:05d}.json"
-    for shard in json.loads(done.read_text()):
+    for shard in _shards(folder, index) or ():
       by_split[shard.pop("split")].append(shard)
   if not by_split:
     raise ConfigError(

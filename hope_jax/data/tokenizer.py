@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from etils import epath
 
+from hope_jax import files
 from hope_jax.config import ConfigError
 
 BYTES = "bytes"
@@ -191,7 +192,8 @@ def load(name: str | pathlib.Path | epath.Path) -> Tokenizer:
 def save(words: Tokenizer, folder: epath.Path) -> None:
   """Writes the tokenizer's files."""
   for name, content in words.files.items():
-    (folder / name).write_bytes(content)
+    with files.writing(folder / name) as beside:
+      beside.write_bytes(content)
 
 
 def _end_token(path: epath.Path) -> str | None:

@@ -5,6 +5,7 @@ Ctrl-C; 75: SIGTERM or preemption, saved, the same command resumes.
 """
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -82,19 +83,29 @@ def announce(config: Config, workdir: Any) -> None:
   )
 
 
+def explain(error: Exception) -> str:
+  """What an error of the flags or of a config file says, in one short line."""
+  text = str(error.args[0] if isinstance(error, KeyError) else error).strip()
+  if slip := re.search(r'Did you mean "(.+)" instead of "(.+)"', text):
+    right, wrong = slip.groups()
+    return f"the config has no field {wrong!r}; did you mean {right!r}?"
+  if place := re.search(r"Attempting to lookup: (\S+)", text):
+    return f"the config has no field {place[1]!r}"
+  unknown = re.match(r"""(?:Key )?["']?([\w.]+)["']?(?: does not|$)""", text)
+  if unknown and isinstance(error, KeyError | AttributeError):
+    return f"the config has no field {unknown[1]!r}"
+  if value := re.match(r"(.*): Error while parsing string: .* as tuple", text):
+    return f"{value[1]} is not a list of values: write it as (1,2,3)"
+  if isinstance(error, OSError) or "Traceback" in text:
+    text = text.splitlines()[-1].strip()
+  return text.removeprefix("ValueError: ") or type(error).__name__
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
-  except KeyError as error:
-    text = str(error.args[0])
-    if " " not in text:
-      text = f"the config has no group or field {text}"
-    fail(text, 2)
   except Exception as error:  # a config file may raise anything
-    message = str(error).strip() or type(error).__name__
-    if isinstance(error, OSError) or "Traceback" in message:
-      message = message.splitlines()[-1].strip()
-    fail(message, 2)
+    fail(explain(error), 2)
 
 
 def run(main: Callable[..., None], *, takes_arguments: bool = False) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -110,6 +111,108 @@ def test_interrupted_preparation_refuses_other_options(source, tmp_path):
   with pytest.raises(ConfigError, match="other inputs or options: finish it"):
     run(source, tmp_path / "out", Options(length=32, align=16))
   assert content(tmp_path / "out") == before
+
+
+def interrupt(source, output, parts=2):
+  """Prepares so many parts."""
+
+  def stop(count, total, done):
+    if count == parts:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    run(source, output, progress=stop)
+
+
+def test_parts_lost_after_an_interruption_are_made_again(source, tmp_path):
+  run(source, tmp_path / "whole")
+  interrupt(source, tmp_path / "cut", 3)
+  (tmp_path / "cut" / "parts" / "00000.json").write_text("")
+  shards = sorted((tmp_path / "cut" / "train").iterdir())
+  shards[1].write_bytes(shards[1].read_bytes()[:-9])
+  shards[2].unlink()
+  counts = []
+  run(source, tmp_path / "cut", progress=lambda c, *_: counts.append(c))
+  assert counts[0] == 1
+  assert content(tmp_path / "whole") == content(tmp_path / "cut")
+
+
+def test_interrupted_preparation_refuses_changed_files(source, tmp_path):
+  interrupt(source, tmp_path / "out")
+  held = source.read_text()
+  source.write_text(held.replace("First", "Other"))
+  os.utime(source, (0, 0))
+  with pytest.raises(ConfigError, match="same command and unchanged files"):
+    run(source, tmp_path / "out")
+
+
+def test_parts_may_be_the_first_only(source, tmp_path):
+  options = Options(length=64, align=16, part_bytes=8_000, parts=2)
+  manifest = run(source, tmp_path / "out", options)["train"]
+  assert len(manifest.shards) == 2
+  found = read_back(tmp_path / "out")
+  assert sorted(found) == sorted(SPEECHES[: len(found)])
+
+
+def test_tokenizer_is_trained_on_a_part_of_much_text(monkeypatch):
+  parts = [documents.Part("x", "jsonl", i, i + 1, 1000) for i in range(10)]
+  assert prepare._sample(parts) == parts
+  monkeypatch.setattr(prepare, "TOKENIZER_BYTES", 3400)
+  assert prepare._sample(parts) == parts[::3]
+
+
+def test_tokenizer_of_another_size_is_refused(source, tmp_path):
+  run(source, tmp_path / "out", tokenizer="sentencepiece:400")
+  options = Options(length=64, align=16, split="valid")
+  with pytest.raises(ConfigError, match="holds a tokenizer of 400 pieces, not"):
+    run(source, tmp_path / "out", options, tokenizer="sentencepiece:350")
+
+
+def test_place_of_a_document_without_tokens_is_named(source, tmp_path):
+  (tmp_path / "x.jsonl").write_text('{"text": "ab"}\n{"text": "a\\ud800"}\n')
+  with pytest.raises(ConfigError, match="x.jsonl, document 1 in order: the te"):
+    run(tmp_path / "x.jsonl", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+  ("column", "message"),
+  [
+    ({"body": ["a"]}, "has no column 'text'; it has body"),
+    ({"text": [1]}, "column 'text' is int64, not text"),
+    ({"text": [b"ab"]}, "column 'text' is binary, not text"),
+    ({"text": ["ab", None]}, "'text' has 1 rows without a value in row group"),
+  ],
+)
+def test_unusable_columns_are_found_before_anything_is_read(
+  column, message, tmp_path
+):
+  import pyarrow
+  from pyarrow import parquet
+
+  good = pyarrow.table({"text": ["ab", "cd"]})
+  parquet.write_table(good, tmp_path / "a.parquet")
+  parquet.write_table(pyarrow.table(column), tmp_path / "b.parquet")
+  with pytest.raises(ConfigError, match=message):
+    run(tmp_path / "*.parquet", tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
+def test_columns_of_text_in_all_their_kinds(tmp_path):
+  import pyarrow
+  from pyarrow import parquet
+
+  for kind in (
+    pyarrow.string(),
+    pyarrow.large_string(),
+    pyarrow.dictionary(pyarrow.int8(), pyarrow.string()),
+  ):
+    column = pyarrow.array(["ab", "ab"], pyarrow.string()).cast(kind)
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "x.parquet")
+    (part,) = documents.parts([str(tmp_path / "x.parquet")])
+    assert [d.text for d in documents.read(part, documents.FIELDS)] == [
+      "ab",
+      "ab",
+    ]
 
 
 @pytest.mark.parametrize("part_bytes", [12, 16, 18, 24, 100])
@@ -315,6 +418,8 @@ def test_wrong_tokenizer_is_refused(source, tmp_path):
 BAD = {
   "bad.jsonl": (b'{"text": "a"}\n{"text": \n', "byte 14: not JSON"),
   "list.jsonl": (b"[1, 2]\n", "byte 0: not an object"),
+  "null.jsonl": (b'{"text": null}\n', "field 'text' is null, not text"),
+  "number.jsonl": (b'{"text": 3}\n', "field 'text' is a int, not text"),
   "field.jsonl": (b'{"txt": "a"}\n', "no text in field 'text'; it has txt"),
   "latin.jsonl": (b'{"text": "\xe9"}\n', "byte 10 is 0xe9"),
   "latin.txt": (b"caf\xe9", "byte 3 is 0xe9"),

@@ -1,0 +1,224 @@
+"""Every bound of `config.py` and `model_config.py`, on both of its sides."""
+
+import pytest
+
+from hope_jax.config import ConfigError, from_config_dict
+from hope_jax.fields import nearest
+
+
+def cms(*lengths, **fields):
+  hidden = (8,) * len(lengths)
+  return {"cms": {"hidden": hidden, "chunk_lengths": lengths, **fields}}
+
+
+def layer(name, **memory):
+  return {"sequence_layer": name, "memory": memory}
+
+
+MEMORA = {
+  "adaptive": (),
+  "target": "shared",
+  "delta_rule": "none",
+  "momentum": "none",
+}
+FIXED = {"adaptive": ()}
+HOPE = {"sequence_layer": "hope"}
+
+
+# What is refused, how the message begins to differ from others', and what of
+# the same kind is just allowed.
+@pytest.mark.parametrize(
+  ("refused", "message", "allowed"),
+  [
+    (
+      {"train": {"rollback_factor": 1.0}},
+      "rollback_factor=1.0 must be above 1",
+      {"train": {"rollback_factor": 1.001}},
+    ),
+    (
+      {"train": {"rollback_factor": 0.5}},
+      "rollback_factor=0.5 must be above 1",
+      {"train": {"rollback_factor": 0.0}},
+    ),
+    (
+      {"train": {"accumulate": 3}},
+      "accumulate=3 does not divide data.batch_size=8",
+      {"train": {"accumulate": 4}},
+    ),
+    (
+      {"train": {"carry_state": True}},
+      "transformer on text has nothing to carry",
+      {"train": {"carry_state": True}, "model": {"attention_window": 8}},
+    ),
+    (
+      {"train": {"carry_state": True}, "model": HOPE, "data": {"kind": "mqar"}},
+      "hope on mqar has nothing to carry",
+      {"train": {"carry_state": True}, "model": HOPE},
+    ),
+    (
+      {"model": {"context_length": 255, **cms(32, 0, signal="next_token")}},
+      "data.sequence_length=256 is longer than attention's cache",
+      {"model": {"context_length": 256, **cms(32, 0, signal="next_token")}},
+    ),
+    (
+      {"model": cms(64, 129, 0)},
+      "chunk_lengths has 129, more than half of data.sequence_length=256",
+      {"model": cms(64, 128, 0)},
+    ),
+    (
+      {"model": {**HOPE, **cms(64, 129, 0)}},
+      "such a level hardly uses what it learns",
+      {"model": {**HOPE, **cms(64, 129)}, "train": {"carry_state": True}},
+    ),
+    (
+      {"model": {"cms": {"hidden": (8, 8), "chunk_lengths": (4, 8, 0)}}},
+      "cms.hidden has 2 levels and cms.chunk_lengths 3",
+      {"model": cms(4, 8, 0)},
+    ),
+    ({"model": cms(8, 4, 0)}, "must grow from level", {"model": cms(4, 4, 0)}),
+    ({"model": cms(0, 8)}, "must grow from level", {"model": cms(8, 0)}),
+    (
+      {"model": cms(8, 0, outer_order=3)},
+      "outer_order=3 must be 1 or 2",
+      {"model": cms(8, 0, outer_order=1)},
+    ),
+    (
+      {"model": cms(8, 0, learning_share=1.01)},
+      "learning_share=1.01 must not be above 1",
+      {"model": cms(8, 0, learning_share=1.0)},
+    ),
+    (
+      {"model": cms(4, 6, 0, connection="nested")},
+      "4 does not divide 6, which cms.connection=nested",
+      {"model": cms(4, 6, 0)},
+    ),
+    (
+      {"model": cms(4, 6, 0, signal="next_token")},
+      "4 does not divide 6, .* signal=next_token",
+      {"model": cms(4, 8, 0, signal="next_token")},
+    ),
+    (
+      {"model": cms(6, 12, 0, signal="next_token")},
+      "shortest of cms.chunk_lengths must be a power of two",
+      {"model": cms(1, 12, 0, signal="next_token")},
+    ),
+    (
+      {"model": cms(0, signal="next_token")},
+      "shortest of cms.chunk_lengths must be a power of two",
+      {"model": cms(0)},
+    ),
+    (
+      {"model": {"memory": {"half_life_min": 9.0, "half_life_max": 8.0}}},
+      "half_life_min=9.0 must not be above memory.half_life_max=8.0",
+      {"model": {"memory": {"half_life_min": 8.0, "half_life_max": 8.0}}},
+    ),
+    (
+      {"model": {"num_heads": 3}},
+      "num_heads=3 does not divide model.width=128",
+      {"model": {"num_heads": 4}},
+    ),
+    (
+      {"model": {"sequence_layer": "rwkv7", "width": 96}},
+      "width=96: RWKV-7's heads of 64",
+      {"model": {"sequence_layer": "rwkv7", "width": 32}},
+    ),
+    (
+      {"model": {"sequence_layer": "titans", "frozen_levels": ("cms_0",)}},
+      "level 'cms_0' does not exist in this model; it has memory, k, v, eta,",
+      {"model": {"sequence_layer": "titans", "frozen_levels": ("memory",)}},
+    ),
+    (
+      {"model": {"frozen_levels": ("memory",)}},
+      "it has no fast levels",
+      {"model": {"frozen_levels": ()}},
+    ),
+    (
+      {"model": layer("titans_mal", **FIXED)},
+      "attention_window=0: titans_mal's attention needs a window",
+      {"model": {**layer("titans_mal", **FIXED), "attention_window": 1}},
+    ),
+    (
+      {"model": {**HOPE, "persistent_tokens": 1}},
+      "persistent_tokens=1 are for titans_mac and titans_mag",
+      {"model": {**layer("titans_mac", **FIXED), "persistent_tokens": 1}},
+    ),
+    (
+      {"model": layer("titans_mac", adaptive=("k",))},
+      "titans_mac has slow projections",
+      {"model": layer("titans_mac", **FIXED)},
+    ),
+    (
+      {"model": layer("ttt_mlp", implementation="pallas_tpu")},
+      "ttt_mlp has no kernel, take xla",
+      {"model": layer("titans", implementation="pallas_tpu")},
+    ),
+    *(
+      (
+        {"model": layer("memora", **{**MEMORA, name: value})},
+        f"memory.{name}=.*sequence_layer=memora needs",
+        {"model": layer("memora", **MEMORA)},
+      )
+      for name, value in {
+        "architecture": "matrix",
+        "adaptive": ("k",),
+        "target": "self",
+        "delta_rule": "proximal",
+        "momentum": "sum",
+      }.items()
+    ),
+    (
+      {"model": layer("memora", **MEMORA, setting="token_exact")},
+      "setting=token_exact: model.sequence_layer=memora learns",
+      {"model": layer("memora", **MEMORA, setting="chunk_dot")},
+    ),
+  ],
+)
+def test_bounds_refuse_what_is_beyond_and_nothing_before(
+  refused, message, allowed
+):
+  from_config_dict(allowed)
+  with pytest.raises(ConfigError, match=message):
+    from_config_dict(refused)
+
+
+CHOICES = {
+  "data": ["kind"],
+  "train": ["wandb"],
+  "model": ["sequence_layer", "inner_rates", "initializer", "dtype", "remat"],
+  "model.memory": [
+    "implementation",
+    "architecture",
+    "activation",
+    "target",
+    "setting",
+    "delta_rule",
+    "momentum",
+    "retention",
+    "step_scale",
+    "read",
+    "remat",
+  ],
+  "model.cms": ["connection", "value", "signal"],
+}
+
+
+@pytest.mark.parametrize(
+  ("group", "name"),
+  [(group, name) for group, names in CHOICES.items() for name in names],
+)
+def test_choices_are_checked(group, name):
+  fields = {name: "nothing"}
+  for part in reversed(group.split(".")):
+    fields = {part: fields}
+  with pytest.raises(ConfigError, match=f"unknown .*{name}='nothing'"):
+    from_config_dict(fields)
+
+
+def test_unknown_boxes_are_refused():
+  with pytest.raises(ConfigError, match="unknown memory.adaptive='w' .all: k"):
+    from_config_dict({"model": {"memory": {"adaptive": ("k", "w")}}})
+
+
+def test_nearest_names_what_was_meant_or_nothing():
+  assert nearest("hoppe", ("mamba", "hope")) == "; did you mean 'hope'?"
+  assert nearest("xyz", ("mamba", "hope")) == ""
