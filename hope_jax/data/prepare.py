@@ -25,6 +25,7 @@ from hope_jax import files
 from hope_jax.config import ConfigError
 from hope_jax.data import documents, packing, records
 from hope_jax.data import tokenizer as tokenizer_lib
+from hope_jax.data import workers as workers_lib
 
 SPLITS = ("train", "valid", "test")
 PARTS, PLAN = "parts", "plan.json"
