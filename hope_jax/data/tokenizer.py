@@ -138,7 +138,11 @@ class HuggingFace:
       ) from error
     self.model, self.name, self._eos = model, name, eos
     self.sha256 = hashlib.sha256(model).hexdigest()
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
+    settings = {
+      "tokenizer_class": "PreTrainedTokenizerFast",
+      "eos_token": eos,
+      "clean_up_tokenization_spaces": False,  # transformers 4 would drop some
+    }
     self.files = {JSON: model, SETTINGS: json.dumps(settings).encode()}
     try:
       self._tokenizer = tokenizers.Tokenizer.from_buffer(model)
