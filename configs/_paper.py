@@ -3,8 +3,8 @@
 32,000 subwords (as many as Llama 2's, of a tokenizer of our own), T 4096,
 batches of 0.5M tokens, AdamW 4e-4 with a cosine, 1B tokens of warm-up, weight
 decay 0.1, betas 0.9 / 0.95, clip 1 (Titans, 2501.00663, and Gated DeltaNet's
-recipe, which it follows).  The CMS
-learns by the next token, the objective of the task at hand (paper section 7.1).
+recipe, which it follows).  The CMS learns by the next token, the objective of
+the task at hand (paper section 7.1).
 """
 
 from configs import _base, _models

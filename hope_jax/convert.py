@@ -59,13 +59,12 @@ def define_flags() -> None:
 
 def read_checkpoint(folder: epath.Path) -> tuple[ModelConfig, renaming.Arrays]:
   """A checkpoint's model and parameters by their path, with dots."""
-  try:
-    values = workdir_lib.read_object(folder / workdir_lib.CONFIG)
-  except OSError as error:
+  if not (folder / workdir_lib.CONFIG).exists():
     raise ConfigError(
-      f"{folder} is no checkpoint of transformers: cannot read"
-      f" {workdir_lib.CONFIG} ({files.reason(error)})"
-    ) from error
+      f"{folder} is no checkpoint of transformers: it has no"
+      f" {workdir_lib.CONFIG}"
+    )
+  values = workdir_lib.read_object(folder / workdir_lib.CONFIG)
   architecture, model = hugging_face.read_config(values)
   rules = architecture.rules(model)
   tensors = exchange.open_tensors(folder)

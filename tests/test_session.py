@@ -19,7 +19,7 @@ from hope_jax import session, streaming
 from hope_jax.config import Config, ConfigError, DataConfig
 from hope_jax.data.tokenizer import Bytes
 from hope_jax.model_config import MemoryConfig, ModelConfig
-from hope_jax.training import checkpoints, sharding, step, workdir
+from hope_jax.training import checkpoints, digest, sharding, step, workdir
 from scripts import stream_book
 
 MEMORY = MemoryConfig(
@@ -242,7 +242,7 @@ def test_digest_knows_names_shapes_and_types():
   zeros = np.zeros((2, 3), np.float32)
   arrays = [{"a": zeros}, {"b": zeros}, {"a": zeros.T.copy()}]
   arrays += [{"a": zeros.astype(np.int32)}, {"a": zeros, "b": zeros[:0]}]
-  assert len({session._digest(x) for x in arrays}) == len(arrays)
+  assert len({digest.of_arrays(x) for x in arrays}) == len(arrays)
 
 
 @pytest.mark.parametrize(

@@ -347,11 +347,11 @@ def _announce(workdir: epath.Path, step: int, abstract: Any) -> None:
   if (workdir / workdir_lib.CONFIG).exists():
     model = workdir_lib.read_config(workdir).model.sequence_layer + ", "
   leaves = jax.tree.leaves(abstract)
-  devices = leaves[0].sharding.device_set
-  kind = next(iter(devices)).device_kind
+  sharding = leaves[0].sharding
+  devices = list(sharding.device_set) if sharding else jax.devices()[:1]
   progress.say(
     f"step {step} of {workdir}: {model}{sum(x.size for x in leaves):,}"
-    f" parameters on {len(devices)} x {kind}"
+    f" parameters on {len(devices)} x {devices[0].device_kind}"
   )
 
 

@@ -36,6 +36,10 @@ def run(config: Config, workdir: epath.Path) -> dict[str, Any]:
   Interrupted and resumed, a run gives what it would have given at once, bit
   for bit on the same devices.
   """
+  processes.check_same(
+    {"--workdir": str(files.absolute(workdir)), "code": workdir_lib.code()}
+    | workdir_lib.flatten(config)
+  )
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batches(config, mesh)
   compiled = step_lib.build(config, mesh)
@@ -44,11 +48,7 @@ def run(config: Config, workdir: epath.Path) -> dict[str, Any]:
     sources, data = processes.agree(
       lambda: (pipeline.load(config), pipeline.fingerprint(config))
     )
-  processes.check_same(
-    {"--workdir": str(files.absolute(workdir)), "code": workdir_lib.code()}
-    | workdir_lib.flatten(config)
-    | {f"data's {name}": value for name, value in data.items()}
-  )
+  processes.check_same({f"data's {name}": data[name] for name in data})
   with contextlib.ExitStack() as stack:
 
     def enter() -> dict[str, Any] | None:
@@ -61,7 +61,9 @@ def run(config: Config, workdir: epath.Path) -> dict[str, Any]:
       print(f"{workdir} is finished: {workdir_lib.RESULT} exists")
       return result
     with sharding.activate(mesh):
-      result = train(config, workdir, mesh, compiled, sources, data)
+      result = train(
+        config, workdir, mesh, compiled=compiled, sources=sources, data=data
+      )
     if processes.is_first():
       workdir_lib.write_json(workdir / workdir_lib.RESULT, result)
   return result
@@ -81,6 +83,7 @@ def train(
   config: Config,
   workdir: epath.Path,
   mesh: jax.sharding.Mesh,
+  *,
   compiled: step_lib.Compiled,
   sources: dict[str, Any],
   data: dict[str, str],
