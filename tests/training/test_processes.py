@@ -152,9 +152,10 @@ def test_alone_there_is_nothing_to_agree_on():
 class Pair:
   """Two processes of one run, over gloo."""
 
-  def __init__(self, folder, *flags, second=()):
+  def __init__(self, folder, *flags, second=(), cwd_of_second="."):
     (folder / "small.py").write_text(CONFIG)
     self.folder = folder
+    self.cwd = [folder, folder / cwd_of_second]
     with socket.socket() as free:
       free.bind(("localhost", 0))
       port = free.getsockname()[1]
@@ -178,9 +179,11 @@ class Pair:
       return subprocess.Popen(
         [
           *(sys.executable, "-m", "hope_jax.train", "--multihost"),
-          *("--config=small.py", "--workdir=run", *flags),
+          f"--config={self.folder / 'small.py'}",
+          f"--workdir={self.folder / 'run'}",
+          *flags,
         ],
-        cwd=self.folder,
+        cwd=self.cwd[index],
         env=os.environ | environment,
         stdout=file,
         stderr=file,
@@ -232,12 +235,15 @@ def test_processes_with_other_flags_both_refuse(pair):
   assert "has opt.peak_lr=0.5, process 0 has 0.001" in errors[0][0]
 
 
-def test_config_error_in_one_process_ends_both(pair):
-  codes, errors = pair(second=["--config.data.path=none.txt"]).end()
+def test_missing_data_in_one_process_ends_both(pair, tmp_path):
+  (tmp_path / "text.txt").write_text("To be, or not to be. " * 100)
+  (tmp_path / "elsewhere").mkdir()  # where the second looks for the text
+  both = pair("--config.data.path=text.txt", cwd_of_second="elsewhere")
+  codes, errors = both.end()
   assert codes == [2, 2]
   assert [len(lines) for lines in errors] == [1, 1]
-  assert re.search(r"process 1 of 2 \(.*none.txt", errors[0][0])
-  assert "process 1" not in errors[1][0] and "none.txt" in errors[1][0]
+  assert re.search(r"process 1 of 2 \(.*text.txt", errors[0][0])
+  assert "process 1" not in errors[1][0] and "text.txt" in errors[1][0]
 
 
 def test_interrupt_saves_one_step_and_loss_of_a_process_ends_the_other(pair):
