@@ -36,7 +36,10 @@ def main() -> None:
   config = processes.agree(command.read_config)
   workdir = files.reach(args.workdir)
   command.announce(config, workdir)
-  from hope_jax.training import loop  # and jax: two seconds
+  import jax  # two seconds, and those below one and a half
+
+  progress.say(f"on {jax.device_count()} x {jax.devices()[0].device_kind}")
+  from hope_jax.training import loop
 
   result = loop.run(config, workdir)
   if processes.is_first():

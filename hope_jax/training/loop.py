@@ -43,7 +43,7 @@ def run(config: Config, workdir: epath.Path) -> dict[str, Any]:
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batches(config, mesh)
   compiled = step_lib.build(config, mesh)
-  _announce(mesh, compiled)
+  _announce(jax.devices()[0], compiled)
   with progress.waiting("reading the data", patience=2.0):
     sources, data = processes.agree(
       lambda: (pipeline.load(config), pipeline.fingerprint(config))
@@ -69,11 +69,10 @@ def run(config: Config, workdir: epath.Path) -> dict[str, Any]:
   return result
 
 
-def _announce(mesh: jax.sharding.Mesh, compiled: step_lib.Compiled) -> None:
-  """How large the model is, and where it is going to be trained."""
+def _announce(device: Any, compiled: step_lib.Compiled) -> None:
+  """How large the model is, and what will not be known of its speed."""
   count = step_lib.count_parameters(compiled.abstract_state.params)
-  device = mesh.devices.flat[0]
-  progress.say(f"{count:,} parameters on {mesh.size} x {device.device_kind}")
+  progress.say(f"{count:,} parameters")
   missing = flops.why_no_mfu(device)
   if missing:
     progress.say(missing)
@@ -180,7 +179,8 @@ def train(
         if watch or check or keep:
           with meter.paused():
             if watch:
-              sown = jax.device_get(collect(state.params, batch))
+              with progress.waiting("compiling the dynamics", patience=2.0):
+                sown = jax.device_get(collect(state.params, batch))
               writer.write("dynamics", step, dynamics.flatten(sown))
             valid = score("valid") if check else None
             writer.sync()

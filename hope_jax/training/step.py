@@ -194,13 +194,13 @@ def build(config: Config, mesh: Mesh) -> Compiled:
   """
   model = LanguageModel(config.model)
   optimizer = adamw.make(config.opt, config.train.steps)
-  tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
+  # Parameters do not depend on how many tokens there are; tracing does.
+  tokens = jnp.zeros((1, min(2, config.data.sequence_length)), jnp.int32)
 
   def init_params(key: jax.Array) -> Any:
     return model.init(key, tokens)["params"]
 
-  def init(key: jax.Array) -> TrainState:
-    params = nn.unbox(init_params(key))
+  def first_state(params: Any) -> TrainState:
     fast = None
     if config.train.carry_state:
       fast = language_model.init_state(
@@ -210,12 +210,14 @@ def build(config: Config, mesh: Mesh) -> Compiled:
     opt_state = optimizer.init(params)
     return TrainState(zero, params, opt_state, fast, zero, zero, zero)
 
+  def init(key: jax.Array) -> TrainState:
+    return first_state(nn.unbox(init_params(key)))
+
   key = jax.eval_shape(lambda: jax.random.key(0))
-  abstract = jax.eval_shape(init, key)
+  boxed = jax.eval_shape(init_params, key)
+  abstract = jax.eval_shape(first_state, nn.unbox(boxed))
   everywhere = sharding.replicated(mesh)
-  of_params = sharding.param_shardings(
-    jax.eval_shape(init_params, key), abstract.params, mesh
-  )
+  of_params = sharding.param_shardings(boxed, abstract.params, mesh)
   shardings = TrainState(
     step=everywhere,
     params=of_params,
