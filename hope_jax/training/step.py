@@ -200,7 +200,8 @@ def build(config: Config, mesh: Mesh) -> Compiled:
   def init_params(key: jax.Array) -> Any:
     return model.init(key, tokens)["params"]
 
-  def first_state(params: Any) -> TrainState:
+  def first_state(boxed: Any) -> TrainState:
+    params = nn.unbox(boxed)
     fast = None
     if config.train.carry_state:
       fast = language_model.init_state(
@@ -211,11 +212,11 @@ def build(config: Config, mesh: Mesh) -> Compiled:
     return TrainState(zero, params, opt_state, fast, zero, zero, zero)
 
   def init(key: jax.Array) -> TrainState:
-    return first_state(nn.unbox(init_params(key)))
+    return first_state(init_params(key))
 
   key = jax.eval_shape(lambda: jax.random.key(0))
   boxed = jax.eval_shape(init_params, key)
-  abstract = jax.eval_shape(first_state, nn.unbox(boxed))
+  abstract = jax.eval_shape(first_state, boxed)
   everywhere = sharding.replicated(mesh)
   of_params = sharding.param_shardings(boxed, abstract.params, mesh)
   shardings = TrainState(
