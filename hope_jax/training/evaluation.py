@@ -31,10 +31,14 @@ def evaluate(
   size = config.eval.batch_size
   rows = sharding.process_rows(mesh, size)
   sums = []
-  for batch in pipeline.eval_batches(source, size, rows, config.eval.batches):
-    placed = sharding.put_batch(batch, mesh, size, rows)
-    with progress.waiting("compiling the evaluation", patience=2.0):
+  compiling = progress.Waiting("compiling the evaluation", patience=2.0)
+  try:
+    for batch in pipeline.eval_batches(source, size, rows, config.eval.batches):
+      placed = sharding.put_batch(batch, mesh, size, rows)
       sums.append(eval_step(params, placed))
+      compiling.end()  # the first batch's step is the one that compiles
+  finally:
+    compiling.end()
   total = np.asarray(sums, np.float64).sum(axis=0)  # [3, T]
   scores: dict[str, Any] = _means(total)
   if with_positions:
