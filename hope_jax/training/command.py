@@ -7,6 +7,7 @@ Ctrl-C; 75: SIGTERM or preemption, saved, the same command resumes.
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -24,17 +25,23 @@ from hope_jax.training import (
   progress,
 )
 
+_ending = threading.Lock()
+
 
 def fail(message: str, code: int) -> NoReturn:
-  """Prints one line on stderr and exits."""
-  message = " ".join(message.split())
-  print(f"error: {message}", file=sys.stderr, flush=True)
-  processes.leave(message)
-  sys.stdout.flush()
-  sys.stderr.flush()
-  # Not sys.exit: a compilation that was interrupted goes on in a thread of
-  # its own, and tearing the interpreter down under it is a crash.
-  os._exit(code)
+  """Prints one line on stderr and exits.
+
+  Of several threads that call it, the first one gives the reason.
+  """
+  with _ending:
+    message = " ".join(message.split())
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    processes.leave(message)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: a compilation that was interrupted goes on in a thread of
+    # its own, and tearing the interpreter down under it is a crash.
+    os._exit(code)
 
 
 def define_config() -> None:

@@ -277,7 +277,7 @@ def explain() -> None:
   if _group is not None:
     _group.is_suspicious = True
     time.sleep(SUSPECT_SECONDS + 3 * BEAT_SECONDS)
-    while _group.is_silent:
+    while _group.is_silent or _group.is_over:  # `watch` is about to end us
       time.sleep(BEAT_SECONDS)
 
 

@@ -1,6 +1,8 @@
 """Errors of the command line and of config files, as a user sees them."""
 
 import sys
+import threading
+import time
 
 import pytest
 from absl import flags
@@ -74,3 +76,21 @@ def test_config_error_is_one_short_line_with_the_nearest_name(
 def test_missing_config_file_is_named(monkeypatch):
   text = message(monkeypatch, "configs/none.py", "--config.opt.b1=0")
   assert "No such file" in text and text.endswith("configs/none.py'")
+
+
+def test_of_two_threads_that_fail_one_gives_the_reason(monkeypatch, capfd):
+  ended = threading.Event()
+
+  def end(code):
+    ended.set()
+    time.sleep(0.3)  # in life, the process is gone
+
+  monkeypatch.setattr(command.processes, "leave", lambda _: time.sleep(0.2))
+  monkeypatch.setattr(command.os, "_exit", end)
+  for reason in ("first", "second"):
+    arguments = (reason, 75)
+    threading.Thread(target=command.fail, args=arguments, daemon=True).start()
+    time.sleep(0.05)
+  assert ended.wait(10)
+  assert capfd.readouterr().err == "error: first\n"
+  time.sleep(1.0)  # the second one ends as well

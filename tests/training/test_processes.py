@@ -136,6 +136,22 @@ def test_step_that_hangs_names_who_is_behind(clock, capfd):
   assert "process 1 of 2 (host1) gives no sign of life" in ours.lost({})
 
 
+def test_unexpected_error_leaves_the_last_word_to_the_watch(monkeypatch):
+  ours = group(Store(), 0, count=2)
+  ours.is_over = True  # `watch` has given the reason, and ends the process
+  waits = []
+
+  def sleep(seconds):
+    waits.append(seconds)
+    if len(waits) == 9:
+      raise TimeoutError
+
+  monkeypatch.setattr(processes, "_group", ours)
+  monkeypatch.setattr(processes.time, "sleep", sleep)
+  with pytest.raises(TimeoutError):
+    processes.explain()
+
+
 def test_alone_there_is_nothing_to_agree_on():
   assert processes.share("a") == ["a"] and processes.agree(lambda: 3) == 3
   assert processes.from_first(lambda: {"b": 1}) == {"b": 1}
