@@ -107,10 +107,11 @@ def init_state(
 class Block(nn.Module):
   """One layer; returns (x, state) so that `nn.scan` can stack it.
 
-  RWKV-7's x is (x, `rwkv7.Depth`).
+  RWKV-7's x is (x, `rwkv7.Depth`).  `half` stops before the FFN or CMS.
   """
 
   config: ModelConfig
+  half: bool = False
 
   @nn.compact
   def __call__(
@@ -130,6 +131,9 @@ class Block(nn.Module):
       normed, state.mixer if state else None, segments, *beside
     )
     x_BTD = x_BTD + mixed.y
+    if self.half:
+      x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act"))
+      return x_BTD, BlockState(mixed.state, {}) if state else None
     cms_state: Any = {}
     ffn_state, stream_BTD = state.ffn if state else None, x_BTD
     if cfg.cms.levels:

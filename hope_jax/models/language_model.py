@@ -4,6 +4,7 @@ Legend: B batch, T tokens, D model, V vocab.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -29,14 +30,16 @@ def init_state(
   With a `piece_length` every call must bring so many tokens; memories whose
   chunks divide it then learn as fast as without a state.
   """
-  if piece_length and next_token.is_on(config):  # read chunk by chunk
+  learns = next_token.is_on(config)
+  if piece_length and learns and next_token.learning_layers(config) > 1:
+    # The sequence layers above the first that learns read chunk by chunk.
     piece_length = min(piece_length, config.cms.fast_lengths[0])
   one = block.init_state(config, batch_size, piece_length)
   turns = config.num_layers // len(config.pattern)
   state = jax.tree.map(
     lambda x: jnp.broadcast_to(x[None], (turns, *x.shape)), one
   )
-  if next_token.is_on(config):
+  if learns:
     return next_token.init_state(config, state.mixer, batch_size)
   return state
 
@@ -60,68 +63,159 @@ def forward(
 
   if not next_token.is_on(config):
     return apply(tokens_BT, state, segments)
-  is_fresh = state is None
-  if is_fresh:
+  is_whole = state is None
+  if is_whole:
     batch_size, length = tokens_BT.shape
     chunk_length = config.cms.fast_lengths[0]
     in_chunks = chunk_length if length % chunk_length == 0 else None
     state = init_state(config, batch_size, in_chunks)
-  logits, state = next_token.forward(
+  parts = next_token.Parts(
     apply,
-    functools.partial(finish, config, params),
-    params,
-    tokens_BT,
-    config=config,
-    state=state,
-    segments=segments,
+    functools.partial(_begin, config, params),
+    _top(config, params),
+    functools.partial(_finish, config),
   )
-  return ModelOutput(logits, None if is_fresh else state)
+  return ModelOutput(
+    *next_token.forward(
+      parts,
+      tokens_BT,
+      config=config,
+      state=state,
+      segments=segments,
+      is_whole=is_whole,
+    )
+  )
 
 
-def finish(
+def _begin(
   config: ModelConfig,
   params: Any,
+  tokens_BT: jax.Array,
+  mixer: Any,
+  segments: jax.Array | None,
+) -> tuple[jax.Array, Any]:
+  """All that lies before the first level that learns from the next token.
+
+  Args:
+    mixer: fast state of the first L - K + 1 sequence layers, or None.
+
+  Returns:
+    the residual stream [B, T, D] after these, and their new state.
+  """
+  count = config.num_layers - next_token.learning_layers(config)
+  x_BTD = _embed(config, params["embed"]["embedding"], tokens_BT)
+  below, mixer_below, after = None, None, None
+  if count:
+    below = jax.tree.map(lambda x: x[:count], params["blocks"])
+    if mixer is not None:
+      mixer_below = jax.tree.map(lambda x: x[:count], mixer)
+    x_BTD, after = _read_layers(config, below, x_BTD, mixer_below, {}, segments)
+  of_first = lambda x: x[count]
+  one: Any = block.Block(config, half=True)
+  state = None
+  if mixer is not None:
+    state = block.BlockState(jax.tree.map(of_first, mixer), {})
+  x_BTD, state = one.apply(
+    {"params": jax.tree.map(of_first, params["blocks"])}, x_BTD, state, segments
+  )
+  if state is None:
+    return x_BTD, None
+  last = jax.tree.map(lambda x: x[None], state.mixer)
+  if after is None:
+    return x_BTD, last
+  return x_BTD, jax.tree.map(lambda *x: jnp.concatenate(x), after, last)
+
+
+def _read_layers(
+  config: ModelConfig,
+  params: Any,
+  x_BTD: jax.Array,
+  mixer: Any,
+  levels: Any,
+  segments: jax.Array | None,
+) -> tuple[jax.Array, Any]:
+  """(stream, fast state after) of some layers, all arguments layers first."""
+
+  def layer(x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
+    params, mixer, levels = xs
+    state = None if mixer is None else block.BlockState(mixer, levels)
+    apply: Any = block.Block(config).apply
+    x_BTD, state = apply({"params": params}, x_BTD, state, segments)
+    return x_BTD, state and state.mixer
+
+  return jax.lax.scan(_remat(config, layer), x_BTD, (params, mixer, levels))
+
+
+def _top(config: ModelConfig, params: Any) -> Any:
+  """The parameters of `_finish`."""
+  count = next_token.learning_layers(config)
+  top = {"blocks": jax.tree.map(lambda x: x[-count:], params["blocks"])}
+  names = "norm_out", "embed" if config.tied_embeddings else "lm_head"
+  return top | {name: params[name] for name in names}
+
+
+def _finish(
+  config: ModelConfig,
+  top: Any,
   x_BTD: jax.Array,
   levels: Any,
   mixer: Any,
   segments: jax.Array | None,
-) -> jax.Array:
-  """Logits [B, T, V] from where the first of the last K layers' CMS reads.
+) -> tuple[jax.Array, Any]:
+  """Logits [B, T, V] from where the first of the last K layers' CMS reads, and
+  the fast state of the K - 1 sequence layers after it.
 
   Args:
+    top: parameters, from `_top`.
     x_BTD: the residual stream there.
     levels: `GivenState`s of these layers, K first.
     mixer: fast state of the sequence layers after it, K - 1 first.
   """
-  count = jax.tree.leaves(levels)[0].shape[0]
-  last = jax.tree.map(lambda x: x[-count:], params["blocks"])
-  first = jax.tree.map(lambda x: x[0], (last, levels))
-  rest = jax.tree.map(lambda x: x[1:], (last, levels))
+  first = jax.tree.map(lambda x: x[0], (top["blocks"], levels))
+  rest = jax.tree.map(lambda x: x[1:], (top["blocks"], levels))
   levels_of_first: Any = cms.ContinuumMemory(config)
   x_BTD, _ = levels_of_first.apply(
     {"params": first[0]["cms"]}, x_BTD, None, first[1], segments
   )
-
-  def layer(x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, None]:
-    (params, levels), mixer = xs
-    state = block.BlockState(mixer, levels)
-    block_apply: Any = block.Block(config).apply
-    return block_apply({"params": params}, x_BTD, state, segments)[0], None
-
-  if count > 1:
-    if config.remat != "none":
-      layer = jax.checkpoint(layer)
-    x_BTD, _ = jax.lax.scan(layer, x_BTD, (rest, mixer))
+  if mixer is not None:
+    params, levels = rest
+    x_BTD, mixer = _read_layers(config, params, x_BTD, mixer, levels, segments)
   norm: Any = layers.rms_norm(config, "norm_out")
-  x_BTD = norm.apply({"params": params["norm_out"]}, x_BTD)
+  x_BTD = norm.apply({"params": top["norm_out"]}, x_BTD)
   if not config.tied_embeddings:
     output: Any = _output(config)
-    logits = output.apply({"params": params["lm_head"]}, x_BTD)
-    return logits.astype(jnp.float32)
+    logits = output.apply({"params": top["lm_head"]}, x_BTD)
+    return logits.astype(jnp.float32), mixer
   dtype = jnp.dtype(config.dtype)
-  table_VD = params["embed"]["embedding"].astype(dtype)
+  table_VD = top["embed"]["embedding"].astype(dtype)
   logits = jnp.dot(x_BTD.astype(dtype), table_VD.T)
-  return logits.astype(jnp.float32)
+  return logits.astype(jnp.float32), mixer
+
+
+def _embed(
+  config: ModelConfig, table_VD: jax.Array, tokens_BT: jax.Array
+) -> jax.Array:
+  """The residual stream [B, T, D] that the first layer reads.
+
+  The lookup's table is whole along `embed`: a row that lies on several devices
+  would be gathered whole on all of them.
+  """
+  table_VD = nn.with_logical_constraint(
+    table_VD.astype(jnp.dtype(config.dtype)), ("vocab", None)
+  )
+  return nn.with_logical_constraint(
+    jnp.take(table_VD, tokens_BT, axis=0), ("batch", "length", "act")
+  )
+
+
+def _remat(config: ModelConfig, layer: Callable) -> Callable:
+  """`layer` with what the outer backward pass keeps of it, for a scan."""
+  if config.remat == "none":
+    return layer
+  policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  return jax.checkpoint(
+    layer, prevent_cse=False, policy=policy if config.remat == "dots" else None
+  )
 
 
 def _output(config: ModelConfig) -> nn.Dense:
@@ -156,14 +250,7 @@ class LanguageModel(nn.Module):
       ),
       name="embed",
     )
-    # The lookup's table is whole along `embed`: a row that lies on several
-    # devices would be gathered whole on all of them.
-    table_VD = nn.with_logical_constraint(
-      embed.embedding.astype(jnp.dtype(cfg.dtype)), ("vocab", None)
-    )
-    x_BTD = nn.with_logical_constraint(
-      jnp.take(table_VD, tokens_BT, axis=0), ("batch", "length", "act")
-    )
+    x_BTD = _embed(cfg, embed.embedding, tokens_BT)
     blocks = len(cfg.pattern)
     layer: Any = block.Turn if blocks > 1 else block.Block
     if cfg.remat != "none":

@@ -6,25 +6,32 @@ length, C_l the level's, after every C_l tokens
   D_l <- alpha^C_l D_l - eta_l clip(mean over the chunk of dL_t / dD_l)
 
 L_t is the cross entropy of token t + 1, differentiated through all layers
-above.  The chunk's last target is the first token of the next one: the update
-is made on its receipt, before it is read.  So a state holds, beside what the
-model remembers, the pending chunk's tokens, the residual stream that the first
-learning level read, and what the sequence layers above it remembered at the
-chunk's start: from there the chunk is computed once more for its gradient, and
-nothing below is differentiated twice.  Slower
-levels add up the gradients of several chunks of C tokens, each at the weights
-that it was read with.
+above; slower levels add up the gradients of several chunks of C tokens, each at
+the weights that it was read with.  Levels learn in the last K layers only
+(`learning_layers`).  What lies below, the sequence layer of the first of these
+K included, does not depend on D: it reads all tokens at once, and only the rest
+is scanned by chunk, where one forward pass gives the logits and the gradient.
+For K = 1 that is an FFN and the logits.
+
+A chunk's last target is the first token of the next one: the update is made on
+its receipt, before it is read.  So the state holds, beside what the model
+remembers, the tokens of the last chunk, the residual stream that the first
+learning level read there, and what the sequence layers above it remembered at
+the chunk's start.  A piece of text inside a chunk is read at that chunk's
+weights by the whole model (`_read`), and the chunk is computed once more for
+its gradient when the next one begins (`_learn`).
 
 The outer gradient goes through the inner one (`outer_order` 2) or takes it for
-a constant (1).  Levels learn in the last layers only (`learning_layers`).  A
-document that begins inside a chunk reads W_0 there and learns from the next
-chunk on.  The nearest public reading is TTT-E2E (2512.23675); the paper does
-not say how it trains this signal.
+a constant (1).  A document that begins inside a chunk reads W_0 there and
+learns from the next chunk on.  The nearest public reading is TTT-E2E
+(2512.23675); the paper does not say how it trains this signal.
 
-Legend: B batch, T tokens, C shortest chunk length, L layers, K learning layers.
+Legend: B batch, T tokens, C shortest chunk length, N chunks, L layers, K
+learning layers, V vocab.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,15 +40,31 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hope_jax.memory import chunks
+from hope_jax.memory import chunks, devices
 from hope_jax.memory.cms import LevelWeights
 from hope_jax.model_config import ModelConfig
 from hope_jax.models import cms as cms_layer
 from hope_jax.models.block import BlockState
 from pallas_kernels.scan import checkpointed_scan
 
-Apply = Callable[..., Any]  # (tokens, state, segments) -> ModelOutput
-Finish = Callable[..., Any]  # (stream, levels, mixer, segments) -> logits
+
+class Parts(NamedTuple):
+  """The model, whole and in two parts, as functions.
+
+  Attributes:
+    apply: (tokens, `BlockState`, segments) -> `ModelOutput`, with given D.
+    begin: (tokens, mixer, segments) -> the stream that the first learning
+      level reads [B, T, D], and the fast state of the sequence layers up to
+      there, both as given: L - K + 1 layers first, or None.
+    top: the parameters of the rest, K layers first in "blocks".
+    finish: (top, stream, levels, mixer, segments) -> logits [B, T, V] and the
+      fast state of the K - 1 sequence layers above.
+  """
+
+  apply: Callable[..., Any]
+  begin: Callable[..., Any]
+  top: Any
+  finish: Callable[..., Any]
 
 
 class Level(NamedTuple):
@@ -125,80 +148,60 @@ def _above(mixer: Any, config: ModelConfig) -> Any:
 
 
 def forward(
-  apply: Apply,
-  finish: Finish,
-  params: Any,
+  parts: Parts,
   tokens: jax.Array,
   *,
   config: ModelConfig,
   state: NextTokenState,
   segments: jax.Array | None,
-) -> tuple[jax.Array, NextTokenState]:
+  is_whole: bool = False,
+) -> tuple[jax.Array, NextTokenState | None]:
   """Reads `tokens` [B, T] on from `state`: (logits [B, T, V], state).
 
   They must begin at a chunk's border, or lie inside one chunk.
 
   Args:
-    apply: the model with given D: (tokens, `BlockState`, segments) -> output.
-    finish: its last part, `language_model.finish`.
     segments: [B, T] document numbers, 0: the state's document.
+    is_whole: the tokens are a whole sequence, `state` is the one before it, and
+      None is returned in place of the state after it.
   """
-  length, total = config.cms.fast_lengths[0], tokens.shape[1]
-  whole = total // length * length
+  if is_whole:
+    return _read_chunks(parts, tokens, state, segments, config, is_whole=True)
   numbers = None
   if segments is not None:
     numbers = segments + state.document[:, None]
-
-  def step(state: NextTokenState, xs: Any) -> tuple[NextTokenState, jax.Array]:
-    tokens, numbers = xs
-    state = jax.lax.cond(
-      state.pending == length,
-      lambda state: learn(finish, params, state, xs, config),
-      lambda state: state,
-      state,
-    )
-    return read(apply, state, tokens, numbers, config)
-
-  def split(x: jax.Array) -> jax.Array:
-    x = x[:, :whole].reshape(x.shape[0], -1, length)
-    return x.swapaxes(0, 1)
-
-  logits = []
-  if whole:
-    state, parts = checkpointed_scan(
-      step,
-      state,
-      jax.tree.map(split, (tokens, numbers)),
-      policy=config.memory.remat,
-    )
-    parts = parts.swapaxes(0, 1)
-    logits.append(parts.reshape(parts.shape[0], whole, -1))
-  if whole < total:
-    rest = jax.tree.map(lambda x: x[:, whole:], (tokens, numbers))
-    state, part = step(state, rest)
-    logits.append(part)
-  return jnp.concatenate(logits, axis=1), state
+  length = config.cms.fast_lengths[0]
+  state = jax.lax.cond(
+    state.pending == length,
+    lambda state: _learn(parts, state, (tokens, numbers), config),
+    lambda state: state,
+    state,
+  )
+  if tokens.shape[1] < length:
+    return _read(parts, state, tokens, numbers, config)
+  return _read_chunks(parts, tokens, state, segments, config)
 
 
-def read(
-  apply: Apply,
+def _read(
+  parts: Parts,
   state: NextTokenState,
   tokens: jax.Array,
   numbers: jax.Array | None,
   config: ModelConfig,
-) -> tuple[NextTokenState, jax.Array]:
+) -> tuple[jax.Array, NextTokenState]:
   """Tokens [B, T] of one chunk, at the weights that it began with."""
   is_first = state.pending == 0
-  first, begins, segments = state.first_document, state.begins, None
+  begins, first = jnp.zeros_like(state.document), state.document
+  inherits = segments = None
   if numbers is not None:
-    first = jnp.where(is_first, numbers[:, 0], first)
-    is_new = numbers[:, 0] != state.document
-    begins = jnp.where(is_first, is_new.astype(jnp.int32), begins)
+    first, begins = numbers[:, 0], _differs(numbers[:, 0], state.document)
+  first = jnp.where(is_first, first, state.first_document)
+  begins = jnp.where(is_first, begins, state.begins)
+  if numbers is not None:
     segments = numbers - state.document[:, None]
-  weights = {name: level.weight for name, level in state.levels.items()}
-  inherits = None if numbers is None else numbers == first[:, None]
-  fast = blocks(state.mixer, weights, inherits, config)
-  output = apply(tokens, fast, segments)
+    inherits = numbers == first[:, None]
+  fast = blocks(state.mixer, _weights(state.levels), inherits, config)
+  output = parts.apply(tokens, fast, segments)
   insert = jax.lax.dynamic_update_slice_in_dim
   first_layer = config.num_layers - learning_layers(config)
   stream = output.state.cms[first_layer][None]
@@ -213,73 +216,293 @@ def read(
     first_document=first,
     begins=begins,
   )
-  return state, output.logits
+  return output.logits, state
 
 
-def learn(
-  finish: Finish,
-  params: Any,
+def _differs(a: jax.Array, b: jax.Array) -> jax.Array:
+  return (a != b).astype(jnp.int32)
+
+
+def _weights(levels: dict[str, Level]) -> dict[str, LevelWeights]:
+  return {name: level.weight for name, level in levels.items()}
+
+
+def _learn(
+  parts: Parts,
   state: NextTokenState,
-  xs: tuple[jax.Array, jax.Array | None],
+  following: tuple[jax.Array, jax.Array | None],
   config: ModelConfig,
 ) -> NextTokenState:
   """The update by the full pending chunk, on receipt of what follows it.
 
   Args:
-    xs: tokens [B, T] that follow, and their documents' numbers.
+    following: tokens [B, T] that follow, and their documents' numbers.
   """
-  tokens, numbers = xs
+  tokens, numbers = following
   targets = jnp.concatenate([state.tokens[:, 1:], tokens[:, :1]], axis=1)
-  segments = None
+  segments = is_other = None
   if numbers is not None:  # a chunk of several documents teaches nothing
     segments = jnp.broadcast_to(state.begins[:, None], targets.shape)
+    is_other = numbers[:, 0] != state.first_document
+  gradients, _ = _gradients(
+    parts.finish,
+    parts.top,
+    state.levels,
+    _Chunk(state.stream[0], targets, segments, None),
+    state.start,
+    config,
+  )
+  levels, position = _advance(
+    state.levels, gradients, parts.top, state.position, is_other, config
+  )
+  return dataclasses.replace(
+    state,
+    levels=levels,
+    pending=jnp.zeros_like(state.pending),
+    position=position,
+  )
 
-  def loss(weights: dict[str, LevelWeights]) -> jax.Array:
-    levels = {n: cms_layer.GivenState(w, None) for n, w in weights.items()}
-    logits = finish(state.stream[0], levels, state.start, segments)
-    return jnp.sum(
-      jnp.mean(
-        optax.softmax_cross_entropy_with_integer_labels(logits, targets), axis=1
-      )
+
+class _Chunk(NamedTuple):
+  """What the learning layers read of a chunk.
+
+  Attributes:
+    stream: [B, C, D].
+    targets: [B, C], the tokens that follow each; None in a sequence's last.
+    segments: [B, C] document numbers, 0: the one that ended the last chunk.
+    inherits: [B, C] which places read D.  Both are None where there is one
+      document only.
+  """
+
+  stream: jax.Array
+  targets: jax.Array | None
+  segments: jax.Array | None
+  inherits: jax.Array | None
+
+
+def _finish(
+  finish: Callable,
+  top: Any,
+  weights: dict[str, LevelWeights],
+  chunk: _Chunk,
+  mixer: Any,
+  config: ModelConfig,
+) -> tuple[jax.Array, Any]:
+  """Logits of a chunk, and the fast state of the layers above after it."""
+  inherits = chunk.inherits
+  if inherits is not None:
+    count = learning_layers(config)
+    inherits = jnp.broadcast_to(inherits, (count, *inherits.shape))
+  levels = {n: cms_layer.GivenState(w, inherits) for n, w in weights.items()}
+  return finish(top, chunk.stream, levels, mixer, chunk.segments)
+
+
+def _gradients(
+  finish: Callable,
+  top: Any,
+  levels: dict[str, Level],
+  chunk: _Chunk,
+  mixer: Any,
+  config: ModelConfig,
+) -> tuple[dict[str, LevelWeights], tuple[jax.Array, Any]]:
+  """The mean loss of a chunk by every D; what `_finish` returns for it."""
+
+  def loss(weights: dict[str, LevelWeights]) -> tuple[jax.Array, Any]:
+    logits, after = _finish(finish, top, weights, chunk, mixer, config)
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+      logits, chunk.targets
     )
+    return jnp.sum(jnp.mean(losses, axis=1)), (logits, after)
 
-  weights = {name: level.weight for name, level in state.levels.items()}
-  gradients = jax.grad(loss)(weights)
+  gradients, read = jax.grad(loss, has_aux=True)(_weights(levels))
   if config.cms.outer_order == 1:
     gradients = jax.lax.stop_gradient(gradients)
-  position = state.position + targets.shape[1]
-  levels, slower = {}, None
-  for i, name in reversed(list(enumerate(state.levels))):
+  return gradients, read
+
+
+def _advance(
+  levels: dict[str, Level],
+  gradients: dict[str, LevelWeights],
+  top: Any,
+  position: jax.Array,
+  is_other: jax.Array | None,
+  config: ModelConfig,
+) -> tuple[dict[str, Level], jax.Array]:
+  """All levels, and the position, after a chunk of the shortest one.
+
+  Args:
+    is_other: [B] whether what follows is of another document than the one that
+      the chunk began with: then all is forgotten.
+  """
+  length = config.cms.fast_lengths[0]
+  position = position + length
+  new, slower = {}, None
+  for i, name in reversed(list(enumerate(levels))):
     chunk_length = config.cms.fast_lengths[i]
     is_due = position % chunk_length == 0
+    new[name] = levels[name]
     if config.is_live(name):
-      levels[name] = update(
-        state.levels[name],
+      new[name] = update(
+        levels[name],
         gradients[name],
-        rates(params, config, i),
+        rates(top, config, i),
         is_due,
         chunk_length=chunk_length,
-        parts=chunk_length // targets.shape[1],
+        parts=chunk_length // length,
         error_clip=config.cms.error_clip,
       )
       if slower is not None and config.cms.connection == "nested":
-        weight = chunks.where(slower[1], slower[0], levels[name].weight)
-        levels[name] = levels[name]._replace(weight=weight)
-    else:
-      levels[name] = state.levels[name]
-    slower = levels[name].weight, is_due
-  if numbers is not None:
-    is_other = numbers[:, 0] != state.first_document
+        weight = chunks.where(slower[1], slower[0], new[name].weight)
+        new[name] = new[name]._replace(weight=weight)
+    slower = new[name].weight, is_due
+  if is_other is not None:
     forget = lambda x: jnp.where(
       is_other.reshape(1, -1, *(1,) * (x.ndim - 2)), 0, x
     )
-    levels = jax.tree.map(forget, levels)
-  return dataclasses.replace(
-    state,
-    levels={name: levels[name] for name in state.levels},
-    pending=jnp.zeros_like(state.pending),
-    position=position % config.cms.fast_lengths[-1],
+    new = jax.tree.map(forget, new)
+  new = {name: new[name] for name in levels}
+  return new, position % config.cms.fast_lengths[-1]
+
+
+class _Carry(NamedTuple):
+  """What is handed from chunk to chunk; fields as in `NextTokenState`."""
+
+  levels: dict[str, Level]
+  mixer: Any
+  position: jax.Array
+  document: jax.Array
+
+
+def _read_chunks(
+  parts: Parts,
+  tokens: jax.Array,
+  state: NextTokenState,
+  segments: jax.Array | None,
+  config: ModelConfig,
+  *,
+  is_whole: bool = False,
+) -> tuple[jax.Array, NextTokenState | None]:
+  """Tokens [B, T] from a chunk's border on, all that is below D at once."""
+  numbers = below = None
+  if segments is not None:
+    numbers = segments + state.document[:, None]
+  if not is_whole:
+    count = config.num_layers - learning_layers(config) + 1
+    below = jax.tree.map(lambda x: x[:count], state.mixer)
+  stream, below = parts.begin(tokens, below, segments)
+  scan = functools.partial(
+    _scan, parts.finish, config=config, wants_state=not is_whole
   )
+  carry = _Carry(
+    state.levels, _above(state.mixer, config), state.position, state.document
+  )
+  logits, carry, above = devices.by_rows(scan)(
+    parts.top, (stream, tokens, numbers), carry
+  )
+  if is_whole:
+    return logits, None
+  length = config.cms.fast_lengths[0]
+  rest = (tokens.shape[1] - 1) % length + 1
+  fill = lambda x: jnp.pad(
+    x[:, -rest:], ((0, 0), (0, length - rest), *((0, 0),) * (x.ndim - 2))
+  )
+  document, begins = carry.document, jnp.zeros_like(carry.document)
+  if numbers is not None:
+    document = numbers[:, -rest]
+    begins = _differs(document, carry.document)
+  join = lambda *layers: jnp.concatenate(layers)
+  return logits, NextTokenState(
+    mixer=below if above is None else jax.tree.map(join, below, above),
+    start=carry.mixer,
+    levels=carry.levels,
+    tokens=fill(tokens),
+    stream=fill(stream)[None],
+    pending=jnp.asarray(rest, jnp.int32),
+    position=carry.position,
+    document=document if numbers is None else numbers[:, -1],
+    first_document=document,
+    begins=begins,
+  )
+
+
+# Up to so many chunks the last one is compiled apart, without an update that
+# nothing reads: beyond, that is too small a part to pay for it.
+_MAX_COUNT_APART = 16
+
+
+def _scan(
+  finish: Callable,
+  top: Any,
+  sequence: tuple[jax.Array, jax.Array, jax.Array | None],
+  carry: _Carry,
+  *,
+  config: ModelConfig,
+  wants_state: bool,
+) -> tuple[jax.Array, _Carry, Any]:
+  """(logits [B, T, V], what the last chunk began with, the fast state of the
+  layers above after it).
+
+  Args:
+    sequence: stream [B, T, D], tokens and document numbers [B, T].
+  """
+  stream, tokens, numbers = sequence
+  length, total = config.cms.fast_lengths[0], tokens.shape[1]
+  count = -(-total // length)  # the last one may be shorter
+  is_apart = wants_state or total % length or count <= _MAX_COUNT_APART
+  scanned = count - 1 if is_apart else count
+
+  def cut(x: jax.Array) -> jax.Array:
+    """The chunks that are scanned, [N, B, C, ...]."""
+    x = x[:, : scanned * length]
+    return x.reshape(x.shape[0], -1, length, *x.shape[2:]).swapaxes(0, 1)
+
+  def following(x: jax.Array) -> jax.Array:
+    """What follows each of [B, n]; the last one, which is not used, itself."""
+    return jnp.concatenate([x[:, 1:], x[:, -1:]], axis=1)
+
+  def chunk_of(stream, targets, numbers, document) -> _Chunk:
+    segments = inherits = None
+    if numbers is not None:
+      segments = numbers - document[:, None]
+      inherits = numbers == numbers[:, :1]
+    return _Chunk(stream, targets, segments, inherits)
+
+  def body(carry: _Carry, xs: Any) -> tuple[_Carry, jax.Array]:
+    stream, targets, numbers, next_first = xs
+    chunk = chunk_of(stream, targets, numbers, carry.document)
+    gradients, (logits, mixer) = _gradients(
+      finish, top, carry.levels, chunk, carry.mixer, config
+    )
+    document, is_other = carry.document, None
+    if numbers is not None:
+      document = numbers[:, -1]
+      is_other = next_first != numbers[:, 0]
+    levels, position = _advance(
+      carry.levels, gradients, top, carry.position, is_other, config
+    )
+    return _Carry(levels, mixer, position, document), logits
+
+  logits, after = [], carry.mixer
+  if scanned:
+    documents = None, None
+    if numbers is not None:
+      next_first = following(numbers[:, ::length])[:, :scanned]
+      documents = cut(numbers), next_first.swapaxes(0, 1)
+    xs = cut(stream), cut(following(tokens)), *documents
+    with jax.named_scope("next_token"):
+      carry, found = checkpointed_scan(
+        body, carry, xs, policy=config.memory.remat
+      )
+    found = found.swapaxes(0, 1)
+    logits.append(found.reshape(found.shape[0], -1, found.shape[-1]))
+  if is_apart:
+    begin = scanned * length
+    last = None if numbers is None else numbers[:, begin:]
+    chunk = chunk_of(stream[:, begin:], None, last, carry.document)
+    weights = _weights(carry.levels)
+    part, after = _finish(finish, top, weights, chunk, carry.mixer, config)
+    logits.append(part)
+  return jnp.concatenate(logits, axis=1), carry, after
 
 
 def update(

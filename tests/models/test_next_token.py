@@ -175,6 +175,58 @@ def test_equals_loop_of_gradient_steps(fields):
   np.testing.assert_allclose(ours, expected, atol=2e-5)
 
 
+# Documents of two sequences: one goes on with that of the state, the other does
+# not; they end inside chunks and with them.
+LENGTHS = (6, 6, 10), (4, 6, 12)
+NUMBERS = np.stack(
+  [np.repeat([0, 1, 2], LENGTHS[0]), np.repeat([3, 4, 5], LENGTHS[1])]
+)
+
+
+@pytest.mark.parametrize(
+  ("layer", "fields"),
+  [
+    ("titans", {"learning_share": 0.1}),
+    ("titans", {"half_life": 20.0}),
+    slow_case("titans", {"connection": "nested"}),
+    slow_case("transformer", {"connection": "independent"}),
+    slow_case("transformer", {"frozen_levels": ("cms_1",)}),
+    slow_case("titans", {"learning_share": 1.0, "chunk_lengths": (2, 8, 0)}),
+  ],
+  ids=str,
+)
+def test_training_form_equals_streaming_form(layer, fields):
+  """All tokens in one call against one token at a time: logits and state, after
+  a first piece that was carried over."""
+  config = make(sequence_layer=layer, context_length=2 * T, **fields)
+  model, params, tokens = init(config)
+  step = fast_jit(
+    lambda state, part, segments: language_model.forward(
+      model, params, part, state=state, segments=segments
+    )
+  )
+  first = tokens[:, :8]
+  before = language_model.init_state(config, B)
+  before = step(before, first, jnp.zeros_like(first)).state
+  logits, state = step(before, tokens, NUMBERS)
+  one, outputs, document = before, [], 0
+  for t in range(T):
+    number = NUMBERS[:, t : t + 1]
+    output = step(one, tokens[:, t : t + 1], number - document)
+    one, document = output.state, number
+    outputs.append(output.logits)
+  np.testing.assert_allclose(jnp.concatenate(outputs, 1), logits, atol=1e-5)
+  compare = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
+  # Places after the last token of a chunk are of no account.
+  pending = int(one.pending)
+  for ours in (state, one):
+    assert int(ours.pending) == (8 + T - 1) % config.cms.fast_lengths[0] + 1
+  kept = lambda x: dataclasses.replace(
+    x, tokens=x.tokens[:, :pending], stream=x.stream[:, :, :pending]
+  )
+  jax.tree.map(compare, kept(state), kept(one))
+
+
 @pytest.mark.parametrize(
   ("layer", "pieces"),
   [("transformer", (1,) * T), slow_case("titans", (4, 8, 2, 2, 4, 2))],
@@ -278,6 +330,41 @@ def test_outer_gradient_goes_through_the_inner_one(order):
   )
 
 
+@pytest.mark.parametrize(
+  ("layer", "share", "order"),
+  [
+    ("transformer", 0.1, 1),
+    slow_case("titans", 0.1, 2),
+    slow_case("titans", 0.67, 2),
+  ],
+)
+def test_outer_gradient_does_not_depend_on_pieces(layer, share, order):
+  """That through a scan of chunks is that through updates between pieces."""
+  config = make(sequence_layer=layer, learning_share=share, outer_order=order)
+  model, params, tokens = init(config)
+  tokens = tokens[:, :12]
+  weights = jax.random.normal(jax.random.key(2), (*tokens.shape, V))
+  forward = functools.partial(language_model.forward, model)
+
+  def whole(params):
+    return jnp.sum(weights * forward(params, tokens).logits)
+
+  def in_pieces(params):
+    state, outputs = language_model.init_state(config, B, 4), []
+    for part in jnp.split(tokens, 3, axis=1):
+      logits, state = forward(params, part, state=state)
+      outputs.append(logits)
+    return jnp.sum(weights * jnp.concatenate(outputs, axis=1))
+
+  found = fast_jit(jax.grad(whole))(params)
+  expected = fast_jit(jax.grad(in_pieces))(params)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * jnp.abs(b).max()),
+    found,
+    expected,
+  )
+
+
 @pytest.mark.parametrize("order", [1, 2])
 def test_first_order_takes_the_inner_gradient_for_a_constant(order):
   config = make(outer_order=order, error_clip=0.0)
@@ -290,12 +377,13 @@ def test_first_order_takes_the_inner_gradient_for_a_constant(order):
   params = {"blocks": {"cms": {"level_0": rates, "level_1": rates}}}
 
   def written(scale):
-    def finish(stream, levels, *_):
+    def finish(_, stream, levels, *__):
       maps = levels["cms_0"].weight.gate[0]
-      return scale * jnp.einsum("BTD,BDF->BTF", stream, maps)
+      return scale * jnp.einsum("BTD,BDF->BTF", stream, maps), None
 
     following = state.tokens[:, :1], None
-    after = next_token.learn(finish, params, state, following, config)
+    parts = next_token.Parts(None, None, params, finish)
+    after = next_token._learn(parts, state, following, config)
     return jnp.sum(jnp.abs(after.levels["cms_0"].weight.gate))
 
   value, slope = jax.value_and_grad(written)(1.0)

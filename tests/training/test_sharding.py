@@ -243,8 +243,8 @@ batch = {
 with sharding.activate(mesh):
   step = compiled.train_step.lower(compiled.abstract_state, batch).compile()
 lines = step.as_text().splitlines()
-chunks = re.compile(r"(mixer|recurrence/shard_map|cms/level.*)/while/body")
-inside = [line for line in lines if chunks.search(line)]
+loop = r"(mixer|recurrence/shard_map|next_token[)]*|cms/level[^:]*)/while/body"
+inside = [line for line in lines if re.search(loop, line)]
 collective = re.compile(" (all-|reduce-scatter|collective-)[a-z-]*[(]")
 found = [line for line in inside if collective.search(line)]
 print(json.dumps([len(inside), found]))
@@ -268,6 +268,32 @@ def test_devices_do_not_talk_inside_the_chunk_loops(connection):
     ),
     data=DataConfig(sequence_length=64, batch_size=8),
     mesh=MeshConfig(data=4, fsdp=2),
+  )
+  found = child(LOOPS, [json.dumps(dataclasses.asdict(config))])
+  inside, collectives = json.loads(found.stdout.splitlines()[-1])
+  assert inside > 100 and not collectives
+
+
+@pytest.mark.parametrize("tensor", [2, slow_case(1)])
+def test_devices_do_not_talk_inside_the_next_token_loop(tensor):
+  """Rows are split over heads' devices, too; two layers learn."""
+  config = Config(
+    model=ModelConfig(
+      sequence_layer="titans",
+      vocab_size=64,
+      width=16,
+      num_layers=3,
+      num_heads=2,
+      memory=MemoryConfig(chunk_length=8, adaptive=()),
+      cms=CMSConfig(
+        hidden=(8, 8, 16),
+        chunk_lengths=(8, 16, 0),
+        signal="next_token",
+        learning_share=0.67,
+      ),
+    ),
+    data=DataConfig(sequence_length=64, batch_size=8),
+    mesh=MeshConfig(data=2, fsdp=4 // tensor, tensor=tensor),
   )
   found = child(LOOPS, [json.dumps(dataclasses.asdict(config))])
   inside, collectives = json.loads(found.stdout.splitlines()[-1])
