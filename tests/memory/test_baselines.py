@@ -1,5 +1,7 @@
 """Memora's and TTT's chunk form against their token loops, in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +82,30 @@ def test_memora_equals_token_loop(read, retention):
   )
   whole = fast_jit(lambda: run(slice(T), None).outputs)()
   np.testing.assert_allclose(whole, expected, atol=1e-10)
+  nothing = {"weight": chunks.zeros(initial, B), "momentum": None}
+  pieces = in_pieces(run, chunks.fresh(nothing))
+  np.testing.assert_allclose(pieces, expected, atol=1e-10)
+
+
+def test_memora_mean_step_is_of_a_whole_chunk_in_every_piece():
+  """It divides by all of a chunk's tokens, not by those of a piece."""
+  cfg = MemoryConfig(
+    **{"adaptive": (), "target": "shared", "delta_rule": "none"},
+    **{"momentum": "none", "activation": "gelu", "proximal": False},
+    **{"read": "chunk", "chunk_length": 5},
+  )
+  initial = Weights(normal(4, H, F, K), normal(5, H, K, F))
+  eta, alpha = (jax.nn.sigmoid(normal(seed, B, H, T)) for seed in (6, 7))
+  tokens = (*sequence(), 15 * eta, alpha)
+
+  def run(piece, state, step_scale="mean"):
+    k, v, q, eta, alpha = (x[:, :, piece] for x in tokens)
+    eta = eta if step_scale == "mean" else eta / cfg.chunk_length
+    how = dataclasses.replace(cfg, step_scale=step_scale)
+    gates = Gates(eta, alpha, None)
+    return memora.run_memory(initial, k, v, q, gates, how, state=state)
+
+  expected = fast_jit(lambda: run(slice(T), None, "sum").outputs)()
   nothing = {"weight": chunks.zeros(initial, B), "momentum": None}
   pieces = in_pieces(run, chunks.fresh(nothing))
   np.testing.assert_allclose(pieces, expected, atol=1e-10)

@@ -257,9 +257,10 @@ def test_nested_levels_in_pieces_equal_one_pass(pieces):
   )
 
 
-@pytest.mark.parametrize("border", [12, 10])
+@pytest.mark.parametrize("border", [12, 10, 17])
 def test_nested_levels_start_anew_with_a_document(border):
-  """Inside a chunk, too: see `test_document_may_begin_inside_a_chunk`."""
+  """Inside a chunk, too: see `test_document_may_begin_inside_a_chunk`.  At 17
+  it begins inside one of every level, the slowest having learned before."""
   slow, x, value = random_level()
   segments = (jnp.arange(T) >= border).astype(jnp.int32)[None].repeat(B, 0)
   packed, _, _ = run_nested(slow, x, value, segments=segments)

@@ -327,6 +327,22 @@ def test_memory_without_writes_is_the_slow_model():
     np.testing.assert_array_equal(live, slow)
 
 
+def test_state_for_pieces_that_end_inside_a_chunk_knows_its_place():
+  """Also where they are longer than a chunk; only whole chunks need none."""
+  now = deep.zero_state(random_memory()[0], B, MemoryConfig())
+  for piece, is_known in ((8, False), (6, True), (2, True), (None, True)):
+    state = chunks.fresh(now, 4, piece)
+    assert (state.position is not None) == is_known
+
+
+def test_memory_without_writes_keeps_its_state():
+  cfg = MemoryConfig(chunk_length=4)
+  initial, sequence, gates = random_memory(length=3)
+  state = chunks.fresh(deep.zero_state(initial, B, cfg))
+  out = run_memory(initial, sequence, gates, cfg, state=state, live=False)
+  assert out.state is state
+
+
 @pytest.mark.parametrize("retention", ["start", "zero"])
 @pytest.mark.parametrize("pieces", [(1,) * 21, (5, 1, 7, 1, 7)])
 def test_memory_in_pieces_equals_one_pass(retention, pieces):
@@ -377,6 +393,20 @@ def test_memory_forgets_at_document_borders(retention):
   )
   apart = jnp.concatenate([part(0, 8), part(8, 20)], axis=2)
   np.testing.assert_allclose(packed, apart, atol=1e-12)
+
+
+def test_memory_forgets_wherever_the_number_of_a_document_changes():
+  """Also where it falls: numbers tell documents apart, they do not count."""
+  initial, sequence, gates = random_memory(length=12)
+  packed = lambda *numbers: compiled(
+    chunked,
+    initial,
+    sequence,
+    gates,
+    cfg=MemoryConfig(chunk_length=4),
+    segments=jnp.repeat(jnp.array(numbers), 4)[None].repeat(B, 0),
+  )
+  np.testing.assert_array_equal(packed(0, 2, 1), packed(0, 1, 2))
 
 
 def test_memory_recalls_what_it_was_told():

@@ -153,11 +153,14 @@ from tests.memory import test_deep
 
 fused.INTERPRET = True
 cfg = MemoryConfig(implementation="pallas_tpu", chunk_length=4)
-test_deep.B, test_deep.H = 4, 2
+test_deep.B, test_deep.H = 4, 6
 initial, sequence, gates = test_deep.random_memory(length=12)
 
+segments = np.repeat([[0, 0, 1], [0, 1, 1], [0, 1, 2], [1, 1, 1]], 4, 1)
+
 def loss(initial, sequence, gates):
-  return deep.run_memory(initial, *sequence, gates, cfg).outputs.sum()
+  out = deep.run_memory(initial, *sequence, gates, cfg, segments=segments)
+  return out.outputs.sum()
 
 def gradients(data, fsdp, tensor, count):
   mesh = sharding.make_mesh(
@@ -167,7 +170,7 @@ def gradients(data, fsdp, tensor, count):
   return [np.asarray(x) for x in jax.tree.leaves(found)]
 
 one, eight, odd = gradients(1, 1, 1, 1), gradients(2, 2, 2, 8), gradients(
-  1, 2, 4, 8)  # two heads do not divide over four devices
+  1, 2, 4, 8)  # six heads do not divide over four devices
 worst = lambda a: max(float(np.abs(x - y).max()) for x, y in zip(a, one))
 print(json.dumps([worst(eight), worst(odd)]))
 """
@@ -193,7 +196,11 @@ def test_kernels_with_an_incomplete_last_chunk():
   initial, sequence, gates, _ = _inputs(cfg, 19)
 
   def make(cfg, _):
-    run = lambda *x: deep.run_memory(x[0], *x[1], x[2], cfg).outputs
+    def run(initial, sequence, gates):
+      out = deep.run_memory(initial, *sequence, gates, cfg)
+      assert out.state is None
+      return out.outputs
+
     return run
 
   _check(make, cfg, (initial, sequence, gates))
@@ -211,6 +218,40 @@ def test_pieces_of_chunks_are_xlas():
     )
     results.append((out.outputs, out.state.now))
   assert_close(*results, 1e-14)
+
+
+def test_frozen_boxes_are_xlas():
+  """No kernel leaves out a box: the same result."""
+  cfg = MemoryConfig(**KERNELS)
+  initial, p = random_boxes(cfg)
+  p = jax.tree.map(lambda x: x[:, :, :8], p)
+  results = []
+  for implementation in ("pallas_tpu", "xla"):
+    made, state, _ = self_modifying.run_projections(
+      initial,
+      p,
+      dataclasses.replace(cfg, implementation=implementation),
+      state=chunks.ChunkState(_moved(initial, cfg), None, None),
+      frozen=("v", "alpha"),
+    )
+    results.append((made, state.now))
+  assert_close(*results, 1e-14)
+
+
+def test_dynamics_are_xlas():
+  """Kernels say nothing about the learning: it runs without them."""
+  cfg = MemoryConfig(**KERNELS)
+  initial, sequence, gates, _ = _inputs(cfg, 8)
+  boxes, p = random_boxes(cfg)
+  found = []
+  for implementation in ("pallas_tpu", "xla"):
+    used = dataclasses.replace(cfg, implementation=implementation)
+    how = dict(with_dynamics=True)
+    out = deep.run_memory(initial, *sequence, gates, used, **how)
+    made = self_modifying.run_projections(boxes, p, used, **how)
+    found.append((out.dynamics, made[2]))
+  assert found[0][0] and found[0][1]
+  assert_close(*found, 1e-14)
 
 
 def test_auto_is_xla_without_a_tpu():

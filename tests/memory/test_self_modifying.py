@@ -110,21 +110,22 @@ def test_projections_outer_gradient_reaches_every_box():
 
 @pytest.mark.parametrize("retention", ["start", "zero"])
 def test_frozen_box_stays_and_the_others_learn(retention):
+  """Its momentum, too, which would write when it is frozen no longer."""
   cfg = MemoryConfig(projection_chunk_length=4, retention=retention)
   initial, slow = random_boxes(cfg)
   state = chunks.fresh(deep.zero_state(initial, B, cfg))
   _, state, _ = self_modifying.run_projections(
     initial, slow, cfg, state=state, frozen=("v", "alpha")
   )
-  weight = state.now["weight"]
-  change = {
-    box: max(jnp.abs(x).max() for x in layers.values())
-    for box, layers in oracle.box_weights(
-      jax.tree.map(lambda w: w[0], weight), cfg
-    ).items()
-  }
-  assert max(change["v"], change["alpha"]) < 1e-14
-  assert min(change["k"], change["eta"]) > 1e-3
+  for part, least in (("weight", 1e-3), ("momentum", 1e-8)):
+    change = {
+      box: max(jnp.abs(x).max() for x in layers.values())
+      for box, layers in oracle.box_weights(
+        jax.tree.map(lambda w: w[0], state.now[part]), cfg
+      ).items()
+    }
+    assert max(change["v"], change["alpha"]) < 1e-14
+    assert min(change["k"], change["eta"]) > least
 
 
 @pytest.mark.parametrize("retention", ["start", "zero"])
@@ -149,3 +150,21 @@ def test_projections_in_pieces_equal_one_pass(retention):
   eta = jnp.concatenate([part.gates.learn_rate for part in parts], axis=2)
   np.testing.assert_allclose(k, whole[0], atol=1e-10)
   np.testing.assert_allclose(eta, whole[3], atol=1e-10)
+
+
+@pytest.mark.parametrize(
+  "adaptive", [("k", "v", "eta", "alpha"), ("q", "alpha")]
+)
+def test_one_box_is_found_among_the_adaptive_ones(adaptive):
+  cfg = MemoryConfig(adaptive=adaptive)
+  boxes, _ = random_boxes(cfg)
+  named = oracle.box_weights(boxes, cfg)
+  for box in adaptive:
+    output, hidden = self_modifying.only_box(boxes, box, cfg)
+    np.testing.assert_array_equal(output, named[box]["output"])
+    np.testing.assert_array_equal(hidden, named[box]["hidden"])
+    left = self_modifying.without_box(boxes, box, cfg)
+    wanted = named | {box: jax.tree.map(jnp.zeros_like, named[box])}
+    jax.tree.map(
+      np.testing.assert_array_equal, oracle.box_weights(left, cfg), wanted
+    )
