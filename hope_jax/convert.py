@@ -14,35 +14,15 @@ the extra `convert`.
 A model's parameters have to fit into the memory of this machine in float32.
 """
 
-import dataclasses
 import sys
 from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
-from etils import epath
-from flax import traverse_util
 
 from hope_jax import files
-from hope_jax.config import Config, ConfigError, DataConfig, MeshConfig
-from hope_jax.data import pipeline, tokenizer
-from hope_jax.model_config import ModelConfig
-from hope_jax.models.language_model import LanguageModel
-from hope_jax.training import (
-  checkpoints,
-  command,
-  exchange,
-  hugging_face,
-  renaming,
-  sharding,
-)
-from hope_jax.training import step as step_lib
+from hope_jax.config import ConfigError, DataConfig
+from hope_jax.training import command, progress
 from hope_jax.training import workdir as workdir_lib
-
-LENGTH = 1024  # tokens per sequence of evaluations, at the most
 
 
 def define_flags() -> None:
@@ -57,165 +37,45 @@ def define_flags() -> None:
   )
 
 
-def read_checkpoint(folder: epath.Path) -> tuple[ModelConfig, renaming.Arrays]:
-  """A checkpoint's model and parameters by their path, with dots."""
-  if not (folder / workdir_lib.CONFIG).exists():
-    raise ConfigError(
-      f"{folder} is no checkpoint of transformers: it has no"
-      f" {workdir_lib.CONFIG}"
-    )
-  values = workdir_lib.read_object(folder / workdir_lib.CONFIG)
-  architecture, model = hugging_face.read_config(values)
-  rules = architecture.rules(model)
-  tensors = exchange.open_tensors(folder)
-  wanted = _shapes(rules, model)
-  for name in sorted(wanted.keys() | tensors.keys()):
-    theirs = tensors[name].shape if name in tensors else "nothing"
-    ours = wanted.get(name, "nothing")
-    if ours != theirs and not hugging_face.is_ignored(name, model):
-      raise ConfigError(
-        f"{folder} is not a whole {architecture.name}: {name} is {theirs} there"
-        f" and {ours} by its config.json; copy it again, or take another"
-      )
-  read = lambda name: tensors[name].read()
-  return model, renaming.to_ours(rules, model.num_layers, read)
-
-
-def _shapes(
-  rules: list[renaming.Rule], model: ModelConfig
-) -> dict[str, tuple[int, ...]]:
-  """Shape of every tensor of theirs."""
-  init = LanguageModel(model).init
-  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  variables: Any = jax.eval_shape(init, jax.random.key(0), tokens)
-  params: dict[str, Any] = traverse_util.flatten_dict(
-    nn.unbox(variables["params"]), sep="."
-  )
-  zero = np.zeros((), np.float32)  # of any shape, without its memory
-  ours = {k: np.broadcast_to(zero, x.shape) for k, x in params.items()}
-  theirs = renaming.to_theirs(rules, model.num_layers, ours)
-  return {name: x.shape for name, x in theirs.items()}
-
-
-def from_hf(
-  folder: epath.Path,
-  workdir: epath.Path,
-  *,
-  text: str | None = None,
-  context_length: int | None = None,
-) -> Config:
-  """Makes `workdir` a run with the checkpoint in `folder`; its config."""
-  _check_empty(workdir)
-  words = _tokenizer(folder)
-  model, params = read_checkpoint(folder)
-  if context_length is not None:
-    model = dataclasses.replace(model, context_length=context_length)
-  name = next((str(workdir / file) for file in words.files), tokenizer.BYTES)
-  length = min(model.context_length, LENGTH)
-  config = Config(
-    model=model,
-    data=DataConfig(
-      path=text or DataConfig.path, tokenizer=name, sequence_length=length
-    ),
-  )
-  for parameter, x in params.items():
-    if not np.isfinite(x).all():
-      raise ConfigError(
-        f"{folder}: {parameter} is made of numbers that are not finite:"
-        " copy it again"
-      )
-  state = {"params": traverse_util.unflatten_dict(params, sep=".")}
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(words, workdir)
-  except OSError as error:
-    raise _cannot_write(workdir, error) from error
-  manager = checkpoints.open_manager(workdir, config.train)
-  checkpoints.save(manager, 0, state)
-  checkpoints.close(manager)
-  workdir_lib.claim(workdir, config, {"tokenizer": words.sha256})
-  return config
-
-
-def write_checkpoint(
-  folder: epath.Path,
-  model: ModelConfig,
-  params: renaming.Arrays,
-  words: tokenizer.Tokenizer | None = None,
-) -> None:
-  """Inverse of `read_checkpoint`, with a tokenizer."""
-  _check_empty(folder)
-  architecture, values = hugging_face.write_config(model)
-  rules = architecture.rules(model)
-  tensors = renaming.to_theirs(rules, model.num_layers, params)
-  bos, eos = (words.bos, words.eos) if words else (None, None)
-  ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": None}
-  try:
-    exchange.write_tensors(folder, tensors, "pt")
-    if words:
-      tokenizer.save(words, folder)
-    workdir_lib.write_json(folder / workdir_lib.CONFIG, values | ids)
-  except OSError as error:
-    raise _cannot_write(folder, error) from error
-
-
-def _tokenizer(folder: epath.Path) -> tokenizer.Tokenizer:
-  """A SentencePiece model, else a tokenizer.json, else bytes."""
-  for name in (tokenizer.MODEL, tokenizer.JSON):
-    if (folder / name).exists():
-      return tokenizer.load(folder / name)
-  return tokenizer.Bytes()
-
-
-def to_hf(workdir: epath.Path, folder: epath.Path) -> int:
-  """Writes the newest checkpoint of a run for transformers; its step."""
-  config = workdir_lib.read_config(workdir)
-  hugging_face.write_config(config.model)
-  words = pipeline.load_tokenizer(config)
-  mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-  with sharding.activate(mesh):
-    compiled = step_lib.build(config, mesh)
-    step, params = checkpoints.restore_params(
-      workdir, compiled.abstract_state.params
-    )
-  flat: dict[str, Any] = traverse_util.flatten_dict(
-    jax.device_get(params), sep="."
-  )
-  write_checkpoint(folder, config.model, flat, words)
-  return step
-
-
-def _check_empty(folder: epath.Path) -> None:
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise ConfigError(f"{folder} exists and is not empty: choose another")
-
-
-def _cannot_write(folder: epath.Path, error: OSError) -> ConfigError:
-  return ConfigError(f"cannot write to {folder}: {files.reason(error)}")
-
-
 def main() -> None:
   args = flags.FLAGS
-  workdir = files.reach(args.workdir)
   if bool(args.from_hf) == bool(args.to_hf):
     raise ConfigError("give either --from_hf or --to_hf")
   if args.to_hf:
     if args.text or args.context_length is not None:
       raise ConfigError("--text and --context_length are for --from_hf")
-    step = to_hf(workdir, files.check_folder(args.to_hf, "to_hf"))
-    print(f"{workdir}, step {step} -> {args.to_hf}")
-    return
-  config = from_hf(
-    files.reach(args.from_hf),
-    workdir,
-    text=args.text,
-    context_length=args.context_length,
+    _to_hf(args)
+  else:
+    _from_hf(args)
+
+
+def _to_hf(args: Any) -> None:
+  folder = files.check_folder(args.to_hf, "to_hf")
+  files.check_empty(folder)
+  workdir = files.reach(args.workdir)
+  model = workdir_lib.read_config(workdir).model
+  progress.say(
+    f"converting {command.describe(model)}, workdir {workdir}, to {folder}"
   )
-  model = config.model
-  print(
-    f"{args.from_hf} -> {workdir}: {model.sequence_layer},"
-    f" {model.num_layers} layers of width {model.width}"
+  command.announce_devices(1)
+  from hope_jax.interchange import runs
+
+  step = runs.to_hf(workdir, folder)
+  print(f"{workdir}, step {step} -> {args.to_hf}")
+
+
+def _from_hf(args: Any) -> None:
+  folder, workdir = files.reach(args.from_hf), files.reach(args.workdir)
+  files.check_empty(workdir)
+  progress.say(f"converting {folder} to a run, workdir {workdir}")
+  command.announce_devices(1)
+  from hope_jax.data import tokenizer
+  from hope_jax.interchange import runs
+
+  config = runs.from_hf(
+    folder, workdir, text=args.text, context_length=args.context_length
   )
+  print(f"{args.from_hf} -> {workdir}: {command.describe(config.model)}")
   if config.data.tokenizer == tokenizer.BYTES:
     print(f"{args.from_hf} has no tokenizer: texts are bytes", file=sys.stderr)
 

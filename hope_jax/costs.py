@@ -1,4 +1,4 @@
-"""What every component of the nested system costs (`levels.py`).
+"""What every component of the nested system costs (`analysis/levels.py`).
 
 Numbers are counted, nothing is executed: parameters and bytes from the shapes
 of the model's initial state, FLOPs from its forward pass, module by module;

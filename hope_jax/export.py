@@ -5,15 +5,10 @@ python -m hope_jax.train --config=... --workdir=runs/y \
   --config.train.init_from=models/x
 """
 
-import jax
 from absl import flags
-from etils import epath
 
 from hope_jax import files
-from hope_jax.config import MeshConfig
-from hope_jax.data import pipeline, tokenizer
-from hope_jax.training import checkpoints, command, exchange, sharding
-from hope_jax.training import step as step_lib
+from hope_jax.training import command, faults, progress
 from hope_jax.training import workdir as workdir_lib
 
 
@@ -22,33 +17,23 @@ def define_flags() -> None:
   flags.DEFINE_string("output", None, "folder of the export", required=True)
 
 
-def export(workdir: epath.Path, folder: epath.Path) -> int:
-  """Exports the newest checkpoint of a run; returns its step."""
-  config = workdir_lib.read_config(workdir)
-  mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-  with sharding.activate(mesh):
-    compiled = step_lib.build(config, mesh)
-    step, params = checkpoints.restore_params(
-      workdir, compiled.abstract_state.params
-    )
-  exchange.save(folder, config, params)
-  words = pipeline.load_tokenizer(config)
-  data = {"tokenizer": words.sha256} if words else {}
-  workdir_lib.write_json(folder / workdir_lib.DATA, data)
-  if words:
-    tokenizer.save(words, folder)
-  return step
-
-
 def main() -> None:
   import safetensors
 
   args = flags.FLAGS
   folder = files.check_folder(args.output, "output")
+  workdir = files.reach(args.workdir)
+  model = workdir_lib.read_config(workdir).model
+  progress.say(
+    f"exporting {command.describe(model)}, workdir {workdir}, to {folder}"
+  )
+  command.announce_devices(1)
+  from hope_jax.interchange import runs
+
   try:
-    step = export(files.reach(args.workdir), folder)
+    step = runs.export(workdir, folder)
   except (OSError, safetensors.SafetensorError) as error:
-    raise checkpoints.SaveFailed(
+    raise faults.SaveFailed(
       f"cannot write to {folder}: {files.reason(error)}"
     ) from error
   print(f"{args.workdir}, step {step} -> {args.output}")

@@ -64,6 +64,12 @@ def check_folder(name: str, flag: str) -> epath.Path:
   return path
 
 
+def check_empty(folder: epath.Path) -> None:
+  """`ConfigError` unless nothing is there that would be overwritten."""
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise ConfigError(f"{folder} exists and is not empty: choose another")
+
+
 def _probe(path: epath.Path, named: str) -> None:
   """`ConfigError` if no file can be made beside `path`."""
   try:
@@ -84,6 +90,14 @@ def _probe(path: epath.Path, named: str) -> None:
 def is_remote(path: Any) -> bool:
   """Whether `path` is in a bucket."""
   return "://" in str(path)
+
+
+def is_read_once(path: epath.Path) -> bool:
+  """Whether `path` is a pipe or a terminal, not a file."""
+  if is_remote(path):
+    return False
+  here = pathlib.Path(path)
+  return here.is_fifo() or here.is_char_device()
 
 
 def absolute(path: epath.Path) -> epath.Path:

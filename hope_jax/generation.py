@@ -10,7 +10,7 @@ Legend: N sequences, T prompt tokens, V vocab, L state leaves with batch 1.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,29 +18,12 @@ import numpy as np
 
 from hope_jax import streaming
 from hope_jax.config import ConfigError
+from hope_jax.inference.sampling import Sampling
 from hope_jax.model_config import ModelConfig
 from hope_jax.models import language_model, next_token
 
 PIECE = streaming.PIECE  # tokens of prefill at a time
 BLOCK = 32  # tokens decoded between two looks at the stop condition
-
-
-class Sampling(NamedTuple):
-  """How a token is drawn: softmax(logits / temperature), cut to the `top_k`
-  likeliest (0: all) and to the likeliest with probability `top_p` in sum."""
-
-  temperature: float = 1.0
-  top_k: int = 0
-  top_p: float = 1.0
-
-  def check(self) -> None:
-    """`ConfigError` for values without meaning."""
-    if not self.temperature >= 0:
-      raise ConfigError(f"--temperature={self.temperature} must be 0 or more")
-    if self.top_k < 0:
-      raise ConfigError(f"--top_k={self.top_k} must be 0 (all) or more")
-    if not 0 < self.top_p <= 1:
-      raise ConfigError(f"--top_p={self.top_p} must be above 0, at most 1")
 
 
 def draw(key: jax.Array, logits_V: jax.Array, sampling: Sampling) -> jax.Array:

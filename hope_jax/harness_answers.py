@@ -24,7 +24,8 @@ from typing import Any
 from etils import epath
 
 from hope_jax import config as config_lib
-from hope_jax import files, session
+from hope_jax import files
+from hope_jax.inference.trained import Run
 from hope_jax.training import workdir as workdir_lib
 
 SUFFIX = ".partial"  # of the folder beside the output
@@ -40,7 +41,7 @@ class Answers:
   """The answers in a folder beside `output`; without one nothing is kept."""
 
   def __init__(
-    self, output: epath.Path | None, run: session.Run, seed: int = 0
+    self, output: epath.Path | None, run: Run, seed: int = 0
   ) -> None:
     self._folder = output and output.parent / f"{output.name}{SUFFIX}"
     self._model = {

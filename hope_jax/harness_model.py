@@ -1,4 +1,4 @@
-"""A trained run as a model of lm-eval (extra `eval`), for `harness.py`.
+"""A trained run as a model of lm-eval (extra `eval`), for `harness_tasks.py`.
 
 Models whose state does not grow read any context whole, attention in a window
 as much of it as it sees.  The cache of attention without a window is bounded
@@ -31,10 +31,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from hope_jax import files, generate, generation, scoring, session
+from hope_jax import files, generation, scoring
 from hope_jax.config import ConfigError
-from hope_jax.generation import Sampling
 from hope_jax.harness_answers import Answers
+from hope_jax.inference import texts
+from hope_jax.inference.sampling import Sampling
+from hope_jax.inference.trained import Run
 from hope_jax.model_config import ModelConfig
 from hope_jax.scoring import Request, Score
 from hope_jax.training import progress
@@ -79,7 +81,7 @@ class Cuts(NamedTuple):
 
 
 class HopeLM(TemplateLM):
-  """Scores and continues texts with a run that `session.open_run` opened.
+  """Scores and continues texts with a run that `trained.open_run` opened.
 
   Attributes:
     cuts: what is read of the requests, by task.
@@ -90,7 +92,7 @@ class HopeLM(TemplateLM):
 
   def __init__(
     self,
-    run: session.Run,
+    run: Run,
     *,
     batch_size: int = 8,
     seed: int = 0,
@@ -380,7 +382,7 @@ class HopeLM(TemplateLM):
     ends = scoring.read_all(
       run.params, contexts, config=config, batch_size=self.batch_size
     )
-    cut = lambda new: generate.cut(new, run.tokenizer, asked.until)
+    cut = lambda new: texts.cut(new, run.tokenizer, asked.until)
     for batch in scoring.batched(ends, self.batch_size):
       places = [place for place, _ in batch]
       rows = scoring.stack([read.state for _, read in batch], self.batch_size)

@@ -1,6 +1,6 @@
 """The folder of a session: whether it is one, of which model, who uses it.
 
-The state itself lies beside it, see `session.py`.
+The state itself lies beside it, see `inference/sessions.py`.
 """
 
 import contextlib

@@ -6,8 +6,8 @@ it; no token is ever read twice.  This is the only way in which texts are read
 outside of training: prompts, sessions and long streams all come through
 `extend`.
 
-`read_text` makes tokens of a file without holding all of it; `reset` and
-`relative_change` look after single levels of a state.
+`inference/reading.py` makes tokens of a file without holding all of it; `reset`
+and `relative_change` look after single levels of a state.
 
 Tokens go to the device in pieces of a few sizes (4096, 512, 64, 8, 1), so that
 few programs are compiled.  Every piece begins at a multiple of its size: of a
@@ -26,14 +26,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 from jax.tree_util import DictKey
 
-from hope_jax import files
 from hope_jax.config import ConfigError
-from hope_jax.data import text as text_lib
-from hope_jax.data.tokenizer import Tokenizer
 from hope_jax.memory import deep, self_modifying, ttt
 from hope_jax.memory.chunks import ChunkState
 from hope_jax.memory.self_modifying import Boxes
@@ -47,7 +43,6 @@ State = TypeVar("State")
 
 PIECE = 4096  # tokens of the largest piece, a power of two
 RATIO = 8  # of a piece's size to the next smaller one's
-TEXT = 1 << 20  # bytes of a text that are encoded at a time
 
 
 @flax.struct.dataclass
@@ -232,52 +227,6 @@ def check_room(config: ModelConfig, position: int, count: int) -> None:
       f"{position} tokens and {count} more are too many for attention: its"
       f" cache holds model.context_length={config.context_length}"
     )
-
-
-def read_text(
-  path: epath.Path, tokenizer: Tokenizer, first: int, size: int
-) -> Iterator[np.ndarray]:
-  """Tokens of a UTF-8 file: `first` of them, then `size` at a time.
-
-  Only a part of the file is held.  Parts end with a line, which SentencePiece
-  models of this project encode each by itself anyway.
-  """
-  held, count, wanted = [], 0, first
-  for part in _parts(path):
-    held.append(tokenizer.encode(part))
-    count += len(held[-1])
-    while count >= wanted:
-      joined = np.concatenate(held)
-      yield joined[:wanted]
-      held, count, wanted = [joined[wanted:]], count - wanted, size
-  if count:
-    yield np.concatenate(held)
-
-
-def check_text(path: epath.Path) -> None:
-  """`ConfigError` for a file that `read_text` cannot read to its end."""
-  for _ in _parts(path):
-    pass
-
-
-def _parts(path: epath.Path) -> Iterator[str]:
-  place, rest = 0, b""
-  try:
-    with path.open("rb") as file:
-      while read := file.read(TEXT):
-        data = rest + read
-        end = data.rfind(b"\n") + 1
-        if not end:  # before the last character, it may not be whole
-          end = len(data) - 1
-          while end > len(data) - 4 and data[end] & 0xC0 == 0x80:
-            end -= 1
-        yield text_lib.decode(data[:end], path, place)
-        rest, place = data[end:], place + end
-  except OSError as error:
-    raise ConfigError(f"cannot read {path}: {files.reason(error)}") from error
-  if not place + len(rest):
-    raise ConfigError(f"{path} is empty")
-  yield text_lib.decode(rest, path, place)
 
 
 def reset(

@@ -36,9 +36,7 @@ def main() -> None:
   config = processes.agree(command.read_config)
   workdir = files.reach(args.workdir)
   command.announce(config, workdir)
-  import jax  # two seconds, and those below one and a half
-
-  progress.say(f"on {jax.device_count()} x {jax.devices()[0].device_kind}")
+  command.announce_devices()
   from hope_jax.training import loop
 
   result = loop.run(config, workdir)

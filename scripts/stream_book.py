@@ -19,14 +19,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-import numpy as np
 from absl import flags
 from etils import epath
 
-from hope_jax import evaluate, files, session, streaming
+from hope_jax import files
 from hope_jax.config import ConfigError
-from hope_jax.training import command, sharding, workdir
+from hope_jax.inference import variants
+from hope_jax.training import command, progress
+from hope_jax.training import workdir as workdir_lib
 
 WINDOW = 1 << 16  # tokens between two lines
 Window = dict[str, Any]
@@ -49,13 +49,20 @@ def peak_bytes() -> int:
 
 
 def stream(
-  run: session.Run, text: str, count: int, window: int = WINDOW
+  run: Any, text: str, count: int, window: int = WINDOW
 ) -> Iterator[Window]:
-  """Reads `text` up to `count` tokens; what was seen, `window` at a time."""
+  """Reads `text` with `run`, of `trained.open_run`, up to `count` tokens; what
+  was seen, `window` at a time."""
+  import jax
+  import numpy as np
+
+  from hope_jax import streaming
+  from hope_jax.inference import reading, sessions
+
   config, begin = run.config.model, time.perf_counter()
-  state = session.start(run)
+  state = sessions.start(run)
   path, end = files.reach(text), 0
-  for tokens in streaming.read_text(path, run.tokenizer, window, window):
+  for tokens in reading.read_text(path, run.tokenizer, window, window):
     tokens = tokens[: count - end]
     read = streaming.extend(run.params, state, tokens[None], config=config)
     state, known = read.state, read.log_probs[0, 0 if end else 1 :]
@@ -118,10 +125,22 @@ def main() -> None:
   if levels and args.writes == "on":
     raise ConfigError("--level needs --writes=off")
   folder = files.check_folder(args.out, "out")
-  run = session.open_run(files.reach(args.workdir), args.devices)
+  workdir = files.reach(args.workdir)
+  model = workdir_lib.read_config(workdir).model
   if args.writes == "off":
-    model = evaluate.switch_off(run.config.model, levels)
-    run = run._replace(config=dataclasses.replace(run.config, model=model))
+    model = variants.switch_off(model, levels)
+  progress.say(
+    f"reading up to {args.tokens:,} tokens of {args.text} with"
+    f" {command.describe(model)}, workdir {workdir}"
+  )
+  command.announce_devices(args.devices)
+  import jax
+
+  from hope_jax.inference import trained
+  from hope_jax.training import sharding
+
+  run = trained.open_run(workdir, args.devices)
+  run = run._replace(config=dataclasses.replace(run.config, model=model))
   name = "-".join(("stream", args.writes, *levels))
   windows: list[Window] = []
   with sharding.activate(run.mesh):
@@ -138,7 +157,7 @@ def main() -> None:
         "device": jax.devices()[0].device_kind,
         "windows": windows,
       }
-      workdir.write_json(folder / f"{name}.json", workdir.finite(found))
+      workdir_lib.write_json(folder / f"{name}.json", workdir_lib.finite(found))
   plot(folder)
 
 

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from absl import flags
 
-from hope_jax import evaluate, generate, generation
+from hope_jax import evaluate, generation
 from hope_jax.config import Config, ConfigError, DataConfig, EvalConfig
+from hope_jax.inference import evaluation, variants
+from hope_jax.inference import texts as texts_lib
 from hope_jax.model_config import CMSConfig, MemoryConfig, ModelConfig
 from hope_jax.training import checkpoints, sharding, step, workdir
 from hope_jax.training import command as training_command
@@ -98,6 +100,46 @@ def home(tmp_path_factory):
 def test_train_applies_overrides(home):
   result = json.loads((home / "run" / "result.json").read_text())
   assert result["steps"] == 4 and result["config"]["opt"]["peak_lr"] == 1e-2
+
+
+MODEL = "transformer: 1 layer of width 16"
+
+
+@pytest.mark.parametrize(
+  ("name", "arguments", "first"),
+  [
+    ("evaluate", [], f"evaluating {MODEL}, test split, workdir run"),
+    (
+      "generate",
+      ["--prompt=a", "--prompt=b", "--tokens=9"],
+      f"generating with {MODEL}, up to 2 x 9 tokens, workdir run",
+    ),
+    ("export", ["--output=x"], f"exporting {MODEL}, workdir run, to x"),
+    (
+      "session",
+      ["--session=s", "--new"],
+      f"session s with {MODEL}, workdir run",
+    ),
+  ],
+)
+def test_commands_say_model_devices_and_parameters_first(
+  home, here, monkeypatch, name, arguments, first
+):
+  """All of it before the checkpoint is read."""
+
+  def fail(*args):
+    raise ConfigError("enough")
+
+  monkeypatch.setattr(checkpoints, "restore_params", fail)
+  code, text = here(name, "--workdir=run", *arguments)
+  said, on, *more = text.splitlines()
+  device = jax.devices()[0].device_kind
+  count = 1
+  if name == "evaluate":  # which takes the run's mesh
+    count = sharding.mesh_or_default(workdir.read_config(home / "run")).size
+  assert (code, said, on) == (2, first, f"on {count} x {device}")
+  result = json.loads((home / "run" / "result.json").read_text())
+  assert more[-2:] == [f"{result['parameters']:,} parameters", "error: enough"]
 
 
 def test_train_again_says_finished(home):
@@ -198,11 +240,11 @@ def test_evaluation_that_is_not_finite_is_null_and_code_1(
   """What is finite is shown, but no file says that it was evaluated."""
   scores = {"step": 4, "loss": math.nan, "dynamics": {"half_life": math.inf}}
   shown = []
-  monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: scores)
+  monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: scores)
   monkeypatch.setattr(evaluate, "print", shown.append, raising=False)
   code, text = here("evaluate", "--workdir=run", "--output=bad.json")
   assert code == 1
-  (line,) = text.strip().splitlines()
+  *_, line = text.strip().splitlines()
   assert line.startswith("error: the test loss of run is not finite")
   (found,) = map(strict_json, shown)
   assert found["loss"] is None and found["dynamics"] == {"half_life": None}
@@ -229,11 +271,11 @@ def test_switch_off_all_or_some_levels():
   cms = CMSConfig(hidden=(8, 8), chunk_lengths=(16, 0))
   memory = MemoryConfig(adaptive=())
   model = ModelConfig(sequence_layer="titans", cms=cms, memory=memory)
-  assert not evaluate.switch_off(model, ()).is_live("memory")
-  some = evaluate.switch_off(model, ("cms_0",))
+  assert not variants.switch_off(model, ()).is_live("memory")
+  some = variants.switch_off(model, ("cms_0",))
   assert some.is_live("memory") and not some.is_live("cms_0")
   with pytest.raises(ConfigError, match="'k' does not exist"):
-    evaluate.switch_off(model, ("k",))
+    variants.switch_off(model, ("k",))
 
 
 @pytest.fixture(scope="module")
@@ -268,11 +310,11 @@ def titans(tmp_path_factory):
 
 def test_evaluate_without_writes_scores_another_model(titans):
   folder, config = titans
-  losses = [evaluate.evaluate(config, folder, "test")["loss"]]
+  losses = [evaluation.evaluate(config, folder, "test")["loss"]]
   for levels in ((), ("memory",)):
-    model = evaluate.switch_off(config.model, levels)
+    model = variants.switch_off(config.model, levels)
     changed = dataclasses.replace(config, model=model)
-    losses.append(evaluate.evaluate(changed, folder, "test")["loss"])
+    losses.append(evaluation.evaluate(changed, folder, "test")["loss"])
   assert losses[0] != losses[1]
   assert losses[1] == losses[2]  # its only level is all of it
 
@@ -281,18 +323,18 @@ def test_evaluate_elsewhere_reads_the_other_data(titans, tmp_path):
   folder, config = titans
   for split in ("train", "valid", "test"):
     (tmp_path / f"{split}.txt").write_text("another text " * 12)
-  other = evaluate.elsewhere(config, str(tmp_path))
-  scores = [evaluate.evaluate(c, folder, "test") for c in (config, other)]
+  other = variants.elsewhere(config, str(tmp_path))
+  scores = [evaluation.evaluate(c, folder, "test") for c in (config, other)]
   assert scores[0]["loss"] != scores[1]["loss"]
   mqar = dataclasses.replace(config.data, kind="mqar")
   with pytest.raises(ConfigError, match="--path is for data that is read"):
-    evaluate.elsewhere(dataclasses.replace(config, data=mqar), "x")
+    variants.elsewhere(dataclasses.replace(config, data=mqar), "x")
 
 
 def test_evaluate_at_another_length_reads_as_many_tokens(titans):
   folder, config = titans  # batches of 2 x 32 tokens
-  longer = evaluate.lengthen(config, 64)
-  scores = evaluate.evaluate(
+  longer = variants.lengthen(config, 64)
+  scores = evaluation.evaluate(
     longer, folder, "test", with_dynamics=True, with_positions=True
   )
   (found,) = scores["by_position"]
@@ -305,12 +347,12 @@ def test_evaluate_at_another_length_reads_as_many_tokens(titans):
   assert change["memory"] > 0
   mqar = dataclasses.replace(config.data, kind="mqar")
   with pytest.raises(ConfigError, match="--length is for text"):
-    evaluate.lengthen(dataclasses.replace(config, data=mqar), 64)
+    variants.lengthen(dataclasses.replace(config, data=mqar), 64)
 
 
 def test_generate_with_a_memory_goes_beyond_the_context_length(titans):
   folder, config = titans
-  texts = generate.generate(
+  texts = texts_lib.generate(
     folder,
     ["To be, or not", "é"],
     count=100,

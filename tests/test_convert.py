@@ -19,9 +19,12 @@ from safetensors import numpy as safetensors
 
 from configs import wikitext2
 from hope_jax import config as config_lib
-from hope_jax import convert, evaluate, generate, generation
+from hope_jax import generation
 from hope_jax.config import ConfigError, DataConfig
 from hope_jax.data import text as text_lib
+from hope_jax.inference import evaluation
+from hope_jax.inference import texts as texts_lib
+from hope_jax.interchange import runs
 from hope_jax.model_config import MemoryConfig, ModelConfig
 from hope_jax.models import language_model
 from hope_jax.models.language_model import LanguageModel
@@ -119,7 +122,7 @@ def tree(flat):
 
 def test_logits_and_gradients_are_those_of_transformers(case):
   name, folder = case
-  model, flat = convert.read_checkpoint(folder)
+  model, flat = runs.read_checkpoint(folder)
   parts = 7 if name == "llama" else 1
   assert len(list(folder.glob("*.safetensors"))) == parts
   model = dataclasses.replace(model, memory=MemoryConfig(chunk_length=8))
@@ -156,7 +159,7 @@ def test_logits_and_gradients_are_those_of_transformers(case):
 )
 def test_reading_in_pieces_gives_the_logits_of_transformers(case):
   name, folder = case
-  model, flat = convert.read_checkpoint(folder)
+  model, flat = runs.read_checkpoint(folder)
   apply = fast_jit(lambda *a: LanguageModel(model).apply(*a))
   params, state = {"params": tree(flat)}, language_model.init_state(model, B)
   found = []
@@ -170,7 +173,7 @@ def test_reading_in_pieces_gives_the_logits_of_transformers(case):
 
 def test_checkpoint_there_and_back_is_the_same(case):
   name, folder = case
-  model, flat = convert.read_checkpoint(folder)
+  model, flat = runs.read_checkpoint(folder)
   rules = hugging_face.ARCHITECTURES[CASES[name][0]].rules(model)
   found = renaming.to_theirs(rules, L, flat)
   wanted = {n: p.detach().numpy() for n, p in theirs(name).named_parameters()}
@@ -185,14 +188,14 @@ def test_checkpoint_there_and_back_is_the_same(case):
 
 def test_our_parameters_are_what_transformers_loads(case, tmp_path):
   transformers = pytest.importorskip("transformers")
-  model, flat = convert.read_checkpoint(case[1])
+  model, flat = runs.read_checkpoint(case[1])
   rng = np.random.default_rng(1)
   flat = {
     name: (x + rng.normal(size=x.shape) / 20).astype(np.float32)
     for name, x in flat.items()
   }
   folder = epath.Path(tmp_path / "model")
-  convert.write_checkpoint(folder, model, flat)
+  runs.write_checkpoint(folder, model, flat)
   loaded, found = transformers.AutoModelForCausalLM.from_pretrained(
     folder, output_loading_info=True
   )
@@ -200,7 +203,7 @@ def test_our_parameters_are_what_transformers_loads(case, tmp_path):
   ours = fast_jit(LanguageModel(model).apply)({"params": tree(flat)}, TOKENS)
   wanted = logits_of(loaded.double()).logits.detach()
   np.testing.assert_allclose(ours.logits, wanted, atol=1e-4)
-  again, back = convert.read_checkpoint(folder)
+  again, back = runs.read_checkpoint(folder)
   assert again.sequence_layer == model.sequence_layer
   assert back.keys() == flat.keys()
   for name, x in flat.items():
@@ -243,7 +246,7 @@ SHAPES = {
 
 def test_tensors_that_are_missing_or_too_many_are_named(llama):
   folder, flat = llama
-  assert convert.read_checkpoint(folder)[0].width == 64
+  assert runs.read_checkpoint(folder)[0].width == 64
   norm = "model.layers.1.input_layernorm.weight"
   for tensors, message in (
     ({k: v for k, v in flat.items() if k != norm}, f"{norm} is nothing there"),
@@ -256,10 +259,10 @@ def test_tensors_that_are_missing_or_too_many_are_named(llama):
   ):
     write(folder, tensors, LLAMA)
     with pytest.raises(ConfigError, match=message):
-      convert.read_checkpoint(folder)
+      runs.read_checkpoint(folder)
   inverse = {"model.layers.0.self_attn.rotary_emb.inv_freq": flat[norm]}
   write(folder, flat | inverse, LLAMA | {"tie_word_embeddings": True})
-  assert "lm_head.kernel" not in convert.read_checkpoint(folder)[1]
+  assert "lm_head.kernel" not in runs.read_checkpoint(folder)[1]
 
 
 def test_numbers_that_are_not_finite_are_named_and_nothing_is_made(llama):
@@ -268,7 +271,7 @@ def test_numbers_that_are_not_finite_are_named_and_nothing_is_made(llama):
   write(folder, flat, LLAMA)
   run = folder.parent / "run"
   with pytest.raises(ConfigError, match="hf: norm.* not finite: copy it again"):
-    convert.from_hf(folder, run)
+    runs.from_hf(folder, run)
   assert not run.exists()
 
 
@@ -281,16 +284,16 @@ def test_files_that_cannot_be_read_are_named(llama):
   ):
     index.write_text(content)
     with pytest.raises(ConfigError, match=message):
-      convert.read_checkpoint(folder)
+      runs.read_checkpoint(folder)
   index.unlink()
   (folder / "model.safetensors").write_bytes(b"broken")
   with pytest.raises(ConfigError, match=r"cannot read .*model.safetensors \("):
-    convert.read_checkpoint(folder)
+    runs.read_checkpoint(folder)
   (folder / "model.safetensors").unlink()
   with pytest.raises(ConfigError, match="has neither model.safetensors nor"):
-    convert.read_checkpoint(folder)
+    runs.read_checkpoint(folder)
   with pytest.raises(ConfigError, match="is no checkpoint of transformers"):
-    convert.read_checkpoint(folder / "none")
+    runs.read_checkpoint(folder / "none")
 
 
 @pytest.mark.parametrize(
@@ -380,16 +383,16 @@ def test_run_of_a_checkpoint_is_evaluated_continued_and_written(
   run = epath.Path(tmp_path / "run")
   path = tmp_path / "text.txt"
   path.write_text((text_lib.REPOSITORY / DataConfig().path).read_text()[:9000])
-  config = convert.from_hf(checkpoint, run, text=str(path), context_length=40)
+  config = runs.from_hf(checkpoint, run, text=str(path), context_length=40)
   assert workdir.read_config(run) == config
   assert config.model.dtype == "bfloat16" and config.data.sequence_length == 40
-  scores = evaluate.evaluate(config, run, "test")
+  scores = evaluation.evaluate(config, run, "test")
   assert 4 < scores["loss"] < 8 and "bits_per_byte" not in scores
   assert scores["targets"] < 450  # of that many bytes
   sampling = generation.Sampling()
-  texts = generate.generate(run, ["To be"], count=5, sampling=sampling)
+  texts = texts_lib.generate(run, ["To be"], count=5, sampling=sampling)
   assert texts[0]
-  assert convert.to_hf(run, epath.Path(tmp_path / "back")) == 0
+  assert runs.to_hf(run, epath.Path(tmp_path / "back")) == 0
   for name in ("tokenizer.json", "model.safetensors"):
     assert (tmp_path / "back" / name).exists()
   first, last = (
@@ -400,8 +403,8 @@ def test_run_of_a_checkpoint_is_evaluated_continued_and_written(
   for name, x in first.items():
     np.testing.assert_array_equal(last[name], x, err_msg=name)
   for convert_again in (
-    lambda: convert.from_hf(checkpoint, run),
-    lambda: convert.to_hf(run, checkpoint),
+    lambda: runs.from_hf(checkpoint, run),
+    lambda: runs.to_hf(run, checkpoint),
   ):
     with pytest.raises(ConfigError, match="exists and is not empty"):
       convert_again()
@@ -412,11 +415,11 @@ def test_command_converts_or_says_why_not(llama, tmp_path):
   flags = "--from_hf=hf", "--workdir=run"
   child = command("convert", *flags, cwd=tmp_path)
   assert child.returncode == 0, child.stderr
-  assert "transformer, 2 layers of width 64" in child.stdout
+  assert "transformer: 2 layers of width 64" in child.stdout
   assert "has no tokenizer: texts are bytes" in child.stderr
   write(folder, flat, LLAMA | {"mlp_bias": True})
   child = command("convert", "--from_hf=hf", "--workdir=new", cwd=tmp_path)
   assert child.returncode == 2
-  (line,) = child.stderr.strip().splitlines()
+  *_, line = child.stderr.strip().splitlines()
   assert line.startswith("error: ") and "mlp_bias=True" in line
   assert not (tmp_path / "new").exists()

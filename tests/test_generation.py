@@ -10,7 +10,8 @@ import pytest
 from hope_jax import generate, generation
 from hope_jax.config import ConfigError
 from hope_jax.data import tokenizer
-from hope_jax.generation import Sampling
+from hope_jax.inference import texts
+from hope_jax.inference.sampling import Sampling
 from hope_jax.models import language_model
 from tests.models.test_models import init, larger, make
 from tests.pallas_kernels.testing import fast_jit
@@ -108,7 +109,7 @@ def test_state_grows_with_the_context_for_attention_only():
 )
 def test_cut_ends_before_the_first_stop(text, stop, expected):
   bytes_ = tokenizer.Bytes()
-  assert generate.cut(bytes_.encode(text), bytes_, stop) == expected
+  assert texts.cut(bytes_.encode(text), bytes_, stop) == expected
 
 
 def test_cut_ends_at_the_end_token():
@@ -116,7 +117,7 @@ def test_cut_ends_at_the_end_token():
   ends = dataclasses.make_dataclass("Ends", [("eos", int)], bases=(object,))
   ends.decode = staticmethod(bytes_.decode)
   tokens = bytes_.encode("abXcd")
-  assert generate.cut(tokens, ends(ord("X")), []) == ("ab", True)
+  assert texts.cut(tokens, ends(ord("X")), []) == ("ab", True)
 
 
 PROBABILITY = np.array([0.05, 0.4, 0.1, 0.3, 0.15])

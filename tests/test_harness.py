@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from hope_jax import generation, scoring, session
+from hope_jax import generation, scoring
 from hope_jax.config import Config, ConfigError, DataConfig
 from hope_jax.data import tokenizer as tokenizer_lib
 from hope_jax.data.tokenizer import Bytes
+from hope_jax.inference import trained
 from hope_jax.model_config import CMSConfig
 from hope_jax.models import language_model
 from hope_jax.training import checkpoints, sharding, step, workdir
@@ -70,7 +71,7 @@ def make_run(folder, model):
   manager = checkpoints.open_manager(folder, config.train)
   checkpoints.save(manager, 0, zero.replace(params=params))
   manager.close()
-  return session.open_run(folder)
+  return trained.open_run(folder)
 
 
 @pytest.fixture(

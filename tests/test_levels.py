@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hope_jax import levels
-from hope_jax.config import Config, DataConfig
+from hope_jax import levels as levels_command
+from hope_jax.analysis import levels
+from hope_jax.config import Config, ConfigError, DataConfig
 from hope_jax.model_config import CMSConfig, MemoryConfig, ModelConfig
 from hope_jax.models import language_model, linear
 from hope_jax.training import flops, step
@@ -300,6 +301,6 @@ def test_command_writes_table_json_and_figure(tmp_path):
 
 def test_figure_must_be_a_png(monkeypatch):
   given = types.SimpleNamespace(figure="a.jpg", json=None)
-  monkeypatch.setattr(levels.flags, "FLAGS", given)
-  with pytest.raises(levels.ConfigError, match="must end with .png"):
-    levels.main()
+  monkeypatch.setattr(levels_command.flags, "FLAGS", given)
+  with pytest.raises(ConfigError, match="must end with .png"):
+    levels_command.main()

@@ -64,6 +64,47 @@ for package in (hope_jax, pallas_kernels, scripts):
     assert name in child.stdout.split()
 
 
+# What is slow to import: commands say before it what they are going to do.
+HEAVY = ("jax", "flax", "optax", "orbax", "numpy", "lm_eval", "ml_collections")
+
+
+@pytest.mark.parametrize(
+  "module",
+  [
+    "hope_jax.convert",
+    "hope_jax.evaluate",
+    "hope_jax.export",
+    "hope_jax.generate",
+    "hope_jax.harness",
+    "hope_jax.levels",
+    "hope_jax.session",
+    "hope_jax.train",
+    "scripts.stream_book",
+  ],
+)
+def test_command_imports_nothing_heavy_before_its_first_line(module):
+  child = python(
+    f"import {module}\n"
+    f"print(*(name for name in {HEAVY} if sys.modules.get(name)))"
+  )
+  assert child.returncode == 0, child.stderr
+  assert child.stdout.split() == []
+
+
+def test_model_is_imported_without_kernels_and_checkpoints():
+  """Nothing here runs a kernel, and the number of parameters is said first."""
+  child = python("""
+import hope_jax.training.loop, hope_jax.inference.evaluation
+import hope_jax.inference.sessions, hope_jax.inference.texts
+import hope_jax.interchange.runs
+heavy = "jax.experimental.pallas", "pallas_kernels.fused_scan", "orbax"
+print(*(name for name in heavy if name in sys.modules))
+print("pallas_kernels.linear_rule.api" in sys.modules)
+""")
+  assert child.returncode == 0, child.stderr
+  assert child.stdout.split() == ["True"]
+
+
 def test_runs_and_benchmarks_need_no_optional_package(tmp_path):
   child = python(
     """

@@ -15,11 +15,19 @@ import pytest
 import safetensors.numpy
 from etils import epath
 
-from hope_jax import session, streaming
+from hope_jax import session, session_folder, streaming
 from hope_jax.config import Config, ConfigError, DataConfig
 from hope_jax.data.tokenizer import Bytes
+from hope_jax.inference import sessions, trained
 from hope_jax.model_config import MemoryConfig, ModelConfig
-from hope_jax.training import checkpoints, digest, sharding, step, workdir
+from hope_jax.training import (
+  checkpoints,
+  digest,
+  faults,
+  sharding,
+  step,
+  workdir,
+)
 from scripts import stream_book
 
 MEMORY = MemoryConfig(
@@ -53,7 +61,7 @@ def run(tmp_path_factory):
   manager = checkpoints.open_manager(folder, CONFIG.train)
   checkpoints.save(manager, 0, zero.replace(params=params))
   manager.close()
-  return session.open_run(folder)
+  return trained.open_run(folder)
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +72,7 @@ def mesh(run):
 
 def fed(run, *texts, state=None):
   """The state after `texts`, on from `state`."""
-  state = session.start(run) if state is None else streaming.copy(state)
+  state = sessions.start(run) if state is None else streaming.copy(state)
   for text in texts:
     tokens = Bytes().encode(text)[None]
     read = streaming.extend(run.params, state, tokens, config=run.config.model)
@@ -87,7 +95,7 @@ def act(run, folder, **flags):
   sampling = dict(tokens=5, temperature=0.0, top_k=0, top_p=1.0, seed=0)
   args = types.SimpleNamespace(**defaults | sampling | flags)
   found = session._check(args)
-  with session.claimed(folder):
+  with session_folder.claimed(folder):
     session.act(run, folder, args, found)
 
 
@@ -122,10 +130,10 @@ def test_saved_and_forked_in_a_chunk_goes_on_bit_for_bit(run, saved, tmp_path):
   second = [str(tmp_path / "second.txt")]
   act(run, fork, feed=second)
   assert contents(saved) == before
-  state = session.load(fork, run)
+  state = sessions.load(fork, run)
   check_equal(state, fed(run, FIRST, SECOND))
   assert int(state.processed) == len((FIRST + SECOND).encode())
-  assert session.read_card(fork).tokens == int(state.processed)
+  assert session_folder.read_card(fork).tokens == int(state.processed)
   check_equal(state, fed(run, FIRST + SECOND), atol=1e-4, rtol=1e-4)
   assert len(contents(fork)) == 3  # card, state, lock
 
@@ -151,7 +159,7 @@ def test_other_process_and_mesh_go_on(run, saved, tmp_path):
   assert info["tokens"] == tokens and info["relative_change"]["memory"] > 0
   state = fed(run, FIRST, SECOND)
   assert info["state_bytes"] == sum(x.nbytes for x in jax.tree.leaves(state))
-  check_equal(session.load(saved, run), state, atol=1e-5, rtol=1e-5)
+  check_equal(sessions.load(saved, run), state, atol=1e-5, rtol=1e-5)
 
 
 def test_ask_leaves_the_session_unless_kept(run, saved, capsys):
@@ -173,12 +181,12 @@ def test_ask_leaves_the_session_unless_kept(run, saved, capsys):
   assert lines[0]["text"] == Bytes().decode(np.array(tokens))
   part = np.array([tokens])
   wanted = streaming.extend(run.params, wanted, part, config=MODEL).state
-  check_equal(session.load(saved, run), wanted)
+  check_equal(sessions.load(saved, run), wanted)
 
 
 def test_kept_answer_ends_before_the_stop():
   tokens = np.frombuffer("no! €".encode(), np.uint8)
-  kept = lambda text: session._tokens_of(text, tokens, Bytes()).tobytes()
+  kept = lambda text: sessions._tokens_of(text, tokens, Bytes()).tobytes()
   assert kept("no") == b"no" and kept("") == b""
   assert kept("no! €") == tokens.tobytes()
 
@@ -188,7 +196,7 @@ def test_kept_answer_ends_before_the_stop():
     def decode(self, tokens):
       return super().decode(tokens[tokens != self.eos])
 
-  assert session._tokens_of("no", tokens[:3], Ends()).tobytes() == b"no"
+  assert sessions._tokens_of("no", tokens[:3], Ends()).tobytes() == b"no"
 
 
 def test_question_is_answered_by_its_seed_and_up_to_its_stop(
@@ -206,15 +214,15 @@ def test_question_is_answered_by_its_seed_and_up_to_its_stop(
 
 
 def test_levels_are_reset_before_texts_are_read(run, saved, tmp_path):
-  state = streaming.reset(session.load(saved, run), ["memory"], MODEL)
+  state = streaming.reset(sessions.load(saved, run), ["memory"], MODEL)
   act(run, saved, reset=["memory"], feed=[str(tmp_path / "second.txt")])
-  check_equal(session.load(saved, run), fed(run, SECOND, state=state))
+  check_equal(sessions.load(saved, run), fed(run, SECOND, state=state))
 
 
 def test_perplexity_is_of_all_tokens_but_a_sessions_first(
   run, saved, tmp_path, capsys, monkeypatch
 ):
-  monkeypatch.setattr(session, "BLOCK", 16)
+  monkeypatch.setattr(sessions, "BLOCK", 16)
   parts, real = [], streaming.extend
 
   def spy(params, state, tokens, **options):
@@ -222,8 +230,8 @@ def test_perplexity_is_of_all_tokens_but_a_sessions_first(
     return real(params, state, tokens, **options)
 
   monkeypatch.setattr(streaming, "extend", spy)
-  state = session.load(saved, run)
-  read = session.feed(run, state, epath.Path(tmp_path / "first.txt"))
+  state = sessions.load(saved, run)
+  read = sessions.feed(run, state, epath.Path(tmp_path / "first.txt"))
   assert parts == [11, 16, 16, 16, 10] and read.tokens == 69  # after 69 others
   monkeypatch.undo()
   extend = lambda state, text: streaming.extend(
@@ -231,9 +239,9 @@ def test_perplexity_is_of_all_tokens_but_a_sessions_first(
   )
   later = extend(fed(run, FIRST), FIRST).log_probs
   np.testing.assert_allclose(read.loss, -later.mean(), rtol=1e-5)
-  whole = extend(session.start(run), FIRST).log_probs[0, 1:]
-  read = session.feed(
-    run, session.start(run), epath.Path(tmp_path / "first.txt")
+  whole = extend(sessions.start(run), FIRST).log_probs[0, 1:]
+  read = sessions.feed(
+    run, sessions.start(run), epath.Path(tmp_path / "first.txt")
   )
   np.testing.assert_allclose(read.loss, -whole.mean(), rtol=1e-5)
 
@@ -262,19 +270,19 @@ def test_cut_short_while_saving_the_session_is_as_before(
 
   with monkeypatch.context() as patch:
     patch.setattr(where, name, fail)
-    with pytest.raises(checkpoints.SaveFailed, match="No space.*is intact"):
+    with pytest.raises(faults.SaveFailed, match="No space.*is intact"):
       act(run, saved, feed=[str(tmp_path / "second.txt")])
   assert contents(saved).items() >= old.items()
   assert (len(contents(saved)) > 3) == (where is workdir)  # no card names it
-  check_equal(session.load(saved, run), fed(run, FIRST))
+  check_equal(sessions.load(saved, run), fed(run, FIRST))
   act(run, saved, feed=[str(tmp_path / "second.txt")])
   assert len(contents(saved)) == 3
-  check_equal(session.load(saved, run), fed(run, FIRST, SECOND))
+  check_equal(sessions.load(saved, run), fed(run, FIRST, SECOND))
 
 
 def damage(folder, kind):
   (state,) = folder.glob("state-*")
-  card = folder / session.CARD
+  card = folder / session_folder.CARD
   values = json.loads(card.read_text())
   if kind == "truncated":
     state.write_bytes(state.read_bytes()[:-9])
@@ -368,7 +376,7 @@ def test_session_that_does_not_exist_is_not_begun(run, saved, flags):
   assert not wanted.exists()
   elsewhere = saved.parent / "no" / "such"
   with pytest.raises(ConfigError, match="no session .*/no/such; --new begins"):
-    session.check_folder(elsewhere, new=False)
+    session_folder.check_folder(elsewhere, new=False)
   with pytest.raises(ConfigError, match="is a session already: leave --new"):
     act(run, saved, new=True, **flags)
 
@@ -399,7 +407,7 @@ def test_what_cannot_be_read_is_found_before_the_rest_is(
     CONFIG, model=dataclasses.replace(model, context_length=160)
   )
   run = run._replace(config=config)
-  monkeypatch.setattr(session, "load", lambda *_: fed_count(69))
+  monkeypatch.setattr(sessions, "load", lambda *_: fed_count(69))
   for flags, message in (
     ({"feed": [good, good]}, "138 tokens and 69 more .*=160"),
     ({"feed": [good], "ask": ["Who?" * 5]}, "138 tokens and 25 more"),
@@ -409,16 +417,16 @@ def test_what_cannot_be_read_is_found_before_the_rest_is(
     with pytest.raises(ConfigError, match=message):
       act(run, saved, **flags)
   monkeypatch.undo()
-  session._check_room(run, 69, flags_of(feed=[good], ask=["W" * 17] * 2))
-  session._check_room(run, 69, flags_of(ask=["W" * 40, "W" * 46], keep=True))
+  sessions.check_room(
+    run, 69, paths=[epath.Path(good)], questions=["W" * 17] * 2, count=5
+  )
+  sessions.check_room(
+    run, 69, questions=["W" * 40, "W" * 46], count=5, keep=True
+  )
 
 
 def fed_count(count):
   return types.SimpleNamespace(processed=count)
-
-
-def flags_of(feed=(), ask=(), keep=False):
-  return types.SimpleNamespace(feed=feed, ask=ask, keep=keep, tokens=5)
 
 
 def test_pipes_are_read_once(run, saved, tmp_path):
@@ -427,7 +435,7 @@ def test_pipes_are_read_once(run, saved, tmp_path):
   writer = threading.Thread(target=pipe.write_text, args=(SECOND,), daemon=True)
   writer.start()
   act(run, saved, feed=[str(pipe)])
-  check_equal(session.load(saved, run), fed(run, FIRST, SECOND))
+  check_equal(sessions.load(saved, run), fed(run, FIRST, SECOND))
 
 
 def test_text_that_leaves_no_finite_state_is_not_kept(run, saved, tmp_path):
@@ -441,18 +449,18 @@ def test_text_that_leaves_no_finite_state_is_not_kept(run, saved, tmp_path):
 
 def test_session_is_not_another_folder_nor_used_twice(run, saved):
   with pytest.raises(ConfigError, match="exists, but holds no session"):
-    session.check_folder(run.workdir, new=True)
+    session_folder.check_folder(run.workdir, new=True)
   with (
-    session.claimed(saved),
+    session_folder.claimed(saved),
     pytest.raises(ConfigError, match="in use by another process"),
-    session.claimed(saved),
+    session_folder.claimed(saved),
   ):
     pass
 
 
 def test_levels_are_reset_on_disk(run, saved):
   act(run, saved, reset=["all"])
-  state = session.load(saved, run)
+  state = sessions.load(saved, run)
   assert not any(
     x.any() for x in jax.tree.leaves(state.fast.mixer["memory"].now)
   )
@@ -462,19 +470,19 @@ def test_levels_are_reset_on_disk(run, saved):
 def test_bfloat16_comes_back(run, tmp_path):
   model = dataclasses.replace(MODEL, dtype="bfloat16")
   half = run._replace(config=dataclasses.replace(CONFIG, model=model))
-  state = jax.tree.map(lambda x: x + 1, session.start(half))
+  state = jax.tree.map(lambda x: x + 1, sessions.start(half))
   assert "bfloat16" in {x.dtype.name for x in jax.tree.leaves(state)}
-  session.save(epath.Path(tmp_path), half, state)
-  check_equal(session.load(epath.Path(tmp_path), half), state)
+  sessions.save(epath.Path(tmp_path), half, state)
+  check_equal(sessions.load(epath.Path(tmp_path), half), state)
 
 
 def test_session_in_a_bucket(run, bucket):
   state = fed(run, "a")
-  session.save(bucket / "s", run, state)
-  check_equal(session.load(bucket / "s", run), state)
-  session.save(bucket / "s", run, fed(run, "a", state=state))
+  sessions.save(bucket / "s", run, state)
+  check_equal(sessions.load(bucket / "s", run), state)
+  sessions.save(bucket / "s", run, fed(run, "a", state=state))
   assert len(list((bucket / "s").iterdir())) == 2
-  assert session.read_card(bucket / "s").tokens == 2
+  assert session_folder.read_card(bucket / "s").tokens == 2
 
 
 def test_stream_book_windows_add_up_to_the_whole(run, saved, tmp_path):
@@ -487,7 +495,7 @@ def test_stream_book_windows_add_up_to_the_whole(run, saved, tmp_path):
   assert len({w["state_bytes"] for w in windows}) == 1
   whole = streaming.extend(
     run.params,
-    session.start(run),
+    sessions.start(run),
     Bytes().encode(FIRST)[None, :66],
     config=MODEL,
   )

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hope_jax import streaming
 from hope_jax.config import ConfigError
 from hope_jax.data.tokenizer import Bytes
+from hope_jax.inference import reading
 from hope_jax.model_config import PATTERNS, CMSConfig, ModelConfig
 from hope_jax.models import language_model
 from tests.models.test_models import B, make
@@ -157,10 +158,10 @@ def test_pieces_are_aligned_and_few(position, count):
 @pytest.mark.parametrize("text", ["ö€😀" * 9, "one\ntwo\r\n\n" * 7, "a", "\n"])
 @pytest.mark.parametrize("size", [1, 5, 64])
 def test_read_text_yields_the_whole_text(tmp_path, monkeypatch, text, size):
-  monkeypatch.setattr(streaming, "TEXT", 5)
+  monkeypatch.setattr(reading, "TEXT", 5)
   path = epath.Path(tmp_path / "text")
   path.write_bytes(text.encode())
-  parts = list(streaming.read_text(path, Bytes(), 3, size))
+  parts = list(reading.read_text(path, Bytes(), 3, size))
   assert b"".join(part.tobytes() for part in parts) == text.encode()
   sizes = [len(part) for part in parts]
   assert all(s == size for s in sizes[1:-1])
@@ -178,12 +179,12 @@ def test_read_text_yields_the_whole_text(tmp_path, monkeypatch, text, size):
   ],
 )
 def test_unreadable_texts_are_one_line(tmp_path, monkeypatch, content, message):
-  monkeypatch.setattr(streaming, "TEXT", 6)
+  monkeypatch.setattr(reading, "TEXT", 6)
   path = epath.Path(tmp_path / "text")
   if content is not None:
     path.write_bytes(content)
   with pytest.raises(ConfigError, match=message):
-    list(streaming.read_text(path, Bytes(), 3, 3))
+    list(reading.read_text(path, Bytes(), 3, 3))
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from hope_jax.memory import chunks
 from hope_jax.model_config import MemoryConfig
-from pallas_kernels import fused_scan, scan
+from pallas_kernels import scan
 from pallas_kernels.linear_rule import chunk as chunk_lib
 
 # As of `pl.pallas_call`: for tests on other backends.
@@ -105,6 +105,8 @@ def run(
     continued, docs: as in `chunks.scan_chunks`.
     name: of the kernels.
   """
+  from pallas_kernels import fused_scan  # Pallas, which only kernels wait for
+
   num_tokens = jax.tree.leaves(tokens)[0].shape[2]
   length = min(chunk_length, num_tokens)
   step = _Step(function, cfg, num_tokens, length)

@@ -318,7 +318,7 @@ def restore_params(workdir: epath.Path, abstract: Any) -> tuple[int, Any]:
     partial_restore=True,
   )
   handler = ocp.PyTreeCheckpointHandler()
-  _announce(workdir, step, abstract)
+  progress.say(f"step {step} of {workdir}")
   with progress.waiting("reading the checkpoint", patience=2.0):
     params, reason = _read(
       lambda: handler.restore(path / STATE, args=args)["params"]
@@ -339,20 +339,6 @@ def restore_params(workdir: epath.Path, abstract: Any) -> tuple[int, Any]:
   if reason:
     raise _broken(workdir, step, reason)
   return step, params
-
-
-def _announce(workdir: epath.Path, step: int, abstract: Any) -> None:
-  """Says which model is going to be used, and where."""
-  model = ""
-  if (workdir / workdir_lib.CONFIG).exists():
-    model = workdir_lib.read_config(workdir).model.sequence_layer + ", "
-  leaves = jax.tree.leaves(abstract)
-  sharding = leaves[0].sharding
-  devices = list(sharding.device_set) if sharding else jax.devices()[:1]
-  progress.say(
-    f"step {step} of {workdir}: {model}{sum(x.size for x in leaves):,}"
-    f" parameters on {len(devices)} x {devices[0].device_kind}"
-  )
 
 
 def _broken(workdir: epath.Path, step: int, reason: str) -> ConfigError:

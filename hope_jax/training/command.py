@@ -13,10 +13,13 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
+from etils import epath
 
 from hope_jax import config as config_lib
 from hope_jax import files
 from hope_jax.config import Config, ConfigError
+from hope_jax.inference import sampling as sampling_lib
+from hope_jax.model_config import ModelConfig
 from hope_jax.training import (
   compilation,
   faults,
@@ -24,6 +27,7 @@ from hope_jax.training import (
   processes,
   progress,
 )
+from hope_jax.training import workdir as workdir_lib
 
 _ending = threading.Lock()
 
@@ -78,16 +82,66 @@ def read_config() -> Config:
     raise ConfigError(f"cannot load --config: {reason}") from error
 
 
+def define_sampling() -> None:
+  """Defines how a text is continued, for `read_sampling`."""
+  flags.DEFINE_integer("tokens", 200, "how many tokens to add at the most")
+  flags.DEFINE_float("temperature", 1.0, "0: always the likeliest token")
+  flags.DEFINE_integer("top_k", 0, "draw from the k likeliest; 0: from all")
+  flags.DEFINE_float("top_p", 1.0, "draw from the likeliest with sum top_p")
+  flags.DEFINE_multi_string("stop", [], "end before this text")
+  flags.DEFINE_integer("seed", 0, "of the draws")
+
+
+def read_sampling(args: Any) -> sampling_lib.Sampling:
+  """The `Sampling` of the flags `args`, all of which are checked."""
+  sampling = sampling_lib.Sampling(args.temperature, args.top_k, args.top_p)
+  sampling_lib.check_request(args.tokens, sampling, args.stop)
+  return sampling
+
+
+def describe(model: ModelConfig) -> str:
+  """What model this is, in the first line of every command."""
+  layers = "1 layer" if model.num_layers == 1 else f"{model.num_layers} layers"
+  return f"{model.sequence_layer}: {layers} of width {model.width}"
+
+
 def announce(config: Config, workdir: Any) -> None:
   """Says what a training run is going to do, before anything slow."""
-  model, data, steps = config.model, config.data, config.train.steps
+  data, steps = config.data, config.train.steps
   tokens = steps * data.batch_size * data.sequence_length
   source = "generated data" if data.kind == "mqar" else data.path
   progress.say(
-    f"{model.sequence_layer}: {model.num_layers} layers of width {model.width},"
-    f" {steps:,} steps of {data.batch_size} x {data.sequence_length} ="
-    f" {tokens:,} tokens of {source}, workdir {workdir}"
+    f"{describe(config.model)}, {steps:,} steps of {data.batch_size} x"
+    f" {data.sequence_length} = {tokens:,} tokens of {source},"
+    f" workdir {workdir}"
   )
+
+
+def announce_devices(count: int | None = None) -> None:
+  """Says on what it is done: on the first `count` devices, or on all.
+
+  `ConfigError` if there are not so many.
+  """
+  import jax  # a second and a half, after the first line
+
+  there = jax.device_count()
+  count = there if count is None else count
+  if not 0 < count <= there:
+    raise ConfigError(f"--devices={count}: there are {there} here")
+  progress.say(f"on {count} x {jax.devices()[0].device_kind}")
+
+
+def write_output(path: epath.Path, value: Any, hint: str = "") -> None:
+  """Writes the JSON of --output, with null for numbers that it does not have.
+
+  `SaveFailed` if that fails, with `hint` at the end of its line.
+  """
+  try:
+    workdir_lib.write_json(path, workdir_lib.finite(value))
+  except OSError as error:
+    raise faults.SaveFailed(
+      f"cannot write {path}: {files.reason(error)}{hint}"
+    ) from error
 
 
 def explain(error: Exception) -> str:

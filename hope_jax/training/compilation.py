@@ -2,7 +2,8 @@
 
 jax writes an entry in place: a process that is killed meanwhile leaves half of
 one, which every later run would try to read, warn of and compile again.  Such
-entries are removed at the start of a command.
+entries are removed at the start of a command, which looks at those alone that
+were written since the last look: the date of an empty file beside them.
 """
 
 import contextlib
@@ -15,6 +16,8 @@ from hope_jax import files
 
 _VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 _NEWEST = 16  # entries that are looked at: a half-written one is among them
+_LOOKED = "last_look"  # the file whose date says when
+_SECONDS = 2.0  # by which dates of files may be too coarse
 
 
 def keep_programs() -> pathlib.Path | None:
@@ -44,9 +47,13 @@ def keep_programs() -> pathlib.Path | None:
 
 
 def remove_broken(folder: pathlib.Path) -> None:
-  """Removes entries among the newest of which only a part was written."""
-  entries = [(e.stat().st_mtime, e) for e in folder.glob("*-cache")]
-  for _, entry in sorted(entries, reverse=True)[:_NEWEST]:
+  """Removes new entries of which only a part was written."""
+  looked = folder / _LOOKED
+  last = looked.stat().st_mtime - _SECONDS if looked.exists() else 0.0
+  looked.touch()  # first: what is written meanwhile is looked at next time
+  dated = ((entry.stat().st_mtime, entry) for entry in folder.glob("*-cache"))
+  new = [(date, entry) for date, entry in dated if date >= last]
+  for _, entry in sorted(new, reverse=True)[:_NEWEST]:
     if not _is_whole(entry.read_bytes()):
       with contextlib.suppress(FileNotFoundError):
         entry.unlink()

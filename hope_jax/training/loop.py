@@ -14,7 +14,6 @@ from hope_jax import files
 from hope_jax.config import Config
 from hope_jax.data import pipeline
 from hope_jax.training import (
-  checkpoints,
   dynamics,
   evaluation,
   exchange,
@@ -89,6 +88,8 @@ def train(
   data: dict[str, str],
 ) -> dict[str, Any]:
   """The run itself, in a folder that is claimed and locked: its result."""
+  from hope_jax.training import checkpoints  # half a second, after first lines
+
   options = config.train
 
   # 1. The state, new or restored.

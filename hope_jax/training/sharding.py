@@ -55,7 +55,12 @@ def mesh_or_default(config: Config) -> Mesh:
     check_batches(config, mesh)
     return mesh
   except ConfigError:
-    return make_mesh(MeshConfig(), jax.devices()[:1])
+    return one_device()
+
+
+def one_device() -> Mesh:
+  """A mesh of the first device."""
+  return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 def check_batches(config: Config, mesh: Mesh) -> None:

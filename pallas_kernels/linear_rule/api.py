@@ -7,6 +7,9 @@ its arguments (the table of spec 02; `test_linear_rule.py` writes them out).
 Dimensions: B batch, H heads, T tokens, C chunk length, K input width, E output
 width. The paper's symbols: alpha = retention, beta = momentum_decay,
 eta = learn_rate, delta = erase, W = weight, S = momentum, u = output error.
+
+The kernels are imported where they are chosen: Pallas takes a third of a second
+that a process on a CPU need not wait for.
 """
 
 import functools
@@ -17,12 +20,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from pallas_kernels import scan
-from pallas_kernels.linear_rule import (
-  chunked,
-  pallas_gpu,
-  pallas_tpu,
-  reference,
-)
+from pallas_kernels.linear_rule import chunked, reference
 
 Implementation = Literal["reference", "chunked", "pallas_tpu", "pallas_gpu"]
 LinearRuleOutput = reference.LinearRuleOutput
@@ -110,16 +108,18 @@ def linear_rule(
   arguments |= dict(chunk_length=chunk_length)
   if implementation == "chunked":
     arguments |= dict(checkpoint=checkpoint)
-  elif dtype != jnp.float32:
+    return chunked.linear_rule_chunked(x, u, **arguments)
+  if dtype != jnp.float32:
     raise NotImplementedError(
       f'{implementation!r} computes in float32, not {dtype}: use "chunked".'
     )
-  run = {
-    "chunked": chunked.linear_rule_chunked,
-    "pallas_tpu": pallas_tpu.linear_rule_tpu,
-    "pallas_gpu": pallas_gpu.linear_rule_gpu,
-  }
-  return run[implementation](x, u, **arguments)
+  if implementation == "pallas_tpu":
+    from pallas_kernels.linear_rule import pallas_tpu
+
+    return pallas_tpu.linear_rule_tpu(x, u, **arguments)
+  from pallas_kernels.linear_rule import pallas_gpu
+
+  return pallas_gpu.linear_rule_gpu(x, u, **arguments)
 
 
 def _best_implementation(
@@ -129,6 +129,8 @@ def _best_implementation(
   if dtype == jnp.float32 and backend == "tpu":
     best = "pallas_tpu"
   if dtype == jnp.float32 and backend == "gpu":
+    from pallas_kernels.linear_rule import pallas_gpu
+
     can_tile = pallas_gpu.can_tile(key_dim, value_dim)
     best = "pallas_gpu" if can_tile else "chunked"
   _log_choice(best)

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from etils import epath
 
-from hope_jax import export, files, generate
+from hope_jax import files
 from hope_jax.config import ConfigError
-from hope_jax.generation import Sampling
-from hope_jax.training import checkpoints, exchange, loop, metrics, workdir
+from hope_jax.inference import texts as texts_lib
+from hope_jax.inference.sampling import Sampling
+from hope_jax.interchange import runs
+from hope_jax.training import exchange, faults, loop, metrics, workdir
 from tests.training.test_loop import Killed, kill_at, without_clock
 
 
@@ -20,7 +22,7 @@ def run_patiently(config, folder):
   for _ in range(2):
     try:
       return loop.run(config, folder)
-    except checkpoints.SaveFailed as error:
+    except faults.SaveFailed as error:
       assert "Malformed StorageGeneration" in str(error)
   return loop.run(config, folder)
 
@@ -45,8 +47,8 @@ def test_run_in_a_bucket_equals_one_on_the_disk(
   ]
   assert not (run / "lock").exists()
 
-  export.export(run, bucket / "exported")
-  export.export(epath.Path(tmp_path / "run"), epath.Path(tmp_path / "exported"))
+  runs.export(run, bucket / "exported")
+  runs.export(epath.Path(tmp_path / "run"), epath.Path(tmp_path / "exported"))
   ours, theirs = (
     exchange.load(folder / "exported")
     for folder in (bucket, epath.Path(tmp_path))
@@ -55,7 +57,7 @@ def test_run_in_a_bucket_equals_one_on_the_disk(
     np.testing.assert_array_equal(ours["embed"][name], theirs["embed"][name])
   sampling = Sampling(temperature=0.0)
   texts = [
-    generate.generate(folder, ["ROMEO"], count=4, sampling=sampling)
+    texts_lib.generate(folder, ["ROMEO"], count=4, sampling=sampling)
     for folder in (run, epath.Path(tmp_path / "run"))
   ]
   assert texts[0] == texts[1]

@@ -21,7 +21,7 @@ def test_only_whole_entries_are_kept(tmp_path, whole):
   for length in range(len(whole) + 1):
     (tmp_path / f"{length}-cache").write_bytes(whole[:length])
     compilation.remove_broken(tmp_path)
-    left = [path.name for path in tmp_path.iterdir()]
+    left = [path.name for path in tmp_path.glob("*-cache")]
     assert left == ([f"{length}-cache"] if length == len(whole) else [])
 
 
@@ -29,7 +29,24 @@ def test_entries_of_an_unknown_kind_are_left(tmp_path):
   for name, data in (("a-cache", b"?" * 9), ("b-atime", b""), ("c", b"")):
     (tmp_path / name).write_bytes(data)
   compilation.remove_broken(tmp_path)
-  assert len(list(tmp_path.iterdir())) == 3
+  assert {path.name for path in tmp_path.iterdir()} >= {
+    "a-cache",
+    "b-atime",
+    "c",
+  }
+
+
+def test_entries_are_looked_at_once(tmp_path):
+  """Those that were there at the last look are not read again."""
+  old, new = tmp_path / "old-cache", tmp_path / "new-cache"
+  compilation.remove_broken(tmp_path)
+  (looked,) = tmp_path.iterdir()
+  date = looked.stat().st_mtime
+  for path, seconds in ((old, -60), (new, 0)):
+    path.write_bytes(PACKED[:-1])
+    os.utime(path, (date + seconds, date + seconds))
+  compilation.remove_broken(tmp_path)
+  assert old.exists() and not new.exists()
 
 
 PROGRAM = """

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from hope_jax import export
 from hope_jax.config import ConfigError
+from hope_jax.interchange import runs
 from hope_jax.training import checkpoints, exchange, loop, workdir
 from tests.training.test_loop import final_state
 
@@ -33,7 +33,7 @@ def test_saved_parameters_come_back_under_their_names(tiny, params, tmp_path):
 
 def test_run_exported_and_imported_goes_on_from_its_parameters(tiny, tmp_path):
   loop.run(tiny, tmp_path / "run")
-  assert export.export(tmp_path / "run", tmp_path / "model") == 6
+  assert runs.export(tmp_path / "run", tmp_path / "model") == 6
   trained = final_state(tiny, tmp_path / "run").params
   jax.tree.map(
     np.testing.assert_array_equal, exchange.load(tmp_path / "model"), trained

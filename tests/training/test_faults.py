@@ -19,7 +19,7 @@ import pytest
 
 from hope_jax import config as config_lib
 from hope_jax.config import ConfigError
-from hope_jax.training import faults, loop, metrics, step, workdir
+from hope_jax.training import checkpoints, faults, loop, metrics, step, workdir
 from tests.training.test_loop import (
   Killed,
   final_state,
@@ -74,7 +74,7 @@ def test_step_without_finite_loss_changes_nothing_and_counts(
     n in (3, 4) for n in range(1, 7)
   ]
   assert [r["bad_in_a_row"] for r in train] == [0, 0, 1, 2, 0, 0]
-  manager = loop.checkpoints.open_manager(tmp_path, config.train)
+  manager = checkpoints.open_manager(tmp_path, config.train)
   weights = [
     manager.restore(n)["state"]["params"]["embed"]["embedding"]
     for n in (2, 3, 4, 5)

@@ -6,9 +6,9 @@ import jax
 import pytest
 from etils import epath
 
-from hope_jax import generate
 from hope_jax.config import ConfigError, from_config_dict
 from hope_jax.generation import Sampling
+from hope_jax.inference import texts as texts_lib
 from hope_jax.model_config import (
   LINEAR_LAYERS,
   PATTERNS,
@@ -109,7 +109,7 @@ def test_random_config_trains_resumes_and_generates(
   assert result["bad_steps"] == 0
   records = metrics.read(epath.Path(tmp_path))
   assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2]
-  texts = generate.generate(
+  texts = texts_lib.generate(
     epath.Path(tmp_path), ["ToBe"], count=3, sampling=Sampling()
   )
   assert len(texts) == 1

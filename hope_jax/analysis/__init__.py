@@ -1,0 +1,1 @@
+"""What a model is, counted without running it."""

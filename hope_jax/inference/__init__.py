@@ -1,0 +1,1 @@
+"""Trained models at work: opened, evaluated, continued, held sessions with."""

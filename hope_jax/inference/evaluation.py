@@ -1,0 +1,55 @@
+"""The scores of a run's newest checkpoint on a split."""
+
+from typing import Any
+
+from etils import epath
+
+from hope_jax.config import Config
+from hope_jax.data import pipeline
+from hope_jax.inference import trained, variants
+from hope_jax.training import evaluation, progress, sharding
+from hope_jax.training import step as step_lib
+from hope_jax.training import workdir as workdir_lib
+
+
+def evaluate(
+  config: Config,
+  workdir: epath.Path,
+  split: str,
+  *,
+  with_dynamics: bool = False,
+  with_positions: bool = False,
+) -> dict:
+  """Scores the newest checkpoint of `workdir` as the model of `config`."""
+  if with_dynamics:
+    variants.check_dynamics(config.model)
+  mesh = sharding.mesh_or_default(config)
+  source = pipeline.load(config)[split]
+  tokenizer = pipeline.load_tokenizer(config)
+  if tokenizer is not None:
+    data = {"tokenizer": tokenizer.sha256}
+    workdir_lib.check_data(workdir, config, data)
+  with sharding.activate(mesh):
+    compiled = step_lib.build(config, mesh)
+    count, size = len(source), config.eval.batch_size
+    count = min(count, config.eval.batches * size or count)
+    length = config.data.sequence_length
+    progress.say(
+      f"{count} x {length} = {count * length:,} tokens of"
+      f" {config.data.path or config.data.kind}"
+    )
+    step, params = trained.read_params(workdir, compiled)
+    scores: dict[str, Any] = evaluation.evaluate(
+      compiled.eval_step,
+      params,
+      source,
+      config=config,
+      mesh=mesh,
+      with_positions=with_positions,
+    )
+    if with_dynamics:
+      scores |= evaluation.inner_dynamics(
+        params, source, config=config, mesh=mesh
+      )
+  derived = evaluation.derived(scores["loss"], config)
+  return {"step": step, "split": split, **scores, **derived}

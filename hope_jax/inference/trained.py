@@ -1,0 +1,72 @@
+"""A trained model, opened to be used: the newest checkpoint of a run."""
+
+import hashlib
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from hope_jax.config import Config, ConfigError, MeshConfig
+from hope_jax.data import pipeline
+from hope_jax.data.tokenizer import Tokenizer
+from hope_jax.training import digest, progress, sharding
+from hope_jax.training import step as step_lib
+from hope_jax.training import workdir as workdir_lib
+
+
+class Run(NamedTuple):
+  """A trained model that reads texts; `checksum` is of its parameters."""
+
+  workdir: epath.Path
+  config: Config
+  tokenizer: Tokenizer
+  mesh: Mesh
+  step: int
+  params: Any
+  checksum: str
+
+
+def open_run(workdir: epath.Path, devices: int = 1) -> Run:
+  """The newest checkpoint of a run, on so many devices."""
+  config = workdir_lib.read_config(workdir)
+  tokenizer = load_tokenizer(workdir, config)
+  split = MeshConfig(data=1, tensor=devices)
+  mesh = sharding.make_mesh(split, jax.devices()[:devices])
+  with sharding.activate(mesh):
+    step, params = read_params(workdir, step_lib.build(config, mesh))
+    return Run(workdir, config, tokenizer, mesh, step, params, checksum(params))
+
+
+def load_tokenizer(workdir: epath.Path, config: Config) -> Tokenizer:
+  """The run's, unchanged; `ConfigError` for a run on other data than text."""
+  tokenizer = pipeline.load_tokenizer(config)
+  if tokenizer is None:
+    raise ConfigError(f"{workdir} was trained on {config.data.kind}, not text")
+  workdir_lib.check_data(workdir, config, {"tokenizer": tokenizer.sha256})
+  return tokenizer
+
+
+def read_params(
+  workdir: epath.Path, compiled: step_lib.Compiled
+) -> tuple[int, Any]:
+  """(step, parameters) of a run's newest checkpoint, laid out as `compiled`
+  takes them; says how many they are before the slow parts begin."""
+  abstract = compiled.abstract_state.params
+  progress.say(f"{step_lib.count_parameters(abstract):,} parameters")
+  from hope_jax.training import checkpoints  # half a second
+
+  return checkpoints.restore_params(workdir, abstract)
+
+
+def read_on_one_device(workdir: epath.Path, config: Config) -> tuple[int, Any]:
+  """`read_params` of the run on the first device alone."""
+  mesh = sharding.one_device()
+  with sharding.activate(mesh):
+    return read_params(workdir, step_lib.build(config, mesh))
+
+
+def checksum(params: Any) -> str:
+  """A hash that tells checkpoints apart, whatever mesh they are on."""
+  found = [leaf.digest for leaf in digest.leaves(params).values()]
+  return hashlib.sha256("".join(found).encode()).hexdigest()

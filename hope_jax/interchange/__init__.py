@@ -1,0 +1,1 @@
+"""Whole runs for other programs, and the other way round."""
