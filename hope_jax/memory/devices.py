@@ -27,24 +27,21 @@ def _ways(mesh: Any, axis: Any) -> int:
   return math.prod(mesh.shape[name] for name in names if name is not None)
 
 
-def by_rows(run: Callable) -> Callable:
+def by_rows(run: Callable, results: Callable[[Any, Any], Any]) -> Callable:
   """`run(shared, rows, state)` by every device on its rows, for loops inside
   which devices are not to talk.
 
   The axes of the batch split the rows; those of heads do, too, where they
   divide what is left.  `shared` is gathered whole on every device, before, and
   its gradient is summed over them, after; `rows` are [B, ...], `state` is
-  [layers, B, ...] or without B.  `run` returns (rows, state, state).
+  [layers, B, ...] or without B.
+
+  Args:
+    results: (how rows are split, how `state` is) -> how the results are.
   """
   mesh = _mesh()
   if mesh is None:
     return run
-
-  def spec(tree: Any, split: Any, place: int) -> Any:
-    one = PartitionSpec(*(None,) * place, split)
-    return jax.tree.map(
-      lambda x: one if x.ndim > place else PartitionSpec(), tree
-    )
 
   def sharded(shared: Any, rows: Any, state: Any) -> Any:
     count, split = len(jax.tree.leaves(rows)[0]), ()
@@ -53,18 +50,49 @@ def by_rows(run: Callable) -> Callable:
       names = (*split, *(name for name in names if name is not None))
       if count % _ways(mesh, names) == 0:
         split = names
+    by_row, layered = PartitionSpec(split), PartitionSpec(None, split)
+    of_state = jax.tree.map(
+      lambda x: layered if x.ndim > 1 else PartitionSpec(), state
+    )
 
     def local(shared: Any, rows: Any, state: Any) -> Any:
       with nn.logical_axis_rules(()):  # nothing is split any more
         return run(shared, rows, state)
 
-    shapes = jax.eval_shape(run, shared, rows, state)
-    out = spec(shapes[0], split, 0), *(spec(x, split, 1) for x in shapes[1:])
     return jax.shard_map(
       local,
-      in_specs=(PartitionSpec(), spec(rows, split, 0), spec(state, split, 1)),
-      out_specs=out,
+      in_specs=(PartitionSpec(), by_row, of_state),
+      out_specs=results(by_row, of_state),
       check_vma=False,
     )(shared, rows, state)
+
+  return sharded
+
+
+def by_heads(
+  run: Callable, axes: tuple[str, ...], results: Any = "BH"
+) -> Callable:
+  """`run` by every device on its rows and heads, where the mesh divides them.
+
+  Kernels are not partitioned automatically.  `axes`: the first axes of each
+  argument of `run`, any trees: B and H are split, others not ("BH", "NB");
+  `results`: a tree of those of what it returns.
+  """
+  mesh = _mesh()
+  if mesh is None:
+    return run
+
+  def sharded(*arguments):
+    batch, heads = jax.tree.leaves(arguments[axes.index("BH")])[0].shape[:2]
+    rules = nn.logical_to_mesh_axes(("batch", "heads")) or (None, None)
+    split = {
+      letter: axis if size % _ways(mesh, axis) == 0 else None
+      for letter, axis, size in zip("BH", rules, (batch, heads), strict=True)
+    }
+    spec = lambda letters: PartitionSpec(*map(split.get, letters))
+    in_specs, out_specs = tuple(map(spec, axes)), jax.tree.map(spec, results)
+    return jax.shard_map(
+      run, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )(*arguments)
 
   return sharded

@@ -9,17 +9,14 @@ Legend: B batch, H heads, T tokens, N chunks, C chunk length.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from absl import logging
-from jax.sharding import PartitionSpec
 
-from hope_jax.memory import chunks
+from hope_jax.memory import chunks, devices
 from hope_jax.model_config import MemoryConfig
 from pallas_kernels import scan
 from pallas_kernels.linear_rule import chunk as chunk_lib
@@ -135,41 +132,6 @@ def run(
     return ys, jax.tree.map(split, state)
 
   begins = None if docs is None else docs.begins
-  run_here = per_device(run_here, ("H", "BH", "BH", "NB"))
+  run_here = devices.by_heads(run_here, ("H", "BH", "BH", "NB"))
   ys, now = run_here(initial, state.now, tokens, begins)
   return ys, chunks.ChunkState(now, None, None) if continued else None
-
-
-def per_device(
-  run: Callable, axes: tuple[str, ...], results: Any = "BH"
-) -> Callable:
-  """`run` by every device on its rows and heads, where the mesh divides them.
-
-  Kernels are not partitioned automatically.  `axes`: the first axes of each
-  argument of `run`, any trees: B and H are split, others not ("BH", "NB");
-  `results`: a tree of those of what it returns.
-  """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
-    return run
-
-  def sharded(*arguments):
-    batch, heads = jax.tree.leaves(arguments[axes.index("BH")])[0].shape[:2]
-    rules = nn.logical_to_mesh_axes(("batch", "heads")) or (None, None)
-    split = {
-      letter: axis if size % _ways(mesh, axis) == 0 else None
-      for letter, axis, size in zip("BH", rules, (batch, heads), strict=True)
-    }
-    spec = lambda letters: PartitionSpec(*map(split.get, letters))
-    in_specs, out_specs = tuple(map(spec, axes)), jax.tree.map(spec, results)
-    return jax.shard_map(
-      run, in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )(*arguments)
-
-  return sharded
-
-
-def _ways(mesh: Any, axis: Any) -> int:
-  """Over how many devices a mesh axis, or several, splits an array."""
-  names = axis if isinstance(axis, tuple) else (axis,)
-  return math.prod(mesh.shape[name] for name in names if name is not None)

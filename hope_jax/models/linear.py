@@ -38,7 +38,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hope_jax.memory import fused
+from hope_jax.memory import devices
 from hope_jax.memory.architectures import l2_normalize, rms_normalize
 from hope_jax.model_config import ModelConfig
 from hope_jax.models import attention, layers
@@ -299,7 +299,7 @@ def run_rule(
       checkpoint=config.memory.remat,
     )
 
-  run = fused.per_device(run, ("BH",) * 6)
+  run = devices.by_heads(run, ("BH",) * 6)
   with jax.named_scope("recurrence"):
     return run(keys, values, queries, rule, weight, reset)
 

@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hope_jax.memory import fused
+from hope_jax.memory import devices
 from hope_jax.memory.selective_scan import ScanOutput, selective_scan
 from hope_jax.model_config import ModelConfig
 from hope_jax.models import layers, linear
@@ -107,7 +107,7 @@ def run_scan(
     return tuple(found)
 
   axes = "BTH", "BTH", "B", "B", "H", "BH", "B"
-  run = fused.per_device(run, axes, ("BTH", "BH"))
+  run = devices.by_heads(run, axes, ("BTH", "BH"))
   with jax.named_scope("recurrence"):
     return ScanOutput(*run(values, step, keys, queries, rate, state, reset))
 

@@ -244,14 +244,10 @@ def _learn(
   if numbers is not None:  # a chunk of several documents teaches nothing
     segments = jnp.broadcast_to(state.begins[:, None], targets.shape)
     is_other = numbers[:, 0] != state.first_document
-  gradients, _ = _gradients(
-    parts.finish,
-    parts.top,
-    state.levels,
-    _Chunk(state.stream[0], targets, segments, None),
-    state.start,
-    config,
-  )
+  top = _Top(parts.finish, parts.top, config)
+  chunk = _Chunk(state.stream[0], segments)
+  weights = _weights(state.levels)
+  gradients, _ = top.gradients(weights, chunk, state.start, targets)
   levels, position = _advance(
     state.levels, gradients, parts.top, state.position, is_other, config
   )
@@ -268,62 +264,58 @@ class _Chunk(NamedTuple):
 
   Attributes:
     stream: [B, C, D].
-    targets: [B, C], the tokens that follow each; None in a sequence's last.
     segments: [B, C] document numbers, 0: the one that ended the last chunk.
     inherits: [B, C] which places read D.  Both are None where there is one
       document only.
   """
 
   stream: jax.Array
-  targets: jax.Array | None
-  segments: jax.Array | None
-  inherits: jax.Array | None
+  segments: jax.Array | None = None
+  inherits: jax.Array | None = None
 
 
-def _finish(
-  finish: Callable,
-  top: Any,
-  weights: dict[str, LevelWeights],
-  chunk: _Chunk,
-  mixer: Any,
-  config: ModelConfig,
-) -> tuple[jax.Array, Any]:
-  """Logits of a chunk, and the fast state of the layers above after it."""
-  inherits = chunk.inherits
-  if inherits is not None:
-    count = learning_layers(config)
-    inherits = jnp.broadcast_to(inherits, (count, *inherits.shape))
-  levels = {n: cms_layer.GivenState(w, inherits) for n, w in weights.items()}
-  return finish(top, chunk.stream, levels, mixer, chunk.segments)
+class _Top(NamedTuple):
+  """The learning layers, from the first one's levels on."""
 
+  finish: Callable[..., Any]
+  params: Any
+  config: ModelConfig
 
-def _gradients(
-  finish: Callable,
-  top: Any,
-  levels: dict[str, Level],
-  chunk: _Chunk,
-  mixer: Any,
-  config: ModelConfig,
-) -> tuple[dict[str, LevelWeights], tuple[jax.Array, Any]]:
-  """The mean loss of a chunk by every D; what `_finish` returns for it."""
+  def read(
+    self, weights: dict[str, LevelWeights], chunk: _Chunk, mixer: Any
+  ) -> tuple[jax.Array, Any]:
+    """Logits of a chunk, and the fast state of the layers above after it."""
+    inherits = chunk.inherits
+    if inherits is not None:
+      count = learning_layers(self.config)
+      inherits = jnp.broadcast_to(inherits, (count, *inherits.shape))
+    levels = {n: cms_layer.GivenState(w, inherits) for n, w in weights.items()}
+    return self.finish(self.params, chunk.stream, levels, mixer, chunk.segments)
 
-  def loss(weights: dict[str, LevelWeights]) -> tuple[jax.Array, Any]:
-    logits, after = _finish(finish, top, weights, chunk, mixer, config)
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-      logits, chunk.targets
-    )
-    return jnp.sum(jnp.mean(losses, axis=1)), (logits, after)
+  def gradients(
+    self,
+    weights: dict[str, LevelWeights],
+    chunk: _Chunk,
+    mixer: Any,
+    targets: jax.Array,
+  ) -> tuple[dict[str, LevelWeights], tuple[jax.Array, Any]]:
+    """The mean loss of a chunk by every D; what `read` returns for it."""
 
-  gradients, read = jax.grad(loss, has_aux=True)(_weights(levels))
-  if config.cms.outer_order == 1:
-    gradients = jax.lax.stop_gradient(gradients)
-  return gradients, read
+    def loss(weights: dict[str, LevelWeights]) -> tuple[jax.Array, Any]:
+      logits, after = self.read(weights, chunk, mixer)
+      losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+      return jnp.sum(jnp.mean(losses, axis=1)), (logits, after)
+
+    gradients, found = jax.grad(loss, has_aux=True)(weights)
+    if self.config.cms.outer_order == 1:
+      gradients = jax.lax.stop_gradient(gradients)
+    return gradients, found
 
 
 def _advance(
   levels: dict[str, Level],
   gradients: dict[str, LevelWeights],
-  top: Any,
+  params: Any,
   position: jax.Array,
   is_other: jax.Array | None,
   config: ModelConfig,
@@ -345,7 +337,7 @@ def _advance(
       new[name] = update(
         levels[name],
         gradients[name],
-        rates(top, config, i),
+        rates(params, config, i),
         is_due,
         chunk_length=chunk_length,
         parts=chunk_length // length,
@@ -396,9 +388,8 @@ def _read_chunks(
   carry = _Carry(
     state.levels, _above(state.mixer, config), state.position, state.document
   )
-  logits, carry, above = devices.by_rows(scan)(
-    parts.top, (stream, tokens, numbers), carry
-  )
+  run = devices.by_rows(scan, lambda rows, state: (rows, state, state.mixer))
+  logits, carry, above = run(parts.top, (stream, tokens, numbers), carry)
   if is_whole:
     return logits, None
   length = config.cms.fast_lengths[0]
@@ -431,8 +422,8 @@ _MAX_COUNT_APART = 16
 
 
 def _scan(
-  finish: Callable,
-  top: Any,
+  finish: Callable[..., Any],
+  params: Any,
   sequence: tuple[jax.Array, jax.Array, jax.Array | None],
   carry: _Carry,
   *,
@@ -446,6 +437,7 @@ def _scan(
     sequence: stream [B, T, D], tokens and document numbers [B, T].
   """
   stream, tokens, numbers = sequence
+  top = _Top(finish, params, config)
   length, total = config.cms.fast_lengths[0], tokens.shape[1]
   count = -(-total // length)  # the last one may be shorter
   is_apart = wants_state or total % length or count <= _MAX_COUNT_APART
@@ -460,25 +452,25 @@ def _scan(
     """What follows each of [B, n]; the last one, which is not used, itself."""
     return jnp.concatenate([x[:, 1:], x[:, -1:]], axis=1)
 
-  def chunk_of(stream, targets, numbers, document) -> _Chunk:
-    segments = inherits = None
-    if numbers is not None:
-      segments = numbers - document[:, None]
-      inherits = numbers == numbers[:, :1]
-    return _Chunk(stream, targets, segments, inherits)
+  def chunk_of(stream, numbers, document) -> _Chunk:
+    if numbers is None:
+      return _Chunk(stream)
+    return _Chunk(
+      stream, numbers - document[:, None], numbers == numbers[:, :1]
+    )
 
   def body(carry: _Carry, xs: Any) -> tuple[_Carry, jax.Array]:
     stream, targets, numbers, next_first = xs
-    chunk = chunk_of(stream, targets, numbers, carry.document)
-    gradients, (logits, mixer) = _gradients(
-      finish, top, carry.levels, chunk, carry.mixer, config
+    chunk = chunk_of(stream, numbers, carry.document)
+    gradients, (logits, mixer) = top.gradients(
+      _weights(carry.levels), chunk, carry.mixer, targets
     )
     document, is_other = carry.document, None
     if numbers is not None:
       document = numbers[:, -1]
       is_other = next_first != numbers[:, 0]
     levels, position = _advance(
-      carry.levels, gradients, top, carry.position, is_other, config
+      carry.levels, gradients, params, carry.position, is_other, config
     )
     return _Carry(levels, mixer, position, document), logits
 
@@ -498,9 +490,8 @@ def _scan(
   if is_apart:
     begin = scanned * length
     last = None if numbers is None else numbers[:, begin:]
-    chunk = chunk_of(stream[:, begin:], None, last, carry.document)
-    weights = _weights(carry.levels)
-    part, after = _finish(finish, top, weights, chunk, carry.mixer, config)
+    chunk = chunk_of(stream[:, begin:], last, carry.document)
+    part, after = top.read(_weights(carry.levels), chunk, carry.mixer)
     logits.append(part)
   return jnp.concatenate(logits, axis=1), carry, after
 
