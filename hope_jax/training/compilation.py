@@ -7,10 +7,12 @@ were written since the last look: the date of an empty file beside them.
 """
 
 import contextlib
+import hashlib
 import os
 import pathlib
 import sys
 import zlib
+from collections.abc import Callable
 
 from hope_jax import files
 
@@ -44,6 +46,27 @@ def keep_programs() -> pathlib.Path | None:
 
     jax.config.update("jax_compilation_cache_dir", name)
   return folder
+
+
+def remembered(name: str, key: str, compute: Callable[[], float]) -> float:
+  """What `compute` returns, kept beside the programs under `name` and `key`.
+
+  `key` says everything that the number depends on.
+  """
+  kept = os.environ.get(_VARIABLE)
+  if not kept or files.is_remote(kept):
+    return compute()
+  digest = hashlib.sha256(key.encode()).hexdigest()[:32]
+  path = pathlib.Path(kept) / f"{name}-{digest}"
+  try:
+    return float(path.read_text())
+  except (OSError, ValueError):  # not there, or half of it
+    value = compute()
+  with contextlib.suppress(OSError):
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(repr(value))
+    part.replace(path)
+  return value
 
 
 def remove_broken(folder: pathlib.Path) -> None:

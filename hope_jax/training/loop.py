@@ -14,6 +14,7 @@ from hope_jax import files
 from hope_jax.config import Config
 from hope_jax.data import pipeline
 from hope_jax.training import (
+  compilation,
   dynamics,
   evaluation,
   exchange,
@@ -78,6 +79,15 @@ def _announce(device: Any, compiled: step_lib.Compiled) -> None:
     progress.say(missing)
 
 
+def _flops_per_token(config: Config, params: Any) -> float:
+  """Counted once for a model and a code: it is a trace of the whole model."""
+  return compilation.remembered(
+    "flops",
+    f"{config.model} {config.data.sequence_length} {workdir_lib.code()}",
+    lambda: flops.per_token(config, params),
+  )
+
+
 def train(
   config: Config,
   workdir: epath.Path,
@@ -95,7 +105,7 @@ def train(
   # 1. The state, new or restored.
   compiling = progress.Waiting("compiling")
   manager = checkpoints.open_manager(workdir, options)
-  flops_per_token = flops.per_token(config, compiled.abstract_state.params)
+  flops_per_token = _flops_per_token(config, compiled.abstract_state.params)
 
   def last_state() -> step_lib.TrainState:
     state = checkpoints.restore(manager, compiled.abstract_state)

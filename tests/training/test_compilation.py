@@ -103,3 +103,20 @@ def test_folder_named_by_jax_is_kept(tmp_path, monkeypatch):
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
   finally:
     jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_number_is_computed_once_for_a_key(tmp_path, monkeypatch):
+  calls = []
+
+  def compute():
+    calls.append(0)
+    return len(calls) / 3
+
+  number = lambda key: compilation.remembered("flops", key, compute)
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+  assert [number("a"), number("a"), number("b")] == [1 / 3, 1 / 3, 2 / 3]
+  for path in tmp_path.iterdir():
+    path.write_text("")  # as after a full disk
+  assert number("a") == 1.0
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+  assert number("a") == 4 / 3
