@@ -1,20 +1,25 @@
 """Training speed of whole steps: every model against Transformer++.
 
-python -m scripts.benchmark [--models=titans,hope] [--rounds=15]
+python -m scripts.benchmark [--configs=shakespeare] [--models=titans,hope]
 
-One step is loss, gradient and AdamW update at 3.9M parameters (width 256, 4
-layers, 4 heads, equal parameters), 8 sequences of 1,024 tokens.  All models
-are compiled first (without the persistent cache: cold), then take a step
-each in turn, so that whatever else the machine does hits all of them; speed
-is from the median step.  FLOPs are counted from the jaxpr, loss and gradient.
-`scripts/benchmark_memory.py` times memories and kernels by themselves.
+The configs are those of the result tables, as they stand: `shakespeare` (8 x
+256 tokens), `wikitext2` (2 x 1,024) and `books` (1 x 4,096) of `configs/`; and
+`3p9m`, width 256 at 8 x 1,024.  `hope_twin` has its inner rates off, the levels
+of `hope_associative` learn by the associative signal (an ablation); any model
+can have these endings.  One step is loss, gradient and AdamW update; parameters
+are equal.  The models of a config are compiled first (without the persistent
+cache: cold), then take a step each in turn, so that whatever else the machine
+does hits all of them; speed is from the median step.  FLOPs are counted from
+the jaxpr, loss and gradient.  `scripts/benchmark_memory.py` times memories and
+kernels by themselves.
 """
 
 import argparse
+import dataclasses
 import functools
-import statistics
+import importlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,8 +28,20 @@ import numpy as np
 from configs import _models
 from experiments import tables, timing
 from hope_jax.config import Config, from_config_dict
+from hope_jax.model_config import ModelConfig
 from hope_jax.training import flops, sharding, step
 
+CONFIGS = ("shakespeare", "wikitext2", "books", "3p9m")
+MODELS = (
+  "transformer_conv",
+  "titans",
+  "samba",
+  "mamba2",
+  "gated_deltanet",
+  "hope",
+  "hope_twin",
+  "hope_associative",
+)
 BASE = "transformer"
 
 
@@ -38,19 +55,45 @@ class Entry(NamedTuple):
   compile_seconds: float
 
 
-def make_config(name: str, flags: argparse.Namespace) -> Config:
-  """The benchmark's config of one model; `_twin` has its inner rates off."""
-  model, twin, _ = name.partition("_twin")
-  group = _models.model(
-    model,
-    "3p9m",
-    memory_chunks=(flags.memory_chunk, flags.projection_chunk),
-    cms_chunks=(flags.length // 8, flags.length // 2, 0),
-    inner_rates="off" if twin else "on",
-    dtype=flags.dtype,
+def _twin(model: ModelConfig) -> ModelConfig:
+  return dataclasses.replace(model, inner_rates="off")
+
+
+def _associative(model: ModelConfig) -> ModelConfig:
+  cms = dataclasses.replace(model.cms, signal="associative")
+  return dataclasses.replace(model, cms=cms)
+
+
+ENDINGS = {"_twin": _twin, "_associative": _associative}
+
+
+def make_config(config: str, name: str, flags: argparse.Namespace) -> Config:
+  """A config of one model, whose name may have one of `ENDINGS`."""
+  ending = next((end for end in ENDINGS if name.endswith(end)), "")
+  model = name.removesuffix(ending)
+  if config == "3p9m":
+    group = _models.model(
+      model,
+      config,
+      memory_chunks=(16, 64),
+      cms_chunks=(128, 512, 0),
+      cms_signal="next_token",
+    )
+    data = {"sequence_length": 1024, "batch_size": 8}
+    found = from_config_dict({"model": group, "data": data})
+  else:
+    module = importlib.import_module(f"configs.{config}")
+    found = from_config_dict(module.get_config(model))
+  changed = ENDINGS[ending](found.model) if ending else found.model
+  size = {
+    "batch_size": flags.batch or found.data.batch_size,
+    "sequence_length": flags.length or found.data.sequence_length,
+  }
+  return dataclasses.replace(
+    found,
+    model=dataclasses.replace(changed, dtype=flags.dtype),
+    data=dataclasses.replace(found.data, **size),
   )
-  data = {"sequence_length": flags.length, "batch_size": flags.batch}
-  return from_config_dict({"model": group, "data": data})
 
 
 def build(config: Config, mesh: Any) -> Entry:
@@ -87,32 +130,16 @@ def measure(entries: dict[str, Entry], rounds: int) -> dict[str, list[float]]:
   return timing.in_turn(calls, rounds)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-  parser = argparse.ArgumentParser("python -m scripts.benchmark")
-  parser.add_argument(
-    "--models",
-    default="transformer_conv,titans,hope,hope_twin",
-    help=f"beside {BASE}: of {', '.join(_models.NAMES)}, or with _twin",
-  )
-  parser.add_argument("--rounds", type=int, default=15)
-  parser.add_argument("--batch", type=int, default=8)
-  parser.add_argument("--length", type=int, default=1024)
-  parser.add_argument("--memory_chunk", type=int, default=16)
-  parser.add_argument("--projection_chunk", type=int, default=64)
-  parser.add_argument("--dtype", default="float32")
-  flags = parser.parse_args(argv)
-  jax.config.update("jax_enable_compilation_cache", False)
-
-  names = [BASE, *(name for name in flags.models.split(",") if name != BASE)]
-  configs = {name: make_config(name, flags) for name in names}
+def table(configs: Mapping[str, Config], rounds: int) -> list[dict[str, str]]:
+  """A line for each model: compiled, then timed in turn."""
   mesh = sharding.make_mesh(configs[BASE].mesh)
   with sharding.activate(mesh):
-    entries = {name: build(configs[name], mesh) for name in names}
-    seconds = measure(entries, flags.rounds)
-
-  tokens = flags.batch * flags.length
-  median = {name: statistics.median(seconds[name]) for name in names}
-  work = {name: flops.per_token(configs[name]) for name in names}
+    entries = {name: build(config, mesh) for name, config in configs.items()}
+    seconds = measure(entries, rounds)
+  data = configs[BASE].data
+  tokens = data.batch_size * data.sequence_length
+  median = timing.medians(seconds)
+  work = {name: flops.per_token(config) for name, config in configs.items()}
   lines = []
   for name, entry in entries.items():
     low, high = np.percentile(seconds[name], [25, 75])
@@ -129,12 +156,42 @@ def main(argv: Sequence[str] | None = None) -> None:
         "cold compile s": f"{entry.compile_seconds:.1f}",
       }
     )
-  print(tables.markdown(lines))
-  print(
-    f"{flags.batch} x {flags.length} tokens, {flags.dtype}, median of"
-    f" {flags.rounds} steps in turn; {tables.machine()},"
-    f" {jax.devices()[0].device_kind}, jax {jax.__version__}"
+  return lines
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  parser = argparse.ArgumentParser("python -m scripts.benchmark")
+  parser.add_argument(
+    "--configs", default=",".join(CONFIGS), help=f"of {', '.join(CONFIGS)}"
   )
+  parser.add_argument(
+    "--models",
+    default=",".join(MODELS),
+    help=f"beside {BASE}: of {', '.join(_models.NAMES)}, or with one of"
+    f" {', '.join(ENDINGS)}",
+  )
+  parser.add_argument("--rounds", type=int, default=5)
+  parser.add_argument("--batch", type=int, help="sequences, if not as it is")
+  parser.add_argument("--length", type=int, help="tokens of each, likewise")
+  parser.add_argument("--dtype", default="float32")
+  flags = parser.parse_args(argv)
+  for name in flags.configs.split(","):
+    if name not in CONFIGS:
+      parser.error(f"--configs={name} is not one of {', '.join(CONFIGS)}")
+  jax.config.update("jax_enable_compilation_cache", False)
+
+  names = [BASE, *(name for name in flags.models.split(",") if name != BASE)]
+  for config in flags.configs.split(","):
+    configs = {name: make_config(config, name, flags) for name in names}
+    lines = table(configs, flags.rounds)
+    data = configs[BASE].data
+    print(
+      f"{config}: {data.batch_size} x {data.sequence_length:,} tokens,"
+      f" {flags.dtype}, median of {flags.rounds} steps in turn;"
+      f" {tables.machine()}, {jax.devices()[0].device_kind},"
+      f" jax {jax.__version__}\n"
+    )
+    print(tables.markdown(lines), flush=True)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ for kind in ("text", "mqar"):
   result = loop.run(config, files.reach(f"{sys.argv[1]}/{kind}"))
   print(kind, result["steps"])
 tiny = ["--models=transformer", "--rounds=1", "--batch=1", "--length=32"]
-benchmark.main(tiny)
+benchmark.main(["--configs=3p9m", *tiny])
 """,
     tmp_path,
   )

@@ -1,13 +1,17 @@
 """The measuring scripts measure what they say."""
 
+import argparse
+import importlib
 import importlib.util
 
 import jax
 import pytest
 
 from experiments import timing
+from hope_jax.config import from_config_dict
 from scripts import (
   backward_memory,
+  benchmark,
   benchmark_memory,
   benchmark_titans_pytorch,
 )
@@ -31,6 +35,22 @@ def test_backward_memory_prints_a_table_and_plots(
   shown = capsys.readouterr().out.splitlines()
   assert [line.split("|")[1].strip() for line in shown[2:4]] == ["128", "256"]
   assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("config", benchmark.CONFIGS)
+def test_benchmark_times_the_models_of_the_result_tables(config):
+  flags = argparse.Namespace(batch=None, length=None, dtype="float32")
+  make = lambda name: benchmark.make_config(config, name, flags)
+  assert make("hope").model.cms.signal == "next_token"
+  assert make("hope").model.inner_rates == "on"
+  assert make("hope_twin").model.inner_rates == "off"
+  assert make("hope_associative").model.cms.signal == "associative"
+  if config != "3p9m":
+    module = importlib.import_module(f"configs.{config}")
+    assert make("hope") == from_config_dict(module.get_config("hope"))
+  flags.batch, flags.length = 3, 2048
+  data = make("hope").data
+  assert (data.batch_size, data.sequence_length) == (3, 2048)
 
 
 def test_calls_take_turns_and_warm_up():
