@@ -17,12 +17,14 @@ from collections.abc import Sequence
 
 from experiments import plots, runner, switch_off, tables
 from experiments.language_modeling import paper, table2
-from experiments.trials import ROOT, Plan, slug, staged
+from experiments.trials import ROOT, Plan, Trial, slug, staged
 from hope_jax.training.evaluation import perplexity
 
 SCALES = ("demo", "cpu", "smoke", *table2.SCALES)
 # The longest first: what follows fills the other cores.
 DEMO_ROWS = ("Hope", "Titans", "Transformer++", "Transformer++ conv")
+DEMO_STEPS = 120  # so that scripts/run.sh takes minutes
+RECALL, RECALL_ROWS = "Recall of 4 pairs, chance 12.5 %", ("Hope", "Hope twin")
 RATES = (2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
 # Of 2 x 1024 tokens: 0.37M, a third of an epoch of tiny Shakespeare.
@@ -37,19 +39,33 @@ do not compare with perplexities per byte.
 
 
 def demo_plan(switch: str = "") -> Plan:
-  """Four models at equal tokens, one seed, the config's learning rates."""
-  trials = [
-    switch_off.trial(
+  """Four models at equal tokens, one seed, the config's learning rates; and
+  what only a memory can do, by a small Hope and its twin."""
+
+  def trial(
+    row: str, group: str, config: str, suffix: str, overrides: dict[str, int]
+  ) -> Trial:
+    return switch_off.trial(
       row,
-      group="tiny Shakespeare",
-      name=slug(f"tiny Shakespeare/{row}"),
-      config="configs/shakespeare.py",
-      suffix=switch,
-      overrides={},
+      group=group,
+      name=f"{slug(group.partition(',')[0])}/{slug(row)}",
+      config=f"configs/{config}.py",
+      suffix=suffix + switch,
+      overrides={} if switch else overrides,
       evaluations=(),
     )
+
+  short = {
+    "train.steps": DEMO_STEPS,
+    "train.eval_every": 0,
+    "train.dynamics_every": 0,
+  }
+  quiet = {"train.eval_every": 0, "train.dynamics_every": 0}
+  trials = [
+    trial(row, "tiny Shakespeare", "shakespeare", "", short)
     for row in DEMO_ROWS
   ]
+  trials[2:2] = [trial(row, RECALL, "mqar", "_4", quiet) for row in RECALL_ROWS]
   return lambda _: trials
 
 
@@ -117,6 +133,11 @@ COLUMNS = {
   ),
   "moved %": relative_change,
 }
+RECALL_COLUMNS = {
+  "accuracy %": lambda scores: tables.mean_std(
+    (100 * s["accuracy"] for s in scores), digits=1
+  ),
+}
 
 
 def paper_lines() -> list[tables.Line]:
@@ -166,17 +187,22 @@ def report(
   folder.mkdir(parents=True, exist_ok=True)
   text = ""
   for group in dict.fromkeys(record.trial.group for record in records):
-    table = tables.table(records, group, COLUMNS, paper_lines())
+    columns, extra = COLUMNS, paper_lines()
+    if group == RECALL:
+      columns, extra = RECALL_COLUMNS, []
+    table = tables.table(records, group, columns, extra)
     text += f"{group}\n\n{table}\n"
     rows = tables.final_by_row(records, group)
-    picture = f"loss_{group.lower().replace(' ', '_')}.png"
+    picture = f"loss_{slug(group.partition(',')[0])}.png"
     plots.loss_curves(folder / picture, rows, f"{group}, scale {scale}")
   text += f"{PAPER_NOTE}\n{tables.caption(records)}"
   (folder / "table.md").write_text(text)
   samples = {
     record.trial.row: sample(record)
     for record in tables.final(records)
-    if record.trial.row == "Hope" and scale != "cpu"
+    if record.trial.row == "Hope"
+    and record.trial.group != RECALL
+    and scale != "cpu"
   }
   tables.write_results(
     folder / "results.json",

@@ -124,8 +124,8 @@ def test_is_same_ignores_what_moves_no_result():
 @pytest.mark.parametrize(
   ("plan", "rows"),
   [
-    (language_modeling.demo_plan(), 4),
-    (language_modeling.demo_plan(",smoke"), 4),
+    (language_modeling.demo_plan(), 6),
+    (language_modeling.demo_plan(",smoke"), 6),
     (language_modeling.cpu_plan("data"), 12 * 3),
     (mqar.PLANS["cpu"](), 3 * 6 * 3),
     (mqar.PLANS["smoke"](), 3 * 6 * 2),
