@@ -61,6 +61,7 @@ DEFAULTS = {
     "cms": {
       "hidden": (),
       "chunk_lengths": (),
+      "step_tokens": 0,
       "connection": "sequential",
       "signal": "associative",
       "value": "mixer_pair",

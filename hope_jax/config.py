@@ -190,12 +190,27 @@ class Config:
         f" attention's cache: raise model.context_length"
         f" ({self.model.context_length})"
       )
-    slowest = max((0, *self.model.cms.fast_lengths))
-    if slowest * 2 > self.data.sequence_length and not carries:
+    self._check_levels()
+
+  def _check_levels(self):
+    cms, length = self.model.cms, self.data.sequence_length
+    tokens = self.data.batch_size * length
+    if cms.step_tokens not in (0, tokens):
+      raise ConfigError(
+        f"model.cms.step_tokens={cms.step_tokens} must be"
+        f" data.batch_size={self.data.batch_size} times"
+        f" data.sequence_length={length}, {tokens}, or 0 (no level is slower"
+        " than a training step)"
+      )
+    slowest = max((0, *cms.fast_lengths))
+    if slowest * 2 > length and not self.train.carry_state:
+      hint = ""
+      if slowest >= tokens and not cms.step_tokens:
+        hint = f"; or model.cms.step_tokens={tokens}: the optimizer changes it"
       raise ConfigError(
         f"model.cms.chunk_lengths has {slowest}, more than half of"
-        f" data.sequence_length={self.data.sequence_length}: such a level"
-        " hardly uses what it learns; shorten it, or train.carry_state"
+        f" data.sequence_length={length}: such a level hardly uses what it"
+        f" learns; shorten it, or train.carry_state{hint}"
       )
 
 

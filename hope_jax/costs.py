@@ -60,11 +60,12 @@ def count(config: Config) -> dict[str, Mapping[str, Any]]:
   variables: Any = jax.eval_shape(init, key, tokens)
   params = nn.unbox(variables["params"])
   state = jax.eval_shape(lambda: language_model.init_state(model, 1))
-  optimizer = adamw.make(config.opt, config.train.steps)
+  optimizer = adamw.make(config.opt, config.train.steps, model.cms.periods)
   shared = Counter()
   for path, leaf in named(jax.eval_shape(optimizer.init, params)):
-    if moment := re.search(r"/(mu|nu)/", path):
-      shared[f"adamw_{moment[1]}"] += leaf.size * leaf.dtype.itemsize
+    if moment := re.search(r"/(mu|nu|acc_grads)/", path):
+      name = {"acc_grads": "sum"}.get(moment[1], moment[1])
+      shared[f"adamw_{name}"] += leaf.size * leaf.dtype.itemsize
   sizes, sizes_in_bytes = apportion(named(params), model)
   flops, learn_flops = count_flops(model, params, tokens)
   return {

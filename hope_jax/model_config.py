@@ -127,6 +127,10 @@ class CMSConfig:
   Attributes:
     hidden: hidden width per level, fastest first; empty: as connection=none.
     chunk_lengths: tokens between updates of a level; 0 never (the last).
+    step_tokens: tokens of a training step (batch size x sequence length).  A
+      level whose chunk has at least so many is the optimizer's: slow inside a
+      sequence, its gradients are summed over chunk / step_tokens steps.  0:
+      there is none.
     connection: `sequential`, `nested` or `independent`, see `models/cms.py`;
       `none`: a plain FFN of model.ffn_hidden instead.
     signal: `associative` (a level answers a value) or `next_token` (it follows
@@ -142,6 +146,7 @@ class CMSConfig:
 
   hidden: tuple[int, ...] = ()
   chunk_lengths: tuple[int, ...] = ()
+  step_tokens: int = 0
   connection: str = "sequential"
   signal: str = "associative"
   value: str = "mixer_pair"
@@ -176,7 +181,24 @@ class CMSConfig:
       raise ConfigError(
         f"cms.learning_share={self.learning_share} must not be above 1"
       )
-    self._check_lengths(fast)
+    self._check_steps()
+    self._check_lengths([c for c in fast if not self._is_of_steps(c)])
+
+  def _check_steps(self):
+    lengths = [c for c in self.chunk_lengths if self._is_of_steps(c)]
+    for length in lengths:
+      if length % self.step_tokens:
+        raise ConfigError(
+          f"cms.chunk_lengths: {length} is not a multiple of"
+          f" cms.step_tokens={self.step_tokens}: such a level changes after"
+          " whole training steps"
+        )
+    if lengths and self.connection == "nested":
+      raise ConfigError(
+        f"cms.chunk_lengths: {lengths[0]} is not below"
+        f" cms.step_tokens={self.step_tokens}: cms.connection=nested has one"
+        " block for all levels, which cannot change seldom for one of them"
+      )
 
   def _check_lengths(self, fast: list[int]):
     together = self.connection == "nested" or self.signal == "next_token"
@@ -201,7 +223,28 @@ class CMSConfig:
   def fast_lengths(self) -> tuple[int, ...]:
     """Chunk lengths of the levels that learn inside the sequence."""
     lengths = self.chunk_lengths if self.levels else ()
-    return tuple(c for c in lengths if c)
+    return tuple(c for c in lengths if c and not self._is_of_steps(c))
+
+  @property
+  def periods(self) -> dict[int, int]:
+    """Training steps between updates of a level, by its number, of all levels
+    whose chunk has whole steps."""
+    return {
+      level: length // self.step_tokens
+      for level, length in enumerate(self.chunk_lengths)
+      if self.levels and self._is_of_steps(length)
+    }
+
+  def without_periods(self) -> "CMSConfig":
+    """The same where nothing is trained: levels of `periods` never change."""
+    lengths = (0 if self._is_of_steps(c) else c for c in self.chunk_lengths)
+    return dataclasses.replace(
+      self, chunk_lengths=tuple(lengths), step_tokens=0
+    )
+
+  def _is_of_steps(self, length: int) -> bool:
+    """Whether a chunk has at least as many tokens as a training step."""
+    return 0 < self.step_tokens <= length
 
 
 @dataclasses.dataclass(frozen=True)

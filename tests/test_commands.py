@@ -278,6 +278,19 @@ def test_switch_off_all_or_some_levels():
     variants.switch_off(model, ("k",))
 
 
+def test_lengthen_keeps_the_optimizers_levels_slow():
+  cms = CMSConfig(hidden=(8, 8, 8), chunk_lengths=(16, 512, 0), step_tokens=256)
+  memory = MemoryConfig(adaptive=())
+  config = Config(
+    model=ModelConfig(sequence_layer="titans", cms=cms, memory=memory),
+    data=DataConfig(sequence_length=32, batch_size=8),
+  )
+  longer = variants.lengthen(config, 64)
+  assert longer.data.sequence_length == 64
+  assert longer.model.cms.fast_lengths == (16,)
+  assert longer.model.cms.levels == 3
+
+
 @pytest.fixture(scope="module")
 def titans(tmp_path_factory):
   """Folder of a Titans run that has a checkpoint of its initial state."""

@@ -71,6 +71,42 @@ HOPE = {"sequence_layer": "hope"}
       {"model": {**HOPE, **cms(64, 129)}, "train": {"carry_state": True}},
     ),
     (
+      {"model": cms(64, 4096, 0, step_tokens=1024)},
+      "step_tokens=1024 must be data.batch_size=8 times"
+      " data.sequence_length=256, 2048, or 0",
+      {"model": cms(64, 4096, 0, step_tokens=2048), "train": {"accumulate": 2}},
+    ),
+    (
+      {"model": cms(64, 129, 2048, 0, step_tokens=2048)},
+      "chunk_lengths has 129, more than half of .* train.carry_state$",
+      {"model": cms(64, 128, 2048, 0, step_tokens=2048)},
+    ),
+    (
+      {"model": cms(64, 2048, 0)},
+      "has 2048, .*; or model.cms.step_tokens=2048: the optimizer changes it$",
+      {"model": cms(64, 2048, 0, step_tokens=2048)},
+    ),
+    (
+      {"model": cms(64, 2047, 0)},
+      "has 2047, .* train.carry_state$",
+      {"model": {**HOPE, **cms(64, 2047, 0)}, "train": {"carry_state": True}},
+    ),
+    (
+      {"model": cms(64, 3072, 0, step_tokens=2048)},
+      "3072 is not a multiple of cms.step_tokens=2048",
+      {"model": cms(64, 6144, 0, step_tokens=2048)},
+    ),
+    (
+      {"model": cms(64, 2048, 0, step_tokens=2048, connection="nested")},
+      "2048 is not below cms.step_tokens=2048: cms.connection=nested",
+      {"model": cms(64, 128, 0, step_tokens=2048, connection="nested")},
+    ),
+    (
+      {"model": cms(2048, 0, step_tokens=2048, signal="next_token")},
+      "shortest of cms.chunk_lengths must be a power of two",
+      {"model": cms(128, 2048, 0, step_tokens=2048, signal="next_token")},
+    ),
+    (
       {"model": {"cms": {"hidden": (8, 8), "chunk_lengths": (4, 8, 0)}}},
       "cms.hidden has 2 levels and cms.chunk_lengths 3",
       {"model": cms(4, 8, 0)},
@@ -179,6 +215,21 @@ def test_bounds_refuse_what_is_beyond_and_nothing_before(
   from_config_dict(allowed)
   with pytest.raises(ConfigError, match=message):
     from_config_dict(refused)
+
+
+def test_levels_of_training_steps_are_not_fast():
+  lengths = 64, 2048, 65536, 0
+  config = from_config_dict(
+    {"model": {**HOPE, **cms(*lengths, step_tokens=2048)}}
+  ).model
+  assert config.cms.fast_lengths == (64,)
+  assert config.cms.periods == {1: 1, 2: 32}
+  assert config.fast_levels[-1] == "cms_0"
+  untrained = config.cms.without_periods()
+  assert untrained.chunk_lengths == (64, 0, 0, 0)
+  assert untrained.fast_lengths == (64,) and not untrained.periods
+  no_cms = {**cms(*lengths, step_tokens=2048, connection="none")}
+  assert not from_config_dict({"model": no_cms}).model.cms.periods
 
 
 CHOICES = {

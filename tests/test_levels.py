@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from hope_jax import levels as levels_command
 from hope_jax.analysis import levels
@@ -49,6 +50,14 @@ def make(sequence_layer, memory=MEMORY, **fields):
 CONFIGS = {
   "hope": make("hope", cms=CMS),
   "frozen": make("hope", cms=CMS, frozen_levels=("k", "cms_1")),
+  "periods": make(
+    "hope",
+    cms=CMSConfig(
+      hidden=(8,) * 5,
+      chunk_lengths=(16, 2 * LENGTH, 4 * LENGTH, 64 * LENGTH, 0),
+      step_tokens=2 * LENGTH,
+    ),
+  ),
   "nested": make(
     "hope_attention", cms=dataclasses.replace(CMS, connection="nested")
   ),
@@ -107,7 +116,16 @@ def test_parameters_and_bytes_add_up_to_the_real_ones(case):
   total = {f: sum(getattr(c, f) for c in components) for f in levels.COUNTED}
   params, _ = shapes(config.model)
   assert total["parameters"] == step.count_parameters(params)
-  assert total["shared_bytes"] == 3 * size(params)  # float32, two moments
+  periods = config.model.cms.periods
+  seldom = [f"_{level}" for level, steps in periods.items() if steps > 1]
+  sums = {
+    name: part
+    for name, part in params["blocks"].get("cms", {}).items()
+    if name.endswith(tuple(seldom))
+  }
+  assert bool(sums) == bool(seldom)
+  # In float32: parameters, two moments, sums of gradients.
+  assert total["shared_bytes"] == 3 * size(params) + size(sums)
   state = jax.eval_shape(lambda: language_model.init_state(config.model, 1))
   assert total["state_bytes"] == size(state)
   bytes_of = {c.name: c.state_bytes for c in components}
@@ -259,6 +277,25 @@ def test_frozen_levels_are_not_written(found):
     assert components[name].rule.startswith("not written")
     assert (components[name].frequency, components[name].level) == (0, slow)
   assert components["v"].level == components["cms_0"].level == 2
+
+
+def test_levels_of_a_period_are_the_slowest(found, tmp_path):
+  components = found["periods"]
+  order = [(c.level, name) for name, c in components.items()]
+  slow = components["embedding"].level
+  assert order[-2:] == [(slow + 1, "cms_2"), (slow + 2, "cms_3")]
+  for name in ("cms_1", "cms_4"):
+    assert components[name].level == slow
+    assert components[name].rule == "AdamW, once per step of 128 tokens"
+  for name, steps in {"cms_2": 2, "cms_3": 32}.items():
+    words = f"changes every {steps} steps of 128 tokens"
+    assert words in components[name].rule
+    assert components[name].frequency == 0
+  assert "(cms_2: 2, cms_3: 32)" in components["adamw_sum"].rule
+  assert "adamw_sum" not in found["hope"]
+  path = epath.Path(tmp_path) / "levels.png"
+  levels.draw(CONFIGS["periods"], [*components.values()], path)
+  assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_transformer_is_attention_and_slow_weights(found):

@@ -95,8 +95,10 @@ def with_chunk(config: ModelConfig, chunk_length: int) -> ModelConfig:
     chunk_length=chunk_length,
     projection_chunk_length=scaled(config.memory.projection_chunk_length),
   )
+  fast = config.cms.fast_lengths  # those of the optimizer stay
+  rest = config.cms.chunk_lengths[len(fast) :]
   cms = dataclasses.replace(
-    config.cms, chunk_lengths=tuple(map(scaled, config.cms.chunk_lengths))
+    config.cms, chunk_lengths=(*map(scaled, fast), *rest)
   )
   return dataclasses.replace(config, memory=memory, cms=cms)
 

@@ -7,7 +7,8 @@ are taken every C tokens has frequency 1/C; softmax attention, solved anew at
 every token, infinity; slow weights 0: they change once per step of the outer
 optimizer.  Of two that change equally often the one that the other's update
 needs is faster: the optimizer's moments come before the weights they move.  A
-level that the config freezes is not written: it is with the slow weights.
+level that the config freezes is not written: it is with the slow weights.  CMS
+levels that the optimizer changes once in n steps come last.
 
 Its costs are counted (`costs.py`), nothing is executed.
 """
@@ -110,7 +111,11 @@ def components(config: Config) -> list[Component]:
   live = sorted(filter(frequency, inner), key=frequency, reverse=True)
   levels = [list(group) for _, group in itertools.groupby(live, frequency)]
   frozen = [component for component in inner if not component.frequency]
-  levels += [moments(config), frozen + slow_weights(config)]
+  seldom = _steps(config)
+  steps = lambda c: seldom.get(c.name, 1)
+  slow = sorted(frozen + slow_weights(config), key=steps)
+  levels += [moments(config)]
+  levels += [list(group) for _, group in itertools.groupby(slow, steps)]
   counted = costs.count(config)
   numbers = lambda name: {f: counted[f].get(name, 0) for f in COUNTED}
   return [
@@ -119,6 +124,11 @@ def components(config: Config) -> list[Component]:
     for c in group
     if any(numbers(c.name).values())
   ]
+
+
+def _steps(config: Config) -> dict[str, int]:
+  """Training steps between the optimizer's updates of slow CMS levels."""
+  return {f"cms_{i}": n for i, n in config.model.cms.periods.items()}
 
 
 def inside_sequence(model: ModelConfig) -> list[Component]:
@@ -286,6 +296,13 @@ def moments(config: Config) -> list[Component]:
     "mu": ("-⟨m, g⟩", f"GD with decay: m <- {b1:g} m + {1 - b1:g} g"),
     "nu": ("1/2 ‖v - g²‖²", f"GD: v <- {b2:g} v + {1 - b2:g} g²"),
   }
+  seldom = [f"{name}: {n:,}" for name, n in _steps(config).items() if n > 1]
+  if seldom:
+    names = ", ".join(seldom)
+    rules["sum"] = (
+      "-⟨s, g⟩",
+      f"GD: s <- s + g/n; read and set to 0 every n steps ({names})",
+    )
   return [
     Component(
       name=f"adamw_{name}",
@@ -310,12 +327,23 @@ def slow_weights(config: Config) -> list[Component]:
     use["ffn"] = "what the sequence layer passes on"
   use |= {"embedding": "tokens and logits", "rest": "what is none of these"}
   tokens = data.batch_size * data.sequence_length
+  seldom = _steps(config)
+
+  def rule(name: str) -> str:
+    steps = seldom.get(name, 1)
+    if steps == 1:
+      return f"AdamW, once per step of {tokens:,} tokens"
+    return (
+      f"AdamW: changes every {steps:,} steps of {tokens:,} tokens, by their"
+      " mean gradient"
+    )
+
   return [
     Component(
       name=name,
       context=CORPUS,
       objective=OUTER_LOSS,
-      rule=f"AdamW, once per step of {tokens:,} tokens",
+      rule=rule(name),
       transfer=f"direct conditioning: {what}",
     )
     for name, what in use.items()
@@ -358,17 +386,23 @@ def draw(config: Config, found: Sequence[Component], path: epath.Path) -> None:
   tokens = config.data.batch_size * config.data.sequence_length
   ticks = {period: f"{period:g}" for period in periods}
   ticks |= {low: "0 (non-\nparametric)", high: f"one step\n({tokens:,})"}
+  steps = _steps(config)
+  seldom = {high * n: f"\n\n{n:,} steps" for n in steps.values() if n > 1}
+  ticks |= seldom  # below the others, for they may be near
   figure = Figure(figsize=(8.5, 1.6 + 0.3 * len(found)), layout="constrained")
   axes = figure.subplots()
   for y, c in enumerate(found):
-    x = float(1 / c.frequency) or low if c.frequency else high
+    x = high * steps.get(c.name, 1)
+    if c.frequency:
+      x = float(1 / c.frequency) or low
     axes.plot([low / 4, x], [y, y], f"C{c.level - 1}o-", markevery=[1])
     note = ", not written" if c.rule.startswith("not written") else ""
     axes.text(x, y, f"   level {c.level}{note}", va="center", fontsize=8)
   axes.set_xscale("log", base=2)
   axes.set_xticks(list(ticks), list(ticks.values()))
   axes.set_xticks([], minor=True)
-  axes.set(xlim=(low / 4, high * 16), xlabel="update period (tokens)")
+  right = max([high, *seldom]) * 16
+  axes.set(xlim=(low / 4, right), xlabel="update period (tokens)")
   axes.set_yticks(range(len(found)), [c.name for c in found])
   axes.invert_yaxis()
   axes.set_title(f"{config.model.sequence_layer}: levels by update frequency")

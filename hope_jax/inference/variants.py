@@ -27,7 +27,11 @@ def elsewhere(config: Config, path: str) -> Config:
 
 
 def lengthen(config: Config, length: int) -> Config:
-  """`config` on sequences of `length` tokens, as many tokens in all."""
+  """`config` on sequences of `length` tokens, as many tokens in all.
+
+  The CMS levels that are the optimizer's never change: nothing is trained, and
+  a step of other sequences has another number of tokens.
+  """
   if config.data.kind != "text":
     raise ConfigError(f"--length is for text, not {config.data.kind}")
   data = dataclasses.replace(config.data, sequence_length=length)
@@ -39,7 +43,9 @@ def lengthen(config: Config, length: int) -> Config:
   changed = dataclasses.replace(
     config.eval, batch_size=batch_size, batches=batches
   )
-  return dataclasses.replace(config, data=data, eval=changed)
+  cms = config.model.cms.without_periods()
+  model = dataclasses.replace(config.model, cms=cms)
+  return dataclasses.replace(config, model=model, data=data, eval=changed)
 
 
 def check_dynamics(model: ModelConfig) -> None:

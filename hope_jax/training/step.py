@@ -193,7 +193,9 @@ def build(config: Config, mesh: Mesh) -> Compiled:
   that no device or host ever holds all of it.
   """
   model = LanguageModel(config.model)
-  optimizer = adamw.make(config.opt, config.train.steps)
+  optimizer = adamw.make(
+    config.opt, config.train.steps, config.model.cms.periods
+  )
   # Parameters do not depend on how many tokens there are; tracing does.
   tokens = jnp.zeros((1, min(2, config.data.sequence_length)), jnp.int32)
 

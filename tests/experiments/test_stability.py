@@ -115,6 +115,13 @@ def test_with_chunk_keeps_the_ratios():
   assert scaled.memory.chunk_length == 64
   assert scaled.memory.projection_chunk_length == 256
   assert scaled.cms.chunk_lengths == (256, 1024, 0)
+  cms = dataclasses.replace(
+    config.cms, chunk_lengths=(64, 128, 4096), step_tokens=2048
+  )
+  seldom = dataclasses.replace(config, cms=cms)
+  assert config.memory.chunk_length == 16
+  found = reading.with_chunk(seldom, 64).cms
+  assert found.chunk_lengths == (256, 512, 4096)  # the optimizer's stays
   memory = dataclasses.replace(scaled.memory, projection_chunk_length=96)
   odd = dataclasses.replace(scaled, memory=memory)
   with pytest.raises(ConfigError, match="no whole length"):

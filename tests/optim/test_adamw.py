@@ -78,6 +78,99 @@ def test_optimizer_clips_all_groups_by_one_norm():
   np.testing.assert_allclose(optax.tree.norm(moments), 1.0, rtol=1e-5)
 
 
+CLIP = 1.5
+LEVELS = {
+  "cms": {
+    **{f"level_{i}": {"up": {"kernel": jnp.ones((2, 3, 4))}} for i in range(4)},
+    **{f"norm_{i}": {"scale": jnp.ones((2, 3))} for i in range(4)},
+    **{f"share_{i}": jnp.ones((2,)) for i in range(4)},
+    "value": {"kernel": jnp.ones((2, 3, 3))},
+  }
+}
+SLOW = {"embed": {"embedding": jnp.ones((6, 4))}, "blocks": LEVELS}
+PERIODS = {1: 1, 2: 2, 3: 3}
+
+
+def adamw_by_hand(config, params, gradients, every):
+  """One array through all steps: an update ends every `every` of them."""
+  rate = adamw.schedule(config, 20)
+  mu = nu = total = np.zeros_like(params)
+  found, updates = [], 0
+  for step, gradient in enumerate(gradients):
+    total = total + gradient
+    if (step + 1) % every == 0:
+      updates += 1
+      mu = config.b1 * mu + (1 - config.b1) * total
+      nu = config.b2 * nu + (1 - config.b2) * total**2
+      mean = mu / (1 - config.b1**updates)
+      size = np.sqrt(nu / (1 - config.b2**updates))
+      decay = config.weight_decay if params.ndim == 3 else 0.0
+      params = params - float(rate(step)) * (mean / size + decay * params)
+      total = np.zeros_like(params)
+    found.append(params)
+  return found
+
+
+def random_gradients(params, count):
+  """Of unlike sizes, so that some of them are clipped."""
+  draw = np.random.default_rng(0)
+  normal = lambda x: draw.normal(size=x.shape)
+  return [
+    optax.tree.scale(scale, jax.tree.map(normal, params))
+    for scale in draw.uniform(0.05, 0.4, size=count)
+  ]
+
+
+def train(optimizer, params, gradients):
+  """Parameters after every step, by name."""
+  state, update, found = optimizer.init(params), jax.jit(optimizer.update), []
+  for gradient in gradients:
+    updates, state = update(gradient, state, params)
+    params = optax.apply_updates(params, updates)
+    found.append(flat(params))
+  return found
+
+
+def test_levels_of_a_period_equal_the_loop_over_summed_gradients():
+  """Weight decay, the schedule and the clipping of a step included."""
+  config = OptConfig(
+    peak_lr=0.1, warmup_steps=4, weight_decay=0.5, eps=1e-30, clip_norm=CLIP
+  )
+  params = {"blocks": LEVELS}
+  gradients = random_gradients(params, 7)
+  norms = [float(optax.tree.norm(gradient)) for gradient in gradients]
+  assert min(norms) < CLIP < max(norms)
+  found = train(adamw.make(config, 20, PERIODS), params, gradients)
+  for name, start in flat(params).items():
+    level = name.split("/")[2].rpartition("_")[2]
+    every = PERIODS.get(int(level), 1) if level.isdigit() else 1
+    clipped = [
+      flat(gradient)[name] * min(1.0, CLIP / norm)
+      for gradient, norm in zip(gradients, norms, strict=True)
+    ]
+    want = adamw_by_hand(config, np.asarray(start), clipped, every)
+    for step, values in enumerate(want):
+      np.testing.assert_allclose(
+        found[step][name], values, rtol=1e-5, atol=1e-5, err_msg=name
+      )
+      if (step + 1) % every:
+        before = found[step - 1][name] if step else start
+        np.testing.assert_array_equal(found[step][name], before)
+
+
+def test_period_of_one_step_is_the_plain_optimizer():
+  config = OptConfig(peak_lr=0.1, warmup_steps=2)
+  plain, other = adamw.make(config, 20), adamw.make(config, 20, {1: 1, 2: 1})
+  structure = lambda optimizer: jax.tree.structure(optimizer.init(SLOW))
+  assert structure(plain) == structure(other)
+  gradients = random_gradients(SLOW, 3)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    train(plain, SLOW, gradients),
+    train(other, SLOW, gradients),
+  )
+
+
 @pytest.mark.parametrize("steps", [20, 1000])
 def test_schedule_warms_up_and_ends_low(steps):
   config = OptConfig(peak_lr=1e-2, end_lr_ratio=0.1, warmup_steps=50)
@@ -90,11 +183,12 @@ def test_schedule_warms_up_and_ends_low(steps):
   np.testing.assert_allclose(rates[-1], 1e-3, rtol=1e-5)
 
 
-def test_state_shardings_follow_the_parameters():
-  optimizer = adamw.make(OptConfig(), steps=10)
-  state = jax.eval_shape(optimizer.init, PARAMS)
+@pytest.mark.parametrize(("params", "periods"), [(PARAMS, {}), (SLOW, PERIODS)])
+def test_state_shardings_follow_the_parameters(params, periods):
+  optimizer = adamw.make(OptConfig(), steps=10, periods=periods)
+  state = jax.eval_shape(optimizer.init, params)
   names = jax.tree_util.tree_map_with_path(
-    lambda path, _: "/".join(adamw.path_names(path)), PARAMS
+    lambda path, _: "/".join(adamw.path_names(path)), params
   )
   laid = adamw.state_shardings(optimizer, state, names, "rest")
   assert jax.tree.structure(laid) == jax.tree.structure(state)
@@ -105,4 +199,6 @@ def test_state_shardings_follow_the_parameters():
         where
       )
       counted[where] += 1
-  assert set(counted.values()) == {2}  # both moments
+  for name, count in counted.items():  # moments, and sums of gradients
+    levels = {part.rpartition("_")[2] for part in name.split("/")}
+    assert count == (3 if periods and levels & {"2", "3"} else 2), name

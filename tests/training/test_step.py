@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
 from hope_jax.config import DataConfig, MeshConfig
 from hope_jax.data import pipeline
 from hope_jax.model_config import CMSConfig, MemoryConfig, ModelConfig
 from hope_jax.models import language_model
-from hope_jax.training import sharding, step
+from hope_jax.optim import adamw
+from hope_jax.training import checkpoints, sharding, step
 from tests.pallas_kernels.testing import fast_compile, fast_jit
 from tests.tiers import slow_case
 
@@ -299,3 +301,68 @@ def test_carried_state_ends_with_its_document(tiny):
   ):
     if a.ndim > 1:
       np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+PERIODS = {"1": 1, "2": 2, "3": 3, "4": 1}  # by level, the last one never
+
+
+def with_periods(config):
+  """Hope-Attention with levels that change after 1, 2 and 3 steps."""
+  tokens = config.data.batch_size * config.data.sequence_length
+  model = dataclasses.replace(
+    config.model,
+    sequence_layer="hope_attention",
+    cms=CMSConfig(
+      hidden=(8,) * 5,
+      chunk_lengths=(8, tokens, 2 * tokens, 3 * tokens, 0),
+      connection="independent",
+      step_tokens=tokens,
+    ),
+  )
+  return dataclasses.replace(config, model=model)
+
+
+def named(params):
+  return {
+    "/".join(adamw.path_names(path)): value
+    for path, value in jax.tree_util.tree_leaves_with_path(params)
+  }
+
+
+def test_levels_of_a_period_change_at_its_end_only(tiny, tmp_path):
+  """Be it that a checkpoint and a skipped step come in the middle of it."""
+  config = with_periods(tiny)
+  compiled, mesh, state, batch = start(config)
+  manager = checkpoints.open_manager(epath.Path(tmp_path), config.train)
+  with sharding.activate(mesh):
+    train_step = fast_compile(compiled.train_step, state, batch(0))
+
+    def go_on(state, first):
+      states = [jax.device_get(state)]
+      for number in range(first, 6):
+        state, _ = train_step(state, batch(number))
+        states.append(jax.device_get(state))
+        if number == 0:
+          checkpoints.save(manager, 1, state, 1.0)
+      return states
+
+    states = go_on(state, 0)
+    restored = checkpoints.restore(manager, compiled.abstract_state)
+    bad = batch(1) | {"weights": batch(1)["weights"] * np.nan}
+    restored, scalars = train_step(restored, bad)
+    again = go_on(restored, 1)
+  checkpoints.close(manager)
+  assert scalars.bad == 1
+  kept = lambda state: (state.params, state.opt_state)
+  jax.tree.map(np.testing.assert_array_equal, kept(again[-1]), kept(states[-1]))
+  seen = set()
+  for number in range(6):
+    old, new = (named(s.params) for s in states[number : number + 2])
+    for name in old:
+      kind, _, level = f"{name}//".split("/")[2].rpartition("_")
+      is_level = name.startswith("blocks/cms") and level in PERIODS
+      every = PERIODS[level] if is_level else 1
+      seen |= {(kind, level)} if is_level else set()
+      changes = (old[name] != new[name]).any()
+      assert changes == ((number + 1) % every == 0), (name, number)
+  assert len(seen) == 3 * len(PERIODS)  # block, norm and share
