@@ -133,7 +133,7 @@ def count_flops(
   scopes = functools.partial(flops_by_owner, params=params, tokens=tokens)
   live, twin = scopes(model), scopes(replace(model, inner_rates="off"))
   frozen, given = model.frozen_levels, live
-  if model.cms.signal == "next_token":  # it computes a part once more
+  if model.cms.signal == "next_token":  # its gradient is of the model's top
     frozen += tuple(fast)
     given = scopes(replace(model, frozen_levels=frozen))
   frozen += ("memory",) if "memory" in model.fast_levels else ()

@@ -20,7 +20,7 @@ from hope_jax import streaming
 from hope_jax.config import ConfigError
 from hope_jax.inference.sampling import Sampling
 from hope_jax.model_config import ModelConfig
-from hope_jax.models import language_model, next_token
+from hope_jax.models import language_model, next_token_levels
 
 PIECE = streaming.PIECE  # tokens of prefill at a time
 BLOCK = 32  # tokens decoded between two looks at the stop condition
@@ -89,7 +89,7 @@ def decode(
   def step(carry: Any, number: jax.Array) -> tuple[Any, jax.Array]:
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys_N, number)
     states, logits = carry
-    if next_token.is_on(config):  # its rare updates would run every time
+    if next_token_levels.is_on(config):  # its rare updates would run every time
       arguments = (states, logits, keys)
       states, logits, tokens_N = jax.lax.map(lambda xs: one(*xs), arguments)
     else:

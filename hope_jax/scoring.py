@@ -29,7 +29,7 @@ import numpy as np
 from hope_jax import streaming
 from hope_jax.memory import chunks
 from hope_jax.model_config import ModelConfig
-from hope_jax.models import next_token
+from hope_jax.models import next_token_levels
 from hope_jax.streaming import Scores, StreamState
 
 BLOCK = 64  # tokens of a node, at least
@@ -85,7 +85,7 @@ class Node:
 def block_length(config: ModelConfig) -> int:
   """Tokens of a node: where it ends, CMS levels that learn from the next token
   may read on by any number."""
-  if next_token.is_on(config):
+  if next_token_levels.is_on(config):
     return math.lcm(BLOCK, config.cms.fast_lengths[0])
   return BLOCK
 
@@ -132,7 +132,7 @@ def read_piece(
     scores, state = streaming.read(params, state, tokens_T[None], config=config)
     return jax.tree.map(lambda x: x[0], scores), state
 
-  if next_token.is_on(config):  # its rare updates would run every time
+  if next_token_levels.is_on(config):  # its rare updates would run every time
     count = tokens_NT.shape[1]
     nothing = Scores(jnp.zeros(count), jnp.zeros(count, bool))
     return jax.lax.map(
@@ -158,7 +158,7 @@ def read_last(
     before = jnp.concatenate([state.logits, output.logits[0, :-1]])
     return streaming.score(before, tokens_T)
 
-  if next_token.is_on(config):
+  if next_token_levels.is_on(config):
     return jax.lax.map(lambda xs: one(*xs), (states, tokens_NT))
   return jax.vmap(one)(states, tokens_NT)
 

@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from hope_jax.model_config import ModelConfig
-from hope_jax.models import block, cms, layers, next_token, rwkv7
+from hope_jax.models import (
+  block,
+  cms,
+  layers,
+  next_token,
+  next_token_levels,
+  rwkv7,
+)
 
 
 class ModelOutput(NamedTuple):
@@ -30,8 +37,8 @@ def init_state(
   With a `piece_length` every call must bring so many tokens; memories whose
   chunks divide it then learn as fast as without a state.
   """
-  learns = next_token.is_on(config)
-  if piece_length and learns and next_token.learning_layers(config) > 1:
+  learns = next_token_levels.is_on(config)
+  if piece_length and learns and next_token_levels.learning_layers(config) > 1:
     # The sequence layers above the first that learns read chunk by chunk.
     piece_length = min(piece_length, config.cms.fast_lengths[0])
   one = block.init_state(config, batch_size, piece_length)
@@ -40,7 +47,7 @@ def init_state(
     lambda x: jnp.broadcast_to(x[None], (turns, *x.shape)), one
   )
   if learns:
-    return next_token.init_state(config, state.mixer, batch_size)
+    return next_token_levels.init_state(config, state.mixer, batch_size)
   return state
 
 
@@ -61,7 +68,7 @@ def forward(
     )
     return cast(ModelOutput, output)
 
-  if not next_token.is_on(config):
+  if not next_token_levels.is_on(config):
     return apply(tokens_BT, state, segments)
   is_whole = state is None
   if is_whole:
@@ -102,7 +109,7 @@ def _begin(
   Returns:
     the residual stream [B, T, D] after these, and their new state.
   """
-  count = config.num_layers - next_token.learning_layers(config)
+  count = config.num_layers - next_token_levels.learning_layers(config)
   x_BTD = _embed(config, params["embed"]["embedding"], tokens_BT)
   below, mixer_below, after = None, None, None
   if count:
@@ -148,7 +155,7 @@ def _read_layers(
 
 def _top(config: ModelConfig, params: Any) -> Any:
   """The parameters of `_finish`."""
-  count = next_token.learning_layers(config)
+  count = next_token_levels.learning_layers(config)
   top = {"blocks": jax.tree.map(lambda x: x[-count:], params["blocks"])}
   names = "norm_out", "embed" if config.tied_embeddings else "lm_head"
   return top | {name: params[name] for name in names}

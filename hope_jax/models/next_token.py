@@ -35,7 +35,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -45,6 +44,14 @@ from hope_jax.memory.cms import LevelWeights
 from hope_jax.model_config import ModelConfig
 from hope_jax.models import cms as cms_layer
 from hope_jax.models.block import BlockState
+from hope_jax.models.next_token_levels import (
+  Level,
+  NextTokenState,
+  advance,
+  layers_above,
+  learning_layers,
+  weights_of,
+)
 from pallas_kernels.scan import checkpointed_scan
 
 
@@ -67,86 +74,6 @@ class Parts(NamedTuple):
   finish: Callable[..., Any]
 
 
-class Level(NamedTuple):
-  """D and the sum of the current chunk's gradients (None: the shortest chunk
-  has no more than one), each LevelWeights with axes [K, B] first."""
-
-  weight: LevelWeights
-  gradient: LevelWeights | None
-
-
-@flax.struct.dataclass
-class NextTokenState:
-  """What is kept of a sequence.
-
-  Attributes:
-    mixer: the sequence layers' fast state, L first.
-    start: that of the last K - 1 layers before the pending chunk; None: K is 1.
-    levels: `Level` by name.
-    tokens: [B, C] the pending chunk; `pending` of them are there.
-    stream: [1, B, C, D] what the first learning layer's levels read of it.
-    position: tokens that were learned from since the slowest chunk began.
-    document, first_document: [B] numbers of the last token's document, and of
-      the one that the pending chunk began with; begins: whether it began there.
-  """
-
-  mixer: Any
-  start: Any
-  levels: dict[str, Level]
-  tokens: jax.Array
-  stream: jax.Array
-  pending: jax.Array
-  position: jax.Array
-  document: jax.Array
-  first_document: jax.Array
-  begins: jax.Array
-
-
-def is_on(config: ModelConfig) -> bool:
-  """Whether any level of the model learns so."""
-  return config.cms.signal == "next_token" and any(
-    config.is_live(name) for name in _names(config)
-  )
-
-
-def init_state(
-  config: ModelConfig, mixer: Any, batch_size: int
-) -> NextTokenState:
-  """Before the first token; `mixer`: the sequence layers' state, L first."""
-  length, width = config.cms.fast_lengths[0], config.width
-  count, levels = learning_layers(config), {}
-  for i, name in enumerate(_names(config)):
-    hidden = cms_layer.block_hidden(config, i)
-    shapes = (width, hidden), (width, hidden), (hidden, width)
-    zero = LevelWeights(*(jnp.zeros((count, batch_size, *s)) for s in shapes))
-    levels[name] = Level(zero, zero if i else None)
-  number, none = jnp.zeros((), jnp.int32), jnp.zeros(batch_size, jnp.int32)
-  tokens = jnp.zeros((batch_size, length), jnp.int32)
-  return NextTokenState(
-    mixer=mixer,
-    start=_above(mixer, config),
-    levels=levels,
-    tokens=tokens,
-    stream=jnp.zeros((1, *tokens.shape, width), jnp.dtype(config.dtype)),
-    pending=number,
-    position=number,
-    document=none,
-    first_document=none,
-    begins=none,
-  )
-
-
-def learning_layers(config: ModelConfig) -> int:
-  """How many layers, from the last one down, learn."""
-  return max(1, round(config.cms.learning_share * config.num_layers))
-
-
-def _above(mixer: Any, config: ModelConfig) -> Any:
-  """The part of the last K - 1 layers, above the first level that learns."""
-  count = learning_layers(config) - 1
-  return jax.tree.map(lambda x: x[-count:], mixer) if count else None
-
-
 def forward(
   parts: Parts,
   tokens: jax.Array,
@@ -167,54 +94,56 @@ def forward(
   """
   if is_whole:
     return _read_chunks(parts, tokens, state, segments, config, is_whole=True)
-  numbers = None
-  if segments is not None:
-    numbers = segments + state.document[:, None]
   length = config.cms.fast_lengths[0]
+  numbers = _numbers(state, tokens, segments)
   state = jax.lax.cond(
     state.pending == length,
-    lambda state: _learn(parts, state, (tokens, numbers), config),
+    lambda state: _learn(parts, state, tokens[:, 0], numbers[:, 0], config),
     lambda state: state,
     state,
   )
   if tokens.shape[1] < length:
-    return _read(parts, state, tokens, numbers, config)
+    return _read(parts, state, tokens, segments, config)
   return _read_chunks(parts, tokens, state, segments, config)
+
+
+def _numbers(
+  state: NextTokenState, tokens: jax.Array, segments: jax.Array | None
+) -> jax.Array:
+  """[B, T] numbers of the tokens' documents, as the state counts them."""
+  numbers = jnp.broadcast_to(state.document[:, None], tokens.shape)
+  return numbers if segments is None else numbers + segments
 
 
 def _read(
   parts: Parts,
   state: NextTokenState,
   tokens: jax.Array,
-  numbers: jax.Array | None,
+  segments: jax.Array | None,
   config: ModelConfig,
 ) -> tuple[jax.Array, NextTokenState]:
   """Tokens [B, T] of one chunk, at the weights that it began with."""
   is_first = state.pending == 0
-  begins, first = jnp.zeros_like(state.document), state.document
-  inherits = segments = None
-  if numbers is not None:
-    first, begins = numbers[:, 0], _differs(numbers[:, 0], state.document)
-  first = jnp.where(is_first, first, state.first_document)
-  begins = jnp.where(is_first, begins, state.begins)
-  if numbers is not None:
-    segments = numbers - state.document[:, None]
-    inherits = numbers == first[:, None]
-  fast = blocks(state.mixer, _weights(state.levels), inherits, config)
+  numbers = _numbers(state, tokens, segments)
+  first = jnp.where(is_first, numbers[:, 0], state.first_document)
+  begins = _differs(numbers[:, 0], state.document)
+  inherits = numbers == first[:, None]
+  fast = blocks(state.mixer, weights_of(state.levels), inherits, config)
   output = parts.apply(tokens, fast, segments)
   insert = jax.lax.dynamic_update_slice_in_dim
+  before = layers_above(state.mixer, config)
   first_layer = config.num_layers - learning_layers(config)
   stream = output.state.cms[first_layer][None]
   state = dataclasses.replace(
     state,
     mixer=output.state.mixer,
-    start=chunks.where(is_first, _above(state.mixer, config), state.start),
+    start=chunks.where(is_first, before, state.start),
     tokens=insert(state.tokens, tokens, state.pending, axis=1),
     stream=insert(state.stream, stream, state.pending, axis=2),
     pending=state.pending + tokens.shape[1],
-    document=state.document if numbers is None else numbers[:, -1],
+    document=numbers[:, -1],
     first_document=first,
-    begins=begins,
+    begins=jnp.where(is_first, begins, state.begins),
   )
   return output.logits, state
 
@@ -223,32 +152,30 @@ def _differs(a: jax.Array, b: jax.Array) -> jax.Array:
   return (a != b).astype(jnp.int32)
 
 
-def _weights(levels: dict[str, Level]) -> dict[str, LevelWeights]:
-  return {name: level.weight for name, level in levels.items()}
-
-
 def _learn(
   parts: Parts,
   state: NextTokenState,
-  following: tuple[jax.Array, jax.Array | None],
+  token: jax.Array,
+  number: jax.Array,
   config: ModelConfig,
 ) -> NextTokenState:
   """The update by the full pending chunk, on receipt of what follows it.
 
   Args:
-    following: tokens [B, T] that follow, and their documents' numbers.
+    token: [B], the next one; number: [B], that of its document.
   """
-  tokens, numbers = following
-  targets = jnp.concatenate([state.tokens[:, 1:], tokens[:, :1]], axis=1)
-  segments = is_other = None
-  if numbers is not None:  # a chunk of several documents teaches nothing
-    segments = jnp.broadcast_to(state.begins[:, None], targets.shape)
-    is_other = numbers[:, 0] != state.first_document
+  targets = jnp.concatenate([state.tokens[:, 1:], token[:, None]], axis=1)
   top = _Top(parts.finish, parts.top, config)
-  chunk = _Chunk(state.stream[0], segments)
-  weights = _weights(state.levels)
-  gradients, _ = top.gradients(weights, chunk, state.start, targets)
-  levels, position = _advance(
+  # A chunk of several documents teaches nothing: it is taken for one.
+  segments = jnp.broadcast_to(state.begins[:, None], targets.shape)
+  gradients, _ = top.gradients(
+    weights_of(state.levels),
+    _Chunk(state.stream[0], segments),
+    state.start,
+    targets,
+  )
+  is_other = number != state.first_document
+  levels, position = advance(
     state.levels, gradients, parts.top, state.position, is_other, config
   )
   return dataclasses.replace(
@@ -312,50 +239,6 @@ class _Top(NamedTuple):
     return gradients, found
 
 
-def _advance(
-  levels: dict[str, Level],
-  gradients: dict[str, LevelWeights],
-  params: Any,
-  position: jax.Array,
-  is_other: jax.Array | None,
-  config: ModelConfig,
-) -> tuple[dict[str, Level], jax.Array]:
-  """All levels, and the position, after a chunk of the shortest one.
-
-  Args:
-    is_other: [B] whether what follows is of another document than the one that
-      the chunk began with: then all is forgotten.
-  """
-  length = config.cms.fast_lengths[0]
-  position = position + length
-  new, slower = {}, None
-  for i, name in reversed(list(enumerate(levels))):
-    chunk_length = config.cms.fast_lengths[i]
-    is_due = position % chunk_length == 0
-    new[name] = levels[name]
-    if config.is_live(name):
-      new[name] = update(
-        levels[name],
-        gradients[name],
-        rates(params, config, i),
-        is_due,
-        chunk_length=chunk_length,
-        parts=chunk_length // length,
-        error_clip=config.cms.error_clip,
-      )
-      if slower is not None and config.cms.connection == "nested":
-        weight = chunks.where(slower[1], slower[0], new[name].weight)
-        new[name] = new[name]._replace(weight=weight)
-    slower = new[name].weight, is_due
-  if is_other is not None:
-    forget = lambda x: jnp.where(
-      is_other.reshape(1, -1, *(1,) * (x.ndim - 2)), 0, x
-    )
-    new = jax.tree.map(forget, new)
-  new = {name: new[name] for name in levels}
-  return new, position % config.cms.fast_lengths[-1]
-
-
 class _Carry(NamedTuple):
   """What is handed from chunk to chunk; fields as in `NextTokenState`."""
 
@@ -386,7 +269,10 @@ def _read_chunks(
     _scan, parts.finish, config=config, wants_state=not is_whole
   )
   carry = _Carry(
-    state.levels, _above(state.mixer, config), state.position, state.document
+    state.levels,
+    layers_above(state.mixer, config),
+    state.position,
+    state.document,
   )
   run = devices.by_rows(scan, lambda rows, state: (rows, state, state.mixer))
   logits, carry, above = run(parts.top, (stream, tokens, numbers), carry)
@@ -463,13 +349,13 @@ def _scan(
     stream, targets, numbers, next_first = xs
     chunk = chunk_of(stream, numbers, carry.document)
     gradients, (logits, mixer) = top.gradients(
-      _weights(carry.levels), chunk, carry.mixer, targets
+      weights_of(carry.levels), chunk, carry.mixer, targets
     )
     document, is_other = carry.document, None
     if numbers is not None:
       document = numbers[:, -1]
       is_other = next_first != numbers[:, 0]
-    levels, position = _advance(
+    levels, position = advance(
       carry.levels, gradients, params, carry.position, is_other, config
     )
     return _Carry(levels, mixer, position, document), logits
@@ -491,91 +377,27 @@ def _scan(
     begin = scanned * length
     last = None if numbers is None else numbers[:, begin:]
     chunk = chunk_of(stream[:, begin:], last, carry.document)
-    part, after = top.read(_weights(carry.levels), chunk, carry.mixer)
+    part, after = top.read(weights_of(carry.levels), chunk, carry.mixer)
     logits.append(part)
   return jnp.concatenate(logits, axis=1), carry, after
-
-
-def update(
-  level: Level,
-  gradient: LevelWeights,
-  rates: tuple[jax.Array, jax.Array | None],
-  is_due: jax.Array,
-  *,
-  chunk_length: int,
-  parts: int,
-  error_clip: float,
-) -> Level:
-  """One level after a chunk of the shortest level.
-
-  Args:
-    gradient: of that chunk's mean loss.
-    rates: eta and log alpha (None: nothing is forgotten), [K] each.
-    is_due: whether the level's own chunk, of so many `parts`, is over.
-    error_clip: largest norm of a sequence's gradient, over all layers.
-  """
-  total, rest = gradient, level.gradient
-  if rest is not None:
-    total = jax.tree.map(jnp.add, rest, gradient)
-    rest = jax.tree.map(lambda x: jnp.where(is_due, 0, x), total)
-  mean = jax.tree.map(lambda x: x / parts, total)
-  if error_clip:
-    square = sum(jnp.sum(jnp.square(x), axis=(0, 2, 3)) for x in mean)
-    bound = error_clip * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
-    scale = jnp.minimum(1.0, bound)[None, :, None, None]
-    mean = jax.tree.map(lambda x: x * scale, mean)
-  learn_rate, log_retention = rates
-  kept = jnp.ones_like(learn_rate)
-  if log_retention is not None:
-    kept = jnp.exp(log_retention * chunk_length)
-  by_layer = lambda x: x[:, None, None, None]
-  weight = jax.tree.map(
-    lambda w, g: jnp.where(
-      is_due, by_layer(kept) * w - by_layer(learn_rate) * g, w
-    ),
-    level.weight,
-    mean,
-  )
-  return Level(weight, rest)
-
-
-def rates(
-  params: Any, config: ModelConfig, level: int
-) -> tuple[jax.Array, jax.Array | None]:
-  """eta and log alpha of a level in every learning layer, [K]."""
-  group = params["blocks"]["cms"]
-  if config.cms.connection == "nested":
-    group, end = group["levels"], f"_{level}"
-  else:
-    group, end = group[f"level_{level}"], ""
-  last = slice(-learning_layers(config), None)
-  learn_rate = jax.nn.softplus(group[f"learn_rate{end}"][last])
-  if not config.cms.half_life:
-    return learn_rate, None
-  return learn_rate, -jax.nn.softplus(group[f"forget{end}"][last])
 
 
 def blocks(
   mixer: Any,
   weights: dict[str, LevelWeights],
-  inherits: jax.Array | None,
+  inherits: jax.Array,
   config: ModelConfig,
 ) -> BlockState:
   """The model's state: `mixer`, and D for every layer (0 where none learns).
 
-  `inherits` [B, T]: which places read D, None: all.
+  `inherits` [B, T]: which places read D.
   """
   layers = config.num_layers
   missing = layers - learning_layers(config)
   pad = lambda x: jnp.pad(x, ((missing, 0), *((0, 0),) * (x.ndim - 1)))
-  if inherits is not None:
-    inherits = jnp.broadcast_to(inherits[None], (layers, *inherits.shape))
+  inherits = jnp.broadcast_to(inherits[None], (layers, *inherits.shape))
   cms = {
     name: cms_layer.GivenState(jax.tree.map(pad, weight), inherits)
     for name, weight in weights.items()
   }
   return BlockState(mixer=mixer, cms=cms)
-
-
-def _names(config: ModelConfig) -> list[str]:
-  return [f"cms_{i}" for i in range(len(config.cms.fast_lengths))]

@@ -12,7 +12,12 @@ from flax import linen as nn
 
 from hope_jax.config import ConfigError
 from hope_jax.model_config import CMSConfig, MemoryConfig, ModelConfig
-from hope_jax.models import cms, language_model, next_token
+from hope_jax.models import (
+  cms,
+  language_model,
+  next_token,
+  next_token_levels,
+)
 from hope_jax.models.block import BlockState
 from tests.pallas_kernels.testing import fast_jit
 from tests.tiers import slow_case
@@ -227,6 +232,30 @@ def test_training_form_equals_streaming_form(layer, fields):
   jax.tree.map(compare, kept(state), kept(one))
 
 
+def test_piece_without_numbers_goes_on_with_the_last_document():
+  """Wherever it began: inside of a chunk, or in the one before."""
+  config = make(sequence_layer="titans", learning_share=0.1)
+  model, params, tokens = init(config)
+  step = fast_jit(
+    lambda state, part, segments: language_model.forward(
+      model, params, part, state=state, segments=segments
+    )
+  )
+  for sizes in ((10, 2, 4, 4), (4, 2, 2, 4)):
+    numbers = jnp.broadcast_to(jnp.arange(sizes[0]) // 2, (B, sizes[0]))
+    before = language_model.init_state(config, B)
+    ours = theirs = step(before, tokens[:, : sizes[0]], numbers).state
+    first = sizes[0]
+    for size in sizes[1:]:
+      part = tokens[:, first : first + size]
+      logits, ours = step(ours, part, None)
+      expected, theirs = step(theirs, part, jnp.zeros_like(part))
+      np.testing.assert_allclose(logits, expected, atol=1e-5)
+      first += size
+    compare = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
+    jax.tree.map(compare, ours, theirs)
+
+
 @pytest.mark.parametrize(
   ("layer", "pieces"),
   [("transformer", (1,) * T), slow_case("titans", (4, 8, 2, 2, 4, 2))],
@@ -381,9 +410,10 @@ def test_first_order_takes_the_inner_gradient_for_a_constant(order):
       maps = levels["cms_0"].weight.gate[0]
       return scale * jnp.einsum("BTD,BDF->BTF", stream, maps), None
 
-    following = state.tokens[:, :1], None
     parts = next_token.Parts(None, None, params, finish)
-    after = next_token._learn(parts, state, following, config)
+    after = next_token._learn(
+      parts, state, state.tokens[:, 0], state.document, config
+    )
     return jnp.sum(jnp.abs(after.levels["cms_0"].weight.gate))
 
   value, slope = jax.value_and_grad(written)(1.0)
@@ -406,7 +436,7 @@ def test_levels_start_at_their_half_life_and_rate():
 )
 def test_learning_share_is_rounded_to_layers(share, layers, count):
   config = make(learning_share=share, num_layers=layers)
-  assert next_token.learning_layers(config) == count
+  assert next_token_levels.learning_layers(config) == count
 
 
 def test_documents_do_not_leak():

@@ -1,0 +1,210 @@
+"""The levels that learn by the next-token loss, and what is kept of a sequence.
+
+One chunk's gradient makes every level's next weights, `advance`; who computes
+it is `models/next_token.py`, whose symbols these are.
+
+Legend: B batch, T tokens, C shortest chunk length, D model, L layers, K
+learning layers.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from hope_jax.memory import chunks
+from hope_jax.memory.cms import LevelWeights
+from hope_jax.model_config import ModelConfig
+from hope_jax.models import cms as cms_layer
+
+
+class Level(NamedTuple):
+  """D and the sum of the current chunk's gradients (None: the shortest chunk
+  has no more than one), each LevelWeights with axes [K, B] first."""
+
+  weight: LevelWeights
+  gradient: LevelWeights | None
+
+
+@flax.struct.dataclass
+class NextTokenState:
+  """What is kept of a sequence.
+
+  Attributes:
+    mixer: the sequence layers' fast state, L first.
+    start: that of the last K - 1 layers before the pending chunk; None: K is 1.
+    levels: `Level` by name.
+    tokens: [B, C] the pending chunk; `pending` of them are there.
+    stream: [1, B, C, D] what the first learning layer's levels read of it.
+    position: tokens that were learned from since the slowest chunk began.
+    document, first_document: [B] numbers of the last token's document, and of
+      the one that the pending chunk began with; begins: whether it began there.
+  """
+
+  mixer: Any
+  start: Any
+  levels: dict[str, Level]
+  tokens: jax.Array
+  stream: jax.Array
+  pending: jax.Array
+  position: jax.Array
+  document: jax.Array
+  first_document: jax.Array
+  begins: jax.Array
+
+
+def is_on(config: ModelConfig) -> bool:
+  """Whether any level of the model learns so."""
+  return config.cms.signal == "next_token" and any(
+    config.is_live(name) for name in _names(config)
+  )
+
+
+def init_state(
+  config: ModelConfig, mixer: Any, batch_size: int
+) -> NextTokenState:
+  """Before the first token; `mixer`: the sequence layers' state, L first."""
+  length, width = config.cms.fast_lengths[0], config.width
+  count, levels = learning_layers(config), {}
+  for i, name in enumerate(_names(config)):
+    hidden = cms_layer.block_hidden(config, i)
+    shapes = (width, hidden), (width, hidden), (hidden, width)
+    zero = LevelWeights(*(jnp.zeros((count, batch_size, *s)) for s in shapes))
+    levels[name] = Level(zero, zero if i else None)
+  number, none = jnp.zeros((), jnp.int32), jnp.zeros(batch_size, jnp.int32)
+  tokens = jnp.zeros((batch_size, length), jnp.int32)
+  return NextTokenState(
+    mixer=mixer,
+    start=layers_above(mixer, config),
+    levels=levels,
+    tokens=tokens,
+    stream=jnp.zeros((1, *tokens.shape, width), jnp.dtype(config.dtype)),
+    pending=number,
+    position=number,
+    document=none,
+    first_document=none,
+    begins=none,
+  )
+
+
+def learning_layers(config: ModelConfig) -> int:
+  """How many layers, from the last one down, learn."""
+  return max(1, round(config.cms.learning_share * config.num_layers))
+
+
+def layers_above(mixer: Any, config: ModelConfig) -> Any:
+  """The part of the last K - 1 layers, above the first level that learns."""
+  count = learning_layers(config) - 1
+  return jax.tree.map(lambda x: x[-count:], mixer) if count else None
+
+
+def weights_of(levels: dict[str, Level]) -> dict[str, LevelWeights]:
+  return {name: level.weight for name, level in levels.items()}
+
+
+def advance(
+  levels: dict[str, Level],
+  gradients: dict[str, LevelWeights],
+  params: Any,
+  position: jax.Array,
+  is_other: jax.Array | None,
+  config: ModelConfig,
+) -> tuple[dict[str, Level], jax.Array]:
+  """All levels, and the position, after a chunk of the shortest one.
+
+  Args:
+    is_other: [B] whether what follows is of another document than the one that
+      the chunk began with: then all is forgotten.
+  """
+  length = config.cms.fast_lengths[0]
+  position = position + length
+  new, slower = {}, None
+  for i, name in reversed(list(enumerate(levels))):
+    chunk_length = config.cms.fast_lengths[i]
+    is_due = position % chunk_length == 0
+    new[name] = levels[name]
+    if config.is_live(name):
+      new[name] = update(
+        levels[name],
+        gradients[name],
+        rates(params, config, i),
+        is_due,
+        chunk_length=chunk_length,
+        parts=chunk_length // length,
+        error_clip=config.cms.error_clip,
+      )
+      if slower is not None and config.cms.connection == "nested":
+        weight = chunks.where(slower[1], slower[0], new[name].weight)
+        new[name] = new[name]._replace(weight=weight)
+    slower = new[name].weight, is_due
+  if is_other is not None:
+    forget = lambda x: jnp.where(
+      is_other.reshape(1, -1, *(1,) * (x.ndim - 2)), 0, x
+    )
+    new = jax.tree.map(forget, new)
+  new = {name: new[name] for name in levels}
+  return new, position % config.cms.fast_lengths[-1]
+
+
+def update(
+  level: Level,
+  gradient: LevelWeights,
+  rates: tuple[jax.Array, jax.Array | None],
+  is_due: jax.Array,
+  *,
+  chunk_length: int,
+  parts: int,
+  error_clip: float,
+) -> Level:
+  """One level after a chunk of the shortest level.
+
+  Args:
+    gradient: of that chunk's mean loss.
+    rates: eta and log alpha (None: nothing is forgotten), [K] each.
+    is_due: whether the level's own chunk, of so many `parts`, is over.
+    error_clip: largest norm of a sequence's gradient, over all layers.
+  """
+  total, rest = gradient, level.gradient
+  if rest is not None:
+    total = jax.tree.map(jnp.add, rest, gradient)
+    rest = jax.tree.map(lambda x: jnp.where(is_due, 0, x), total)
+  mean = jax.tree.map(lambda x: x / parts, total)
+  if error_clip:
+    square = sum(jnp.sum(jnp.square(x), axis=(0, 2, 3)) for x in mean)
+    bound = error_clip * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
+    scale = jnp.minimum(1.0, bound)[None, :, None, None]
+    mean = jax.tree.map(lambda x: x * scale, mean)
+  learn_rate, log_retention = rates
+  kept = jnp.ones_like(learn_rate)
+  if log_retention is not None:
+    kept = jnp.exp(log_retention * chunk_length)
+  by_layer = lambda x: x[:, None, None, None]
+  weight = jax.tree.map(
+    lambda w, g: jnp.where(
+      is_due, by_layer(kept) * w - by_layer(learn_rate) * g, w
+    ),
+    level.weight,
+    mean,
+  )
+  return Level(weight, rest)
+
+
+def rates(
+  params: Any, config: ModelConfig, level: int
+) -> tuple[jax.Array, jax.Array | None]:
+  """eta and log alpha of a level in every learning layer, [K]."""
+  group = params["blocks"]["cms"]
+  if config.cms.connection == "nested":
+    group, end = group["levels"], f"_{level}"
+  else:
+    group, end = group[f"level_{level}"], ""
+  last = slice(-learning_layers(config), None)
+  learn_rate = jax.nn.softplus(group[f"learn_rate{end}"][last])
+  if not config.cms.half_life:
+    return learn_rate, None
+  return learn_rate, -jax.nn.softplus(group[f"forget{end}"][last])
+
+
+def _names(config: ModelConfig) -> list[str]:
+  return [f"cms_{i}" for i in range(len(config.cms.fast_lengths))]
