@@ -6,9 +6,12 @@ each is documented where it is used, in `hope_jax/config.py`; a test holds
 the two lists together.
 """
 
-import ml_collections
+from typing import TYPE_CHECKING
 
 from hope_jax import fields
+
+if TYPE_CHECKING:
+  import ml_collections
 
 DEFAULTS = {
   "model": {
@@ -129,8 +132,10 @@ DEFAULTS = {
 }
 
 
-def make(**groups: dict) -> ml_collections.ConfigDict:
+def make(**groups: dict) -> "ml_collections.ConfigDict":
   """DEFAULTS with the given fields changed; a new field is a KeyError."""
+  import ml_collections  # which scripts/gpu_check has to do without
+
   config = ml_collections.ConfigDict(DEFAULTS)
   config.lock()
   config.update(groups)

@@ -11,6 +11,7 @@ from configs import _base, _models
 
 LENGTH, BATCH_SIZE = 4096, 128  # 524,288 tokens a step
 WARMUP_TOKENS = 1e9
+SMOKE_MODEL = {"cms_chunks": (64, 128, 0), "vocab_size": 512}
 SMOKE = {
   "opt": {"warmup_steps": 1},
   "data": {
@@ -29,6 +30,19 @@ SMOKE = {
 }
 
 
+def model(name: str, size: str, **fields) -> dict:
+  """The model group of the recipe; `fields` are set as they are."""
+  group = {
+    "memory_chunks": (64, 256),
+    "cms_chunks": (512, 2048, 0),
+    "cms_signal": "next_token",
+    "vocab_size": 32000,
+    "dtype": "bfloat16",
+    "remat": "full",
+  }
+  return _models.model(name, size, **{**group, **fields})
+
+
 def recipe(arg: str | None, size: str, tokens: float):
   """A model of `size` trained on `tokens`.
 
@@ -39,16 +53,7 @@ def recipe(arg: str | None, size: str, tokens: float):
   is_smoke = "smoke" in switches
   tokens_per_step = LENGTH * BATCH_SIZE
   config = _base.make(
-    model=_models.model(
-      name,
-      "tiny" if is_smoke else size,
-      memory_chunks=(64, 256),
-      cms_chunks=(64, 128, 0) if is_smoke else (512, 2048, 0),
-      cms_signal="next_token",
-      vocab_size=512 if is_smoke else 32000,
-      dtype="bfloat16",
-      remat="full",
-    ),
+    model=model(name, "tiny", **SMOKE_MODEL) if is_smoke else model(name, size),
     opt={
       "peak_lr": 4e-4,
       "warmup_steps": int(WARMUP_TOKENS) // tokens_per_step,
