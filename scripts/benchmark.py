@@ -5,13 +5,13 @@ python -m scripts.benchmark [--configs=shakespeare] [--models=titans,hope]
 The configs are those of the result tables, as they stand: `shakespeare` (8 x
 256 tokens), `wikitext2` (2 x 1,024) and `books` (1 x 4,096) of `configs/`; and
 `3p9m`, width 256 at 8 x 1,024.  `hope_twin` has its inner rates off, the levels
-of `hope_associative` learn by the associative signal (an ablation); any model
-can have these endings.  One step is loss, gradient and AdamW update; parameters
-are equal.  The models of a config are compiled first (without the persistent
-cache: cold), then take a step each in turn, so that whatever else the machine
-does hits all of them; speed is from the median step.  FLOPs are counted from
-the jaxpr, loss and gradient.  `scripts/benchmark_memory.py` times memories and
-kernels by themselves.
+of `hope_associative` learn by the associative signal (an ablation), `hope_ffn`
+has a plain FFN in their place; any model can have these endings.  One step is
+loss, gradient and AdamW update; parameters are equal.  The models of a config
+are compiled first (without the persistent cache: cold), then take a step each
+in turn, so that whatever else the machine does hits all of them; speed is from
+the median step.  FLOPs are counted from the jaxpr, loss and gradient.
+`scripts/benchmark_memory.py` times memories and kernels by themselves.
 """
 
 import argparse
@@ -64,7 +64,13 @@ def _associative(model: ModelConfig) -> ModelConfig:
   return dataclasses.replace(model, cms=cms)
 
 
-ENDINGS = {"_twin": _twin, "_associative": _associative}
+def _ffn(model: ModelConfig) -> ModelConfig:
+  cms = dataclasses.replace(model.cms, connection="none")
+  return dataclasses.replace(model, cms=cms)
+
+
+ENDINGS = {"_twin": _twin, "_associative": _associative, "_ffn": _ffn}
+PACKED = 4  # documents of a sequence with --packed
 
 
 def make_config(config: str, name: str, flags: argparse.Namespace) -> Config:
@@ -96,8 +102,9 @@ def make_config(config: str, name: str, flags: argparse.Namespace) -> Config:
   )
 
 
-def build(config: Config, mesh: Any) -> Entry:
-  """Compiles the training step, and times that."""
+def build(config: Config, mesh: Any, *, is_packed: bool = False) -> Entry:
+  """Compiles the training step, and times that; sequences of one document, or
+  `PACKED` of them."""
   data = config.data
   compiled = step.build(config, mesh)
   state = compiled.init(jax.random.key(0))
@@ -110,6 +117,9 @@ def build(config: Config, mesh: Any) -> Entry:
     "targets": tokens[:, 1:],
     "weights": np.ones((shape[0], shape[1] - 1), np.float32),
   }
+  if is_packed:
+    number = np.arange(data.sequence_length) * PACKED // data.sequence_length
+    batch["segments"] = np.tile(number.astype(np.int32), (shape[0], 1))
   rows = sharding.process_rows(mesh, shape[0])
   batch = sharding.put_batch(batch, mesh, shape[0], rows)
   start = time.perf_counter()
@@ -130,11 +140,16 @@ def measure(entries: dict[str, Entry], rounds: int) -> dict[str, list[float]]:
   return timing.in_turn(calls, rounds)
 
 
-def table(configs: Mapping[str, Config], rounds: int) -> list[dict[str, str]]:
+def table(
+  configs: Mapping[str, Config], rounds: int, *, is_packed: bool = False
+) -> list[dict[str, str]]:
   """A line for each model: compiled, then timed in turn."""
   mesh = sharding.make_mesh(configs[BASE].mesh)
   with sharding.activate(mesh):
-    entries = {name: build(config, mesh) for name, config in configs.items()}
+    entries = {
+      name: build(config, mesh, is_packed=is_packed)
+      for name, config in configs.items()
+    }
     seconds = measure(entries, rounds)
   data = configs[BASE].data
   tokens = data.batch_size * data.sequence_length
@@ -174,6 +189,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--batch", type=int, help="sequences, if not as it is")
   parser.add_argument("--length", type=int, help="tokens of each, likewise")
   parser.add_argument("--dtype", default="float32")
+  parser.add_argument(
+    "--packed", action="store_true", help=f"{PACKED} documents a sequence"
+  )
   flags = parser.parse_args(argv)
   for name in flags.configs.split(","):
     if name not in CONFIGS:
@@ -183,11 +201,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   names = [BASE, *(name for name in flags.models.split(",") if name != BASE)]
   for config in flags.configs.split(","):
     configs = {name: make_config(config, name, flags) for name in names}
-    lines = table(configs, flags.rounds)
+    lines = table(configs, flags.rounds, is_packed=flags.packed)
     data = configs[BASE].data
     print(
       f"{config}: {data.batch_size} x {data.sequence_length:,} tokens,"
-      f" {flags.dtype}, median of {flags.rounds} steps in turn;"
+      f" {'packed, ' * flags.packed}{flags.dtype}, median of {flags.rounds}"
+      " steps in turn;"
       f" {tables.machine()}, {jax.devices()[0].device_kind},"
       f" jax {jax.__version__}\n"
     )
