@@ -36,6 +36,11 @@ def mean_std(values: Iterable[float], digits: int = 3) -> str:
   return f"{mean} ± {statistics.stdev(numbers):.{digits}f}"
 
 
+def accuracy(measured: Iterable[Scores]) -> str:
+  """The cell of a column "accuracy %"."""
+  return mean_std((100 * s["accuracy"] for s in measured), digits=1)
+
+
 def markdown(lines: Sequence[Line]) -> str:
   """A table, first column to the left, the others to the right.
 

@@ -89,9 +89,7 @@ PLANS = {
 
 COLUMNS = {
   "test loss": lambda scores: tables.mean_std(s["loss"] for s in scores),
-  "accuracy %": lambda scores: tables.mean_std(
-    (100 * s["accuracy"] for s in scores), digits=1
-  ),
+  "accuracy %": tables.accuracy,
 }
 
 

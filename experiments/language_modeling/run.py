@@ -55,12 +55,8 @@ def demo_plan(switch: str = "") -> Plan:
       evaluations=(),
     )
 
-  short = {
-    "train.steps": DEMO_STEPS,
-    "train.eval_every": 0,
-    "train.dynamics_every": 0,
-  }
   quiet = {"train.eval_every": 0, "train.dynamics_every": 0}
+  short = {"train.steps": DEMO_STEPS, **quiet}
   trials = [
     trial(row, "tiny Shakespeare", "shakespeare", "", short)
     for row in DEMO_ROWS
@@ -133,11 +129,7 @@ COLUMNS = {
   ),
   "moved %": relative_change,
 }
-RECALL_COLUMNS = {
-  "accuracy %": lambda scores: tables.mean_std(
-    (100 * s["accuracy"] for s in scores), digits=1
-  ),
-}
+RECALL_COLUMNS = {"accuracy %": tables.accuracy}
 
 
 def paper_lines() -> list[tables.Line]:

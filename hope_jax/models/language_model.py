@@ -215,12 +215,14 @@ def _embed(
   )
 
 
-def _remat(config: ModelConfig, layer: Callable) -> Callable:
+def _remat(
+  config: ModelConfig, layer: Any, transform: Callable = jax.checkpoint
+) -> Any:
   """`layer` with what the outer backward pass keeps of it, for a scan."""
   if config.remat == "none":
     return layer
   policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-  return jax.checkpoint(
+  return transform(
     layer, prevent_cse=False, policy=policy if config.remat == "dots" else None
   )
 
@@ -260,13 +262,7 @@ class LanguageModel(nn.Module):
     x_BTD = _embed(cfg, embed.embedding, tokens_BT)
     blocks = len(cfg.pattern)
     layer: Any = block.Turn if blocks > 1 else block.Block
-    if cfg.remat != "none":
-      policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-      layer = nn.remat(
-        layer,
-        prevent_cse=False,
-        policy=policy if cfg.remat == "dots" else None,
-      )
+    layer = _remat(cfg, layer, nn.remat)
     scan: Any = nn.scan  # its annotations know no tuple of axes
     layer = scan(
       layer,

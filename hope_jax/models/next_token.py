@@ -52,7 +52,11 @@ from hope_jax.models.next_token_levels import (
   learning_layers,
   weights_of,
 )
-from pallas_kernels.scan import checkpointed_scan
+from pallas_kernels.scan import (
+  checkpointed_scan,
+  merge_chunks,
+  split_chunks,
+)
 
 
 class Parts(NamedTuple):
@@ -258,15 +262,14 @@ def _read_chunks(
   is_whole: bool = False,
 ) -> tuple[jax.Array, NextTokenState | None]:
   """Tokens [B, T] from a chunk's border on, all that is below D at once."""
-  numbers = below = None
-  if segments is not None:
-    numbers = segments + state.document[:, None]
+  numbers = None if segments is None else _numbers(state, tokens, segments)
+  below = None
   if not is_whole:
     count = config.num_layers - learning_layers(config) + 1
     below = jax.tree.map(lambda x: x[:count], state.mixer)
   stream, below = parts.begin(tokens, below, segments)
   scan = functools.partial(
-    _scan, parts.finish, config=config, wants_state=not is_whole
+    _scan, parts.finish, config=config, is_whole=is_whole
   )
   carry = _Carry(
     state.levels,
@@ -302,6 +305,21 @@ def _read_chunks(
   )
 
 
+def _following(x: jax.Array) -> jax.Array:
+  """What follows each of [B, n]; the last one, which is not used, itself."""
+  return jnp.concatenate([x[:, 1:], x[:, -1:]], axis=1)
+
+
+def _chunk_of(
+  stream: jax.Array, numbers: jax.Array | None, document: jax.Array
+) -> _Chunk:
+  """`document` [B] is the one that ended the last chunk."""
+  if numbers is None:
+    return _Chunk(stream)
+  inherits = numbers == numbers[:, :1]
+  return _Chunk(stream, numbers - document[:, None], inherits)
+
+
 # Up to so many chunks the last one is compiled apart, without an update that
 # nothing reads: beyond, that is too small a part to pay for it.
 _MAX_COUNT_APART = 16
@@ -314,7 +332,7 @@ def _scan(
   carry: _Carry,
   *,
   config: ModelConfig,
-  wants_state: bool,
+  is_whole: bool,
 ) -> tuple[jax.Array, _Carry, Any]:
   """(logits [B, T, V], what the last chunk began with, the fast state of the
   layers above after it).
@@ -326,28 +344,14 @@ def _scan(
   top = _Top(finish, params, config)
   length, total = config.cms.fast_lengths[0], tokens.shape[1]
   count = -(-total // length)  # the last one may be shorter
-  is_apart = wants_state or total % length or count <= _MAX_COUNT_APART
+  is_apart = not is_whole or total % length or count <= _MAX_COUNT_APART
   scanned = count - 1 if is_apart else count
 
-  def cut(x: jax.Array) -> jax.Array:
-    """The chunks that are scanned, [N, B, C, ...]."""
-    x = x[:, : scanned * length]
-    return x.reshape(x.shape[0], -1, length, *x.shape[2:]).swapaxes(0, 1)
-
-  def following(x: jax.Array) -> jax.Array:
-    """What follows each of [B, n]; the last one, which is not used, itself."""
-    return jnp.concatenate([x[:, 1:], x[:, -1:]], axis=1)
-
-  def chunk_of(stream, numbers, document) -> _Chunk:
-    if numbers is None:
-      return _Chunk(stream)
-    return _Chunk(
-      stream, numbers - document[:, None], numbers == numbers[:, :1]
-    )
+  cut = lambda x: split_chunks(x[:, : scanned * length], length, axis=1)
 
   def body(carry: _Carry, xs: Any) -> tuple[_Carry, jax.Array]:
     stream, targets, numbers, next_first = xs
-    chunk = chunk_of(stream, numbers, carry.document)
+    chunk = _chunk_of(stream, numbers, carry.document)
     gradients, (logits, mixer) = top.gradients(
       weights_of(carry.levels), chunk, carry.mixer, targets
     )
@@ -364,19 +368,18 @@ def _scan(
   if scanned:
     documents = None, None
     if numbers is not None:
-      next_first = following(numbers[:, ::length])[:, :scanned]
+      next_first = _following(numbers[:, ::length])[:, :scanned]
       documents = cut(numbers), next_first.swapaxes(0, 1)
-    xs = cut(stream), cut(following(tokens)), *documents
+    xs = cut(stream), cut(_following(tokens)), *documents
     with jax.named_scope("next_token"):
       carry, found = checkpointed_scan(
         body, carry, xs, policy=config.memory.remat
       )
-    found = found.swapaxes(0, 1)
-    logits.append(found.reshape(found.shape[0], -1, found.shape[-1]))
+    logits.append(merge_chunks(found, scanned * length, axis=1))
   if is_apart:
     begin = scanned * length
     last = None if numbers is None else numbers[:, begin:]
-    chunk = chunk_of(stream[:, begin:], last, carry.document)
+    chunk = _chunk_of(stream[:, begin:], last, carry.document)
     part, after = top.read(weights_of(carry.levels), chunk, carry.mixer)
     logits.append(part)
   return jnp.concatenate(logits, axis=1), carry, after

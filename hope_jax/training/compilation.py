@@ -14,6 +14,8 @@ import sys
 import zlib
 from collections.abc import Callable
 
+from etils import epath
+
 from hope_jax import files
 
 _VARIABLE = "JAX_COMPILATION_CACHE_DIR"
@@ -57,15 +59,13 @@ def remembered(name: str, key: str, compute: Callable[[], float]) -> float:
   if not kept or files.is_remote(kept):
     return compute()
   digest = hashlib.sha256(key.encode()).hexdigest()[:32]
-  path = pathlib.Path(kept) / f"{name}-{digest}"
+  path = epath.Path(kept) / f"{name}-{digest}"
   try:
     return float(path.read_text())
   except (OSError, ValueError):  # not there, or half of it
     value = compute()
-  with contextlib.suppress(OSError):
-    part = path.with_suffix(f".{os.getpid()}")
+  with contextlib.suppress(OSError), files.writing(path) as part:
     part.write_text(repr(value))
-    part.replace(path)
   return value
 
 

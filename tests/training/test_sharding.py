@@ -251,6 +251,13 @@ print(json.dumps([len(inside), found]))
 """
 
 
+def check_loops(config):
+  """No collective among the operations inside the loops over chunks."""
+  found = child(LOOPS, [json.dumps(dataclasses.asdict(config))])
+  inside, collectives = json.loads(found.stdout.splitlines()[-1])
+  assert inside > 100 and not collectives
+
+
 @pytest.mark.parametrize("connection", ["sequential", slow_case("nested")])
 def test_devices_do_not_talk_inside_the_chunk_loops(connection):
   """Gradients of M_0 and W_0 are summed over the devices once a sequence."""
@@ -269,9 +276,7 @@ def test_devices_do_not_talk_inside_the_chunk_loops(connection):
     data=DataConfig(sequence_length=64, batch_size=8),
     mesh=MeshConfig(data=4, fsdp=2),
   )
-  found = child(LOOPS, [json.dumps(dataclasses.asdict(config))])
-  inside, collectives = json.loads(found.stdout.splitlines()[-1])
-  assert inside > 100 and not collectives
+  check_loops(config)
 
 
 @pytest.mark.parametrize("tensor", [2, slow_case(1)])
@@ -295,9 +300,7 @@ def test_devices_do_not_talk_inside_the_next_token_loop(tensor):
     data=DataConfig(sequence_length=64, batch_size=8),
     mesh=MeshConfig(data=2, fsdp=4 // tensor, tensor=tensor),
   )
-  found = child(LOOPS, [json.dumps(dataclasses.asdict(config))])
-  inside, collectives = json.loads(found.stdout.splitlines()[-1])
-  assert inside > 100 and not collectives
+  check_loops(config)
 
 
 def test_devices_do_not_talk_inside_mambas_loop():
@@ -314,6 +317,4 @@ def test_devices_do_not_talk_inside_mambas_loop():
     data=DataConfig(sequence_length=32, batch_size=4),
     mesh=MeshConfig(data=2, fsdp=2, tensor=2),
   )
-  found = child(LOOPS, [json.dumps(dataclasses.asdict(config))])
-  inside, collectives = json.loads(found.stdout.splitlines()[-1])
-  assert inside > 100 and not collectives
+  check_loops(config)
