@@ -29,7 +29,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hope_jax.memory import architectures, chunks, deep, rules
+from hope_jax.memory import architectures, chunks, deep, products, rules
 from pallas_kernels.scan import CheckpointPolicy, checkpointed_scan
 
 
@@ -91,8 +91,14 @@ def zero_state(slow: LevelWeights, batch_size: int) -> dict[str, Any]:
 
 def slow_products(slow: LevelWeights, n: jax.Array) -> Inputs:
   """n [B, T, D] with the products that no fast weight changes."""
-  apply = lambda weight: jnp.einsum("...TD,...DF->...TF", n, weight)
-  return Inputs(n, apply(slow.gate), apply(slow.up))
+  return Inputs(n, _apply(n, slow.gate), _apply(n, slow.up))
+
+
+def _apply(x: jax.Array, slow: jax.Array) -> jax.Array:
+  """x W_0, where W_0 is shared, or lies there for every sequence."""
+  if slow.ndim == 2:
+    return products.matmul(x, slow)
+  return jnp.einsum("...TD,...DF->...TF", x, slow)
 
 
 def _per_sequence(slow: LevelWeights, batch_size: int) -> LevelWeights:
@@ -252,7 +258,7 @@ def forward(
   up = x.up + apply("BCD,BDF->BCF", x.n, fast.up)
   activated, slope = architectures.activate(gate, "silu")
   hidden = activated * up
-  y = jnp.einsum("...CF,...FD->...CD", hidden, slow.down)
+  y = _apply(hidden, slow.down)
   y = y + apply("BCF,BFD->BCD", hidden, fast.down)
   return Trace(hidden, activated, slope, up, y)
 
@@ -423,7 +429,7 @@ def feed_forward(slow: LevelWeights, n: jax.Array) -> jax.Array:
   """The block without fast weights: n [B, T, D] -> y [B, T, D]."""
   reads = slow_products(slow, n)
   hidden = jax.nn.silu(reads.gate) * reads.up
-  return jnp.einsum("BTF,FD->BTD", hidden, slow.down)
+  return _apply(hidden, slow.down)
 
 
 def _dynamics(

@@ -86,7 +86,8 @@ def run_memory(
     with_dynamics: also returns what `dynamics_of` says.
   """
   if not live:
-    trace = architectures.forward(initial, queries, cfg.activation)
+    base = chunks.per_sequence(initial, keys.shape[0], ("heads",))
+    trace = architectures.forward(base, queries, cfg.activation)
     return MemoryOutput(trace.outputs, state, None)
   layout = chunks.plan(keys.shape[2], cfg.chunk_length, state)
   continued = state is not None
@@ -118,7 +119,7 @@ def run_memory(
       )
     return after, (read, dynamics)
 
-  xs = _by_chunk(slow, keys, values, queries, gates, layout, cfg)
+  xs = _by_chunk(base, keys, values, queries, gates, layout, cfg)
   (read, dynamics), state = chunks.scan_chunks(
     step, state, xs, layout, policy=cfg.remat, **how
   )
@@ -126,7 +127,7 @@ def run_memory(
     dynamics = summarize(dynamics)
   read = jax.tree.map(lambda x: layout.merge(x, axis=2), read)
   return MemoryOutput(
-    read_out(slow, queries, read),
+    read_out(base, queries, read),
     difference(initial, state, cfg),
     dynamics,
   )

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hope_jax.memory import products
 from hope_jax.model_config import ModelConfig
 from hope_jax.models import (
   block,
@@ -189,13 +190,10 @@ def _finish(
     x_BTD, mixer = _read_layers(config, params, x_BTD, mixer, levels, segments)
   norm: Any = layers.rms_norm(config, "norm_out")
   x_BTD = norm.apply({"params": top["norm_out"]}, x_BTD)
-  if not config.tied_embeddings:
-    output: Any = _output(config)
-    logits = output.apply({"params": top["lm_head"]}, x_BTD)
-    return logits.astype(jnp.float32), mixer
-  dtype = jnp.dtype(config.dtype)
-  table_VD = top["embed"]["embedding"].astype(dtype)
-  logits = jnp.dot(x_BTD.astype(dtype), table_VD.T)
+  if config.tied_embeddings:
+    return _tied_logits(config, top["embed"]["embedding"], x_BTD), mixer
+  output: Any = _output(config)
+  logits = output.apply({"params": top["lm_head"]}, x_BTD)
   return logits.astype(jnp.float32), mixer
 
 
@@ -225,6 +223,15 @@ def _remat(
   return transform(
     layer, prevent_cse=False, policy=policy if config.remat == "dots" else None
   )
+
+
+def _tied_logits(
+  config: ModelConfig, table_VD: jax.Array, x_BTD: jax.Array
+) -> jax.Array:
+  """Logits that the embedding reads, in float32."""
+  dtype = jnp.dtype(config.dtype)
+  logits = products.matmul(x_BTD.astype(dtype), table_VD.astype(dtype).T)
+  return logits.astype(jnp.float32)
 
 
 def _output(config: ModelConfig) -> nn.Dense:
@@ -279,5 +286,8 @@ class LanguageModel(nn.Module):
     stream, state = layer(cfg, name="blocks")(stream, state, segments)
     x_BTD = stream[0] if cfg.is_rwkv7 else stream
     x_BTD = layers.norm(cfg, "norm_out")(x_BTD)
-    read = embed.attend if cfg.tied_embeddings else _output(cfg)
-    return ModelOutput(read(x_BTD).astype(jnp.float32), state)
+    if cfg.tied_embeddings:
+      logits = _tied_logits(cfg, embed.embedding, x_BTD)
+    else:
+      logits = _output(cfg)(x_BTD).astype(jnp.float32)
+    return ModelOutput(logits, state)

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hope_jax.memory import products
 from hope_jax.model_config import ModelConfig
 
 INIT_STD = 0.02
@@ -47,6 +48,15 @@ def initializer(config: ModelConfig, *, is_output: bool) -> Any:
   return nn.initializers.normal(std)
 
 
+def _dot_general(
+  x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: None
+) -> jax.Array:
+  """The product of `nn.Dense`, which is x W."""
+  assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ()))
+  assert precision is None
+  return products.matmul(x, kernel)
+
+
 def dense(
   features: int,
   config: ModelConfig,
@@ -66,6 +76,7 @@ def dense(
     use_bias=False,
     dtype=jnp.dtype(config.dtype),
     kernel_init=nn.with_logical_partitioning(kernel_init, axes),
+    dot_general=_dot_general,
     name=name,
   )
 

@@ -8,9 +8,9 @@ B_ti = b_t / b_i for i <= t, K = A B, m = A b, and prev = one row later:
     R   = rows r_t = W_{t-1} x_t, from
           (I + prevA diag(delta) * X X^T) R
               = prev_a * X W_0^T + prev_m * X S_0^T
-                - (prevK diag(eta) * X X^T) U
+                - (prevK * X X^T) diag(eta) U
     Y   = prev_a * Q W_0^T + prev_m * Q S_0^T
-          - (prevA diag(delta) * Q X^T) R - (prevK diag(eta) * Q X^T) U
+          - (prevA * Q X^T) diag(delta) R - (prevK * Q X^T) diag(eta) U
           (read "pre"; without prev it is the read after the token's write)
     W_C = a_C W_0 + m_C S_0 - (diag(A_C delta) R + diag(K_C eta) U)^T X
     S_C = b_C S_0 - (diag(B_C eta) U)^T X
@@ -178,8 +178,9 @@ def products_between(
 @products_between.defjvp
 def _products_between_jvp(arithmetic, primals, tangents):
   products = products_between(primals[0], arithmetic)
-  tangent = products * tangents[0][..., None, :]
-  return products, arithmetic.matmul(tangent, products)
+  # Scaled by rows: the gradient to df sums along rows, which is faster.
+  tangent = tangents[0][..., None] * products
+  return products, arithmetic.matmul(products, tangent)
 
 
 def _between_by_masks(factor: jax.Array) -> jax.Array:
@@ -464,42 +465,44 @@ def chunk_rule(
   )
   before = decays.before
   assert (momentum is None) == (before.pair_momentum is None)
-  eta_row = learn_rate[..., None, :]
-  delta_row: Any = None if erase is None else erase[..., None, :]
+  rated_u = learn_rate[..., None] * u  # diag(eta) U
 
-  r = outputs = None
+  r = rated_r = outputs = None  # R and diag(delta) R
   if erase is not None:
     if gram is None:
       gram = _einsum("...CK,...DK->...CD", x, x, precision=gram_precision)
     r = _read_start(x, x_weight, weight, momentum, before)
-    r -= _einsum("...CD,...DE->...CE", before.writes * eta_row * gram, u)
-    inverse = unit_lower_inverse(before.pair * delta_row * gram, arithmetic)
-    r = arithmetic.matmul(inverse, r)
+    r -= _einsum("...CD,...DE->...CE", before.writes * gram, rated_u)
+    lower = before.pair * gram * erase[..., None, :]
+    r = arithmetic.matmul(unit_lower_inverse(lower, arithmetic), r)
+    rated_r = erase[..., None] * r
   if queries is not None:
     mix = before if read == "pre" else decays.after
     assert mix is not None, "decays were made for another read"
     outputs = _read_start(queries, queries_weight, weight, momentum, mix)
     scores = _einsum("...CK,...DK->...CD", queries, x)
-    outputs -= _einsum("...CD,...DE->...CE", mix.writes * eta_row * scores, u)
-    if r is not None:
-      seen = mix.pair * delta_row * scores
-      outputs -= _einsum("...CD,...DE->...CE", seen, r)
-  state = _state_after(x, u, r, weight, momentum, decays, learn_rate, erase)
+    seen = mix.writes * scores
+    outputs -= _einsum("...CD,...DE->...CE", seen, rated_u)
+    if rated_r is not None:
+      erased = mix.pair * scores
+      outputs -= _einsum("...CD,...DE->...CE", erased, rated_r)
+  state = _state_after(x, rated_u, rated_r, weight, momentum, decays)
   return LinearRuleOutput(outputs, *state)
 
 
-def _state_after(x, u, r, weight, momentum, decays, learn_rate, erase):
-  """W_C and S_C of the module docstring; `r` is R, None without erase."""
+def _state_after(x, rated_u, rated_r, weight, momentum, decays):
+  """W_C and S_C of the module docstring from diag(eta) U and diag(delta) R,
+  which is None without erase."""
   end = decays.end
-  writes = (end.writes * learn_rate)[..., None] * u
-  if r is not None:
-    writes += (end.pair * erase)[..., None] * r
+  writes = end.writes[..., None] * rated_u
+  if rated_r is not None:
+    writes += end.pair[..., None] * rated_r
   next_weight = end.start[..., None] * weight
   next_weight -= _einsum("...CE,...CK->...EK", writes, x)
   if momentum is None:
     return next_weight, None
   next_weight += end.start_momentum[..., None] * momentum
-  writes = (decays.momentum_pair_end * learn_rate)[..., None] * u
+  writes = decays.momentum_pair_end[..., None] * rated_u
   next_momentum = decays.momentum_start_end[..., None] * momentum
   next_momentum -= _einsum("...CE,...CK->...EK", writes, x)
   return next_weight, next_momentum
