@@ -34,7 +34,7 @@ def model(name: str, size: str, **fields) -> dict:
   """The model group of the recipe; `fields` are set as they are."""
   group = {
     "memory_chunks": (64, 256),
-    "cms_chunks": (512, 2048, 0),
+    "cms_chunks": (128, 512, 0),
     "cms_signal": "next_token",
     "vocab_size": 32000,
     "dtype": "bfloat16",

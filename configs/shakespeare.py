@@ -32,7 +32,7 @@ def get_config(arg=None):
     model=_models.model(
       name,
       "tiny",
-      memory_chunks=(16, 64),
+      memory_chunks=(16, 64) if is_long else (64, 64),
       cms_chunks=(64, 256, 0) if is_long else (32, 128, 0),
       cms_signal="next_token",
       vocab_size=256,

@@ -202,6 +202,13 @@ class Config:
         f" data.sequence_length={length}, {tokens}, or 0 (no level is slower"
         " than a training step)"
       )
+    longest = max((1, *cms.periods.values()))
+    if longest > self.train.steps:
+      raise ConfigError(
+        f"model.cms.chunk_lengths has {longest * tokens}, which is"
+        f" {longest} training steps: such a level never changes in"
+        f" train.steps={self.train.steps}; shorten it, or train longer"
+      )
     slowest = max((0, *cms.fast_lengths))
     if slowest * 2 > length and not self.train.carry_state:
       hint = ""

@@ -87,6 +87,12 @@ HOPE = {"sequence_layer": "hope"}
       {"model": cms(64, 2048, 0, step_tokens=2048)},
     ),
     (
+      {"model": cms(64, 6144, 0, step_tokens=2048), "train": {"steps": 2}},
+      "has 6144, which is 3 training steps: such a level never changes in"
+      " train.steps=2",
+      {"model": cms(64, 6144, 0, step_tokens=2048), "train": {"steps": 3}},
+    ),
+    (
       {"model": cms(64, 2047, 0)},
       "has 2047, .* train.carry_state$",
       {"model": {**HOPE, **cms(64, 2047, 0)}, "train": {"carry_state": True}},

@@ -4,11 +4,13 @@ import json
 import math
 
 import numpy as np
+import pytest
 
 from configs import _base, _models
 from hope_jax import config as config_lib
 from hope_jax.model_config import PATTERNS
 from hope_jax.models.block import SEQUENCE_LAYERS
+from tests.tiers import slow_case
 from tests.training.test_sharding import child
 
 EVERY = """
@@ -143,17 +145,34 @@ def tiny(name):
   return config_lib.to_dict(config_lib.from_config_dict(fields))
 
 
-def test_devices_and_resuming(tmp_path, subtests):
+# Those that are another model of the list with other options.
+VARIANTS = (
+  "transformer",
+  "titans_mal",
+  "dla",
+  "ttt_linear",
+  "retnet",
+  "deltanet",
+  "comba",
+)
+REST = tuple(name for name in _models.NAMES if name not in VARIANTS)
+
+
+def test_models_are_all_sequence_layers():
+  layers = {tiny(name)["model"]["sequence_layer"] for name in _models.NAMES}
+  assert layers == {*SEQUENCE_LAYERS, *PATTERNS}
+
+
+@pytest.mark.parametrize("names", [REST, slow_case(VARIANTS)])
+def test_devices_and_resuming(names, tmp_path, subtests):
   """Two steps on 8 devices are those on one, and the second of them from a
   checkpoint is the same bit for bit, carried state included."""
-  configs = {name: tiny(name) for name in _models.NAMES}
-  layers = {fields["model"]["sequence_layer"] for fields in configs.values()}
-  assert layers == {*SEQUENCE_LAYERS, *PATTERNS}
+  configs = {name: tiny(name) for name in names}
   arguments = [json.dumps(configs), str(tmp_path)]
   done = child(EVERY, arguments)
   assert "Involuntary full rematerialization" not in done.stderr
   found = json.loads(done.stdout.splitlines()[-1])
-  assert [*found] == [*_models.NAMES]
+  assert [*found] == [*names]
   for name, run in found.items():
     with subtests.test(name):
       losses = [loss for loss, _ in run["one"]]
