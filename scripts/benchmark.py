@@ -81,7 +81,7 @@ def make_config(config: str, name: str, flags: argparse.Namespace) -> Config:
     group = _models.model(
       model,
       config,
-      memory_chunks=(16, 64),
+      memory_chunks=(64, 64),
       cms_chunks=(128, 512, 0),
       cms_signal="next_token",
     )

@@ -21,9 +21,8 @@ from tests.tiers import slow_case
 @pytest.mark.parametrize("policy", ["chunk", "sqrt"])
 def test_saved_states_of_a_real_memory_follow_the_policy(policy):
   # 128 chunks of 64 tokens: 10 groups of 12, and 8 chunks by themselves; M_0,
-  # which has no momentum, is half a state, and a scan holds it twice: shared,
-  # and per sequence.
-  expected = {"chunk": 129.0, "sqrt": 10 + 9.0}
+  # which has no momentum, is half a state, and a scan holds it per sequence.
+  expected = {"chunk": 128.5, "sqrt": 10 + 8.5}
   assert backward_memory.saved_states(8192, policy) == expected[policy]
 
 

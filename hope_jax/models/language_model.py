@@ -225,6 +225,7 @@ def _remat(
   )
 
 
+@jax.named_scope("embed")
 def _tied_logits(
   config: ModelConfig, table_VD: jax.Array, x_BTD: jax.Array
 ) -> jax.Array:
