@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All tests, on two processes; arguments go to pytest
+# All tests, on three processes: on two cores, one waits for starts and compilers
+# (TEST_JOBS sets how many). Arguments go to pytest
 # (scripts/test.sh -k mqar; --slow adds the longest tests, and repeats on further
 # models; --core runs one file of each room, and installs only what these need).
 set -euo pipefail
@@ -21,5 +22,5 @@ fi
 export HOPE_COMPILERS=$compilers
 
 # In the order of tests/conftest.py: a long file would be last and alone otherwise.
-exec "$python" -m pytest -n "${TEST_JOBS:-2}" --dist loadfile \
+exec "$python" -m pytest -n "${TEST_JOBS:-3}" --dist loadfile \
   --no-loadscope-reorder "$@"

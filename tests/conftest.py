@@ -135,7 +135,7 @@ def pytest_collection_modifyitems(
   config: pytest.Config, items: list[pytest.Item]
 ) -> None:
   # From the last folder on: the first have the short files, which can fill what
-  # one of two processes has left to do.
+  # one of the processes has left to do.
   items.sort(key=lambda item: item.path, reverse=True)
   if config.getoption("--slow"):
     return
