@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# All tests, on three processes: on two cores, one waits for starts and compilers
-# (TEST_JOBS sets how many). Arguments go to pytest
-# (scripts/test.sh -k mqar; --slow adds the longest tests, and repeats on further
-# models; --core runs one file of each room, and installs only what these need).
+# All tests, on three processes: of two cores one would often wait for a start or a
+# compiler (TEST_JOBS sets how many).  Arguments go to pytest (scripts/test.sh -k mqar;
+# --slow adds the longest tests, and repeats on further models; --core runs one file
+# of each room, and installs only what these need).
 set -euo pipefail
 case " $* " in *" --core "*) export HOPE_CORE=1 ;; esac
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"

@@ -91,11 +91,11 @@ def zero_state(slow: LevelWeights, batch_size: int) -> dict[str, Any]:
 
 def slow_products(slow: LevelWeights, n: jax.Array) -> Inputs:
   """n [B, T, D] with the products that no fast weight changes."""
-  return Inputs(n, _apply(n, slow.gate), _apply(n, slow.up))
+  return Inputs(n, _slow_product(n, slow.gate), _slow_product(n, slow.up))
 
 
-def _apply(x: jax.Array, slow: jax.Array) -> jax.Array:
-  """x W_0, where W_0 is shared, or lies there for every sequence."""
+def _slow_product(x: jax.Array, slow: jax.Array) -> jax.Array:
+  """x W_0; W_0 is shared [D, F], or a copy lies there for every sequence."""
   if slow.ndim == 2:
     return products.matmul(x, slow)
   return jnp.einsum("...TD,...DF->...TF", x, slow)
@@ -258,7 +258,7 @@ def forward(
   up = x.up + apply("BCD,BDF->BCF", x.n, fast.up)
   activated, slope = architectures.activate(gate, "silu")
   hidden = activated * up
-  y = _apply(hidden, slow.down)
+  y = _slow_product(hidden, slow.down)
   y = y + apply("BCF,BFD->BCD", hidden, fast.down)
   return Trace(hidden, activated, slope, up, y)
 
@@ -429,7 +429,7 @@ def feed_forward(slow: LevelWeights, n: jax.Array) -> jax.Array:
   """The block without fast weights: n [B, T, D] -> y [B, T, D]."""
   reads = slow_products(slow, n)
   hidden = jax.nn.silu(reads.gate) * reads.up
-  return _apply(hidden, slow.down)
+  return _slow_product(hidden, slow.down)
 
 
 def _dynamics(
