@@ -8,7 +8,7 @@ the two lists together.
 
 from typing import TYPE_CHECKING
 
-from hope_jax import fields
+from hope_jax.config import fields
 
 if TYPE_CHECKING:
   import ml_collections

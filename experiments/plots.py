@@ -9,8 +9,8 @@ import numpy as np
 from etils import epath
 
 from experiments.runner import Record
-from hope_jax import files
 from hope_jax.config import ConfigError
+from hope_jax.runs import files
 from hope_jax.training import metrics
 
 

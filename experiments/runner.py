@@ -29,10 +29,10 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from experiments.trials import ROOT, Plan, Trial, is_same, resolve
-from hope_jax import files
 from hope_jax.config import Config, ConfigError
+from hope_jax.runs import files
+from hope_jax.runs import workdir as workdir_lib
 from hope_jax.training import metrics
-from hope_jax.training import workdir as workdir_lib
 
 Command = list[str]
 GRACE_SECONDS = 20.0  # from asking a process to end to killing it

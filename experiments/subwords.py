@@ -21,9 +21,9 @@ from etils import epath
 from configs.subwords import Scale
 from experiments import books
 from experiments.trials import ROOT
-from hope_jax import files
 from hope_jax.data import prepare as prepare_lib
 from hope_jax.data import records, text, tokenizer
+from hope_jax.runs import files
 
 SIZES = "sizes.json"
 LICENCES = {"wikitext2": "CC BY-SA", "novels": "public domain (US)"}

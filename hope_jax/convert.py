@@ -18,11 +18,12 @@ import sys
 from typing import Any
 
 from absl import flags
+from etils import epath
 
-from hope_jax import files
+from hope_jax import cli
 from hope_jax.config import ConfigError, DataConfig
-from hope_jax.training import command, progress
-from hope_jax.training import workdir as workdir_lib
+from hope_jax.runs import files, progress
+from hope_jax.runs import workdir as workdir_lib
 
 
 def define_flags() -> None:
@@ -49,18 +50,28 @@ def main() -> None:
     _from_hf(args)
 
 
+def to_hf(workdir: epath.Path, folder: epath.Path) -> int:
+  """Writes the newest checkpoint of a run for transformers; its step."""
+  from hope_jax.inference import trained
+  from hope_jax.interchange import formats, hugging_face
+
+  config = workdir_lib.read_config(workdir)
+  hugging_face.write_config(config.model)  # raises before anything is read
+  step, params = trained.read_on_one_device(workdir, config)
+  formats.to_hf(folder, config, params)
+  return step
+
+
 def _to_hf(args: Any) -> None:
   folder = files.check_folder(args.to_hf, "to_hf")
   files.check_empty(folder)
   workdir = files.reach(args.workdir)
   model = workdir_lib.read_config(workdir).model
   progress.say(
-    f"converting {command.describe(model)}, workdir {workdir}, to {folder}"
+    f"converting {cli.describe(model)}, workdir {workdir}, to {folder}"
   )
-  command.announce_devices(1)
-  from hope_jax.interchange import runs
-
-  step = runs.to_hf(workdir, folder)
+  cli.announce_devices(1)
+  step = to_hf(workdir, folder)
   print(f"{workdir}, step {step} -> {args.to_hf}")
 
 
@@ -68,18 +79,18 @@ def _from_hf(args: Any) -> None:
   folder, workdir = files.reach(args.from_hf), files.reach(args.workdir)
   files.check_empty(workdir)
   progress.say(f"converting {folder} to a run, workdir {workdir}")
-  command.announce_devices(1)
+  cli.announce_devices(1)
   from hope_jax.data import tokenizer
-  from hope_jax.interchange import runs
+  from hope_jax.interchange import formats
 
-  config = runs.from_hf(
+  config = formats.from_hf(
     folder, workdir, text=args.text, context_length=args.context_length
   )
-  print(f"{args.from_hf} -> {workdir}: {command.describe(config.model)}")
+  print(f"{args.from_hf} -> {workdir}: {cli.describe(config.model)}")
   if config.data.tokenizer == tokenizer.BYTES:
     print(f"{args.from_hf} has no tokenizer: texts are bytes", file=sys.stderr)
 
 
 if __name__ == "__main__":
   define_flags()
-  command.run(main)
+  cli.run(main)

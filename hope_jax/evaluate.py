@@ -19,11 +19,11 @@ import math
 
 from absl import flags
 
-from hope_jax import files
+from hope_jax import cli
 from hope_jax.config import ConfigError
 from hope_jax.inference import variants
-from hope_jax.training import command, faults, progress
-from hope_jax.training import workdir as workdir_lib
+from hope_jax.runs import errors, files, progress
+from hope_jax.runs import workdir as workdir_lib
 
 
 def define_flags() -> None:
@@ -56,12 +56,12 @@ def main() -> None:
   if args.dynamics:
     variants.check_dynamics(config.model)
   progress.say(
-    f"evaluating {command.describe(config.model)}, {args.split} split,"
+    f"evaluating {cli.describe(config.model)}, {args.split} split,"
     f" workdir {workdir}"
   )
   from hope_jax.training import sharding  # jax: a second and a half
 
-  command.announce_devices(sharding.mesh_or_default(config).size)
+  cli.announce_devices(sharding.mesh_or_default(config).size)
   from hope_jax.inference import evaluation
 
   scores = {
@@ -81,13 +81,13 @@ def main() -> None:
   }
   print(json.dumps(workdir_lib.finite(scores)))
   if not math.isfinite(scores["loss"]):
-    raise faults.Diverged(
+    raise errors.Diverged(
       f"the {args.split} loss of {workdir} is not finite (null above)"
     )
   if output is not None:
-    command.write_output(output, scores)
+    cli.write_output(output, scores)
 
 
 if __name__ == "__main__":
   define_flags()
-  command.run(main)
+  cli.run(main)

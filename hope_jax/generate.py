@@ -13,17 +13,17 @@ import json
 
 from absl import flags
 
-from hope_jax import files
+from hope_jax import cli
 from hope_jax.inference import sampling as sampling_lib
-from hope_jax.training import command, progress
-from hope_jax.training import workdir as workdir_lib
+from hope_jax.runs import files, progress
+from hope_jax.runs import workdir as workdir_lib
 
 
 def define_flags() -> None:
   flags.DEFINE_string("workdir", None, "folder of the run", required=True)
   flags.DEFINE_multi_string("prompt", [], "text to continue")
   flags.DEFINE_string("prompt_file", None, "file with a prompt on each line")
-  command.define_sampling()
+  cli.define_sampling()
 
 
 def read_prompts(path: str) -> list[str]:
@@ -41,14 +41,14 @@ def main() -> None:
   if args.prompt_file:
     prompts += read_prompts(args.prompt_file)
   sampling_lib.check_prompts(prompts)
-  sampling = command.read_sampling(args)
+  sampling = cli.read_sampling(args)
   workdir = files.reach(args.workdir)
   model = workdir_lib.read_config(workdir).model
   progress.say(
-    f"generating with {command.describe(model)}, up to {len(prompts):,} x"
+    f"generating with {cli.describe(model)}, up to {len(prompts):,} x"
     f" {args.tokens:,} tokens, workdir {workdir}"
   )
-  command.announce_devices(1)
+  cli.announce_devices(1)
   from hope_jax.inference import texts as texts_lib
 
   texts = texts_lib.generate(
@@ -68,4 +68,4 @@ def main() -> None:
 
 if __name__ == "__main__":
   define_flags()
-  command.run(main)
+  cli.run(main)

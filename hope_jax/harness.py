@@ -13,7 +13,8 @@ and by how many tokens it was cut at the most.
 
 All requests of all tasks are looked at before the first is answered.  With
 `--output` the answers of finished tasks are kept beside it until all are
-scored (`harness_answers.py`): the same command continues one that was killed.
+scored (`inference/lm_eval_answers.py`): the same command continues one that was
+killed.
 """
 
 import datetime
@@ -25,10 +26,10 @@ from typing import Any
 
 from absl import flags
 
-from hope_jax import files
+from hope_jax import cli
 from hope_jax.config import ConfigError
-from hope_jax.training import command, progress
-from hope_jax.training import workdir as workdir_lib
+from hope_jax.runs import files, progress
+from hope_jax.runs import workdir as workdir_lib
 
 
 def define_flags() -> None:
@@ -63,20 +64,19 @@ def main() -> None:
     import lm_eval
   except ImportError as error:
     reason = files.reason(error)
-    command.fail(f"no lm-eval ({reason}): install hope-jax[eval]", 1)
+    cli.fail(f"no lm-eval ({reason}): install hope-jax[eval]", 1)
   logging.getLogger("lm_eval").setLevel(logging.ERROR)
   workdir = files.reach(args.workdir)
   model = workdir_lib.read_config(workdir).model
   progress.say(
-    f"scoring {command.describe(model)}, tasks {', '.join(args.tasks)},"
+    f"scoring {cli.describe(model)}, tasks {', '.join(args.tasks)},"
     f" workdir {workdir}"
   )
-  command.announce_devices(1)
-  from hope_jax import harness_tasks
-  from hope_jax.harness_answers import Answers
-  from hope_jax.inference import trained
+  cli.announce_devices(1)
+  from hope_jax.inference import lm_eval_tasks, trained
+  from hope_jax.inference.lm_eval_answers import Answers
 
-  tasks = harness_tasks.load_tasks(args.tasks, args.include_path, args.data)
+  tasks = lm_eval_tasks.load_tasks(args.tasks, args.include_path, args.data)
   run = trained.open_run(workdir)
   output = files.reach(args.output) if args.output else None
   if output is None:
@@ -86,7 +86,7 @@ def main() -> None:
     )
   answers = Answers(output, run)
   begin = time.monotonic()
-  found = harness_tasks.evaluate(
+  found = lm_eval_tasks.evaluate(
     run,
     tasks,
     limit=args.limit,
@@ -94,7 +94,7 @@ def main() -> None:
     batch_size=args.batch_size,
     answers=answers,
   )
-  print(harness_tasks.table(found))
+  print(lm_eval_tasks.table(found))
   if output is None:
     return
   scores = {
@@ -108,10 +108,10 @@ def main() -> None:
     "scores": [line._asdict() for line in found],
   }
   kept = "; the answers are kept: run the same command again"
-  command.write_output(output, scores, kept)
+  cli.write_output(output, scores, kept)
   answers.remove()
 
 
 if __name__ == "__main__":
   define_flags()
-  command.run(main)
+  cli.run(main)

@@ -8,14 +8,14 @@ What is counted, and how: `analysis/levels.py`.
 
 from absl import flags
 
-from hope_jax import files
+from hope_jax import cli
 from hope_jax.config import ConfigError
-from hope_jax.training import command, progress
-from hope_jax.training import workdir as workdir_lib
+from hope_jax.runs import files, progress
+from hope_jax.runs import workdir as workdir_lib
 
 
 def define_flags() -> None:
-  command.define_config()
+  cli.define_config()
   flags.DEFINE_string("json", None, "also write the table there, as JSON")
   flags.DEFINE_string("figure", None, "also draw the spectrum there, a .png")
 
@@ -28,10 +28,8 @@ def main() -> None:
     files.check_output(args.json, "json")
   if args.figure:
     files.check_output(args.figure, "figure")
-  config = command.read_config()
-  progress.say(
-    f"counting {command.describe(config.model)}, nothing is executed"
-  )
+  config = cli.read_config()
+  progress.say(f"counting {cli.describe(config.model)}, nothing is executed")
   from hope_jax.analysis import levels
 
   found = levels.components(config)
@@ -49,4 +47,4 @@ def main() -> None:
 
 if __name__ == "__main__":
   define_flags()
-  command.run(main)
+  cli.run(main)

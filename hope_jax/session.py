@@ -28,13 +28,12 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from hope_jax import files
-from hope_jax.config import ConfigError
+from hope_jax import cli
+from hope_jax.config import ConfigError, ModelConfig
 from hope_jax.inference.sampling import Sampling
-from hope_jax.model_config import ModelConfig
-from hope_jax.session_folder import check_folder, claimed
-from hope_jax.training import command, progress
-from hope_jax.training import workdir as workdir_lib
+from hope_jax.inference.session_folder import check_folder, claimed
+from hope_jax.runs import files, progress
+from hope_jax.runs import workdir as workdir_lib
 
 
 def define_flags() -> None:
@@ -45,7 +44,7 @@ def define_flags() -> None:
   flags.DEFINE_multi_string("feed", [], "text file to read")
   flags.DEFINE_multi_string("ask", [], "text to continue after what was read")
   flags.DEFINE_bool("keep", False, "questions and answers are read, too")
-  command.define_sampling()
+  cli.define_sampling()
   flags.DEFINE_string("fork", None, "new folder for a copy of the session")
   flags.DEFINE_bool("info", False, "print what the session is, as JSON")
   flags.DEFINE_integer("devices", 1, "over which heads and widths are split")
@@ -68,7 +67,7 @@ def _check(args: Any) -> Sampling:
   """What can be known before a model is there."""
   from hope_jax.inference import reading
 
-  sampling = command.read_sampling(args)
+  sampling = cli.read_sampling(args)
   for name in args.feed:
     path = files.reach(name)
     if not path.exists():
@@ -84,8 +83,7 @@ def _check(args: Any) -> Sampling:
 
 def act(run: Any, folder: epath.Path, args: Any, sampling: Sampling) -> None:
   """Does what the flags say."""
-  from hope_jax import streaming
-  from hope_jax.inference import sessions
+  from hope_jax.inference import sessions, streaming
 
   check_folder(folder, new=args.new)
   levels = _levels(args.reset, run.config.model)
@@ -132,9 +130,9 @@ def main() -> None:
   model = workdir_lib.read_config(workdir).model
   _levels(args.reset, model)
   progress.say(
-    f"session {folder} with {command.describe(model)}, workdir {workdir}"
+    f"session {folder} with {cli.describe(model)}, workdir {workdir}"
   )
-  command.announce_devices(args.devices)
+  cli.announce_devices(args.devices)
   from hope_jax.inference import trained
   from hope_jax.training import sharding
 
@@ -145,4 +143,4 @@ def main() -> None:
 
 if __name__ == "__main__":
   define_flags()
-  command.run(main)
+  cli.run(main)

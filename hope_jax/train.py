@@ -9,12 +9,12 @@ one run (a pod's hosts), each is started with `--multihost`.
 
 from absl import flags
 
-from hope_jax import files
-from hope_jax.training import command, processes, progress, supervisor
+from hope_jax import cli
+from hope_jax.runs import files, processes, progress, supervisor
 
 
 def define_flags() -> None:
-  command.define_config()
+  cli.define_config()
   flags.DEFINE_string("workdir", None, "folder of the run", required=True)
   flags.DEFINE_bool(
     "multihost", False, "one process of many: jax.distributed.initialize()"
@@ -32,11 +32,11 @@ def main() -> None:
   if args.multihost:
     supervisor.supervise(processes.silence)
     with progress.waiting("waiting for the other processes", patience=3.0):
-      processes.initialize(args.peer_seconds, command.fail)
-  config = processes.agree(command.read_config)
+      processes.initialize(args.peer_seconds, cli.fail)
+  config = processes.agree(cli.read_config)
   workdir = files.reach(args.workdir)
-  command.announce(config, workdir)
-  command.announce_devices()
+  cli.announce(config, workdir)
+  cli.announce_devices()
   from hope_jax.training import loop
 
   result = loop.run(config, workdir)
@@ -51,4 +51,4 @@ def main() -> None:
 
 if __name__ == "__main__":
   define_flags()
-  command.run(main)
+  cli.run(main)

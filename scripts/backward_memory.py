@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from experiments import plots, tables
+from hope_jax.config import MemoryConfig
 from hope_jax.memory import deep
 from hope_jax.memory.architectures import Weights
 from hope_jax.memory.rules import Gates
-from hope_jax.model_config import MemoryConfig
 
 DIM, CHUNK = 128, 64
 LENGTHS = tuple(1024 * 2**i for i in range(7))  # to 64K

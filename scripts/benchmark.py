@@ -27,9 +27,9 @@ import numpy as np
 
 from configs import _models
 from experiments import tables, timing
-from hope_jax.config import Config, from_config_dict
-from hope_jax.model_config import ModelConfig
-from hope_jax.training import flops, sharding, step
+from hope_jax.analysis import flops
+from hope_jax.config import Config, ModelConfig, from_config_dict
+from hope_jax.training import sharding, step
 
 CONFIGS = ("shakespeare", "wikitext2", "books", "3p9m")
 MODELS = (

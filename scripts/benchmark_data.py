@@ -14,9 +14,8 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from hope_jax.config import Config, DataConfig
+from hope_jax.config import Config, DataConfig, ModelConfig
 from hope_jax.data import pipeline, records
-from hope_jax.model_config import ModelConfig
 
 
 def measure(path: str, batch: int, tokens: int, workers: int) -> float:

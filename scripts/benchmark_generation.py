@@ -22,9 +22,8 @@ from flax import linen as nn
 
 from configs import _models
 from experiments import plots, tables
-from hope_jax import generation
-from hope_jax.config import from_config_dict
-from hope_jax.model_config import ModelConfig
+from hope_jax.config import ModelConfig, from_config_dict
+from hope_jax.inference import generation
 from hope_jax.models import language_model
 
 LENGTHS = tuple(1 << n for n in range(10, 21, 2))

@@ -29,10 +29,10 @@ import jax.numpy as jnp
 
 from configs import _models
 from experiments import tables, timing
+from hope_jax.analysis import flops
+from hope_jax.config import MemoryConfig
 from hope_jax.memory import deep, rules, self_modifying
 from hope_jax.memory.architectures import Weights, l2_normalize
-from hope_jax.model_config import MemoryConfig
-from hope_jax.training import flops
 from pallas_kernels.linear_rule import api
 
 LAYERS = ("titans", "hope", "projections", "linear_rule", "attention")

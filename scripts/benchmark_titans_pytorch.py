@@ -31,8 +31,7 @@ import jax.numpy as jnp
 
 from configs import _models
 from experiments import tables, timing
-from hope_jax.config import from_config_dict
-from hope_jax.model_config import ModelConfig
+from hope_jax.config import ModelConfig, from_config_dict
 from hope_jax.models import titans
 
 BASE = "titans-pytorch"

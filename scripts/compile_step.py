@@ -19,8 +19,10 @@ import jax.numpy as jnp
 from absl import flags
 
 from experiments import tables
+from hope_jax import cli
+from hope_jax.analysis import flops, topology
 from hope_jax.config import Config, ConfigError
-from hope_jax.training import command, flops, sharding, topology
+from hope_jax.training import sharding
 from hope_jax.training import step as step_lib
 
 GIB = 2**30
@@ -70,7 +72,7 @@ def compile_step(config: Config, devices: list[Any]) -> dict[str, str]:
 def main() -> None:
   args = flags.FLAGS
   jax.config.update("jax_enable_compilation_cache", False)
-  config = command.read_config()
+  config = cli.read_config()
   if config.model.has_attention:
     raise ConfigError(f"{config.model.sequence_layer} has no memories")
   devices = topology.tpu_devices(args.topology)
@@ -91,9 +93,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  command.define_config()
+  cli.define_config()
   flags.DEFINE_string("topology", "v5e:4x4", "of the slice to compile for")
   flags.DEFINE_list(
     "implementations", ["xla", "pallas_tpu"], "of memory.implementation"
   )
-  command.run(main)
+  cli.run(main)

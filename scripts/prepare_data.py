@@ -11,9 +11,9 @@ command continues an interrupted preparation; its result does not depend on
 
 from absl import flags
 
+from hope_jax import cli
 from hope_jax.config import ConfigError
 from hope_jax.data import prepare
-from hope_jax.training import command
 
 
 def define_flags() -> None:
@@ -93,4 +93,4 @@ def main(inputs: list[str]) -> None:
 
 if __name__ == "__main__":
   define_flags()
-  command.run(main, takes_arguments=True)
+  cli.run(main, takes_arguments=True)

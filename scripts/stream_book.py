@@ -22,11 +22,11 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from hope_jax import files
+from hope_jax import cli
 from hope_jax.config import ConfigError
 from hope_jax.inference import variants
-from hope_jax.training import command, progress
-from hope_jax.training import workdir as workdir_lib
+from hope_jax.runs import files, progress
+from hope_jax.runs import workdir as workdir_lib
 
 WINDOW = 1 << 16  # tokens between two lines
 Window = dict[str, Any]
@@ -56,8 +56,7 @@ def stream(
   import jax
   import numpy as np
 
-  from hope_jax import streaming
-  from hope_jax.inference import reading, sessions
+  from hope_jax.inference import reading, sessions, streaming
 
   config, begin = run.config.model, time.perf_counter()
   state = sessions.start(run)
@@ -131,9 +130,9 @@ def main() -> None:
     model = variants.switch_off(model, levels)
   progress.say(
     f"reading up to {args.tokens:,} tokens of {args.text} with"
-    f" {command.describe(model)}, workdir {workdir}"
+    f" {cli.describe(model)}, workdir {workdir}"
   )
-  command.announce_devices(args.devices)
+  cli.announce_devices(args.devices)
   import jax
 
   from hope_jax.inference import trained
@@ -163,4 +162,4 @@ def main() -> None:
 
 if __name__ == "__main__":
   define_flags()
-  command.run(main)
+  cli.run(main)

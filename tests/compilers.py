@@ -15,7 +15,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from hope_jax.training import topology
+from hope_jax.analysis import topology
 
 _H200 = pathlib.Path(__file__).with_name("h200.txtpb")
 

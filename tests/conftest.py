@@ -15,6 +15,14 @@ import jax
 import pytest
 from etils import epath
 
+from hope_jax.config import (
+  Config,
+  DataConfig,
+  EvalConfig,
+  ModelConfig,
+  OptConfig,
+  TrainConfig,
+)
 from tests.tiers import CORE
 
 # x[B, T] + y[T] is an error everywhere: write y[None].
@@ -51,6 +59,24 @@ def compilation_cache(tmp_path_factory):
   for name, value in options.items():
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)
+
+
+@pytest.fixture
+def tiny():
+  """A run of seconds: 2 layers, width 16, 32 tokens of Shakespeare."""
+  return Config(
+    model=ModelConfig(width=16, num_layers=2, num_heads=2, ffn_hidden=32),
+    opt=OptConfig(peak_lr=1e-2, warmup_steps=2),
+    data=DataConfig(sequence_length=32, batch_size=4),
+    train=TrainConfig(
+      steps=6,
+      log_every=2,
+      eval_every=3,
+      checkpoint_every=2,
+      dynamics_every=4,
+    ),
+    eval=EvalConfig(batches=2, batch_size=4),
+  )
 
 
 BUCKET = {

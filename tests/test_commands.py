@@ -14,13 +14,20 @@ import numpy as np
 import pytest
 from absl import flags
 
-from hope_jax import evaluate, generation
-from hope_jax.config import Config, ConfigError, DataConfig, EvalConfig
-from hope_jax.inference import evaluation, variants
+from hope_jax import cli, evaluate
+from hope_jax.config import (
+  CMSConfig,
+  Config,
+  ConfigError,
+  DataConfig,
+  EvalConfig,
+  MemoryConfig,
+  ModelConfig,
+)
+from hope_jax.inference import evaluation, generation, variants
 from hope_jax.inference import texts as texts_lib
-from hope_jax.model_config import CMSConfig, MemoryConfig, ModelConfig
-from hope_jax.training import checkpoints, sharding, step, workdir
-from hope_jax.training import command as training_command
+from hope_jax.runs import checkpoints, workdir
+from hope_jax.training import sharding, step
 
 pytestmark = pytest.mark.optimized
 
@@ -68,7 +75,7 @@ def here(home, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", [f"hope_jax.{name}", *arguments])
     module.define_flags()
     with pytest.raises(SystemExit) as exit_:
-      training_command.run(module.main)
+      cli.run(module.main)
     return exit_.value.code, capfd.readouterr().err
 
   known = set(flags.FLAGS)

@@ -1,9 +1,8 @@
-"""Every bound of `config.py` and `model_config.py`, on both of its sides."""
+"""Every bound of `config.py` and `config/model.py`, on both of its sides."""
 
 import pytest
 
-from hope_jax.config import ConfigError, from_config_dict
-from hope_jax.fields import nearest
+from hope_jax.config import ConfigError, from_config_dict, nearest
 
 
 def cms(*lengths, **fields):

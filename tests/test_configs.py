@@ -12,7 +12,7 @@ import pytest
 
 from configs import _base, _models, shakespeare
 from hope_jax import config as config_lib
-from hope_jax.model_config import ModelConfig
+from hope_jax.config import ModelConfig
 from hope_jax.models import language_model
 
 MODES = {

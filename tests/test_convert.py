@@ -19,16 +19,15 @@ from safetensors import numpy as safetensors
 
 from configs import wikitext2
 from hope_jax import config as config_lib
-from hope_jax import generation
-from hope_jax.config import ConfigError, DataConfig
+from hope_jax.config import ConfigError, DataConfig, MemoryConfig, ModelConfig
+from hope_jax.convert import to_hf
 from hope_jax.data import text as text_lib
-from hope_jax.inference import evaluation
+from hope_jax.inference import evaluation, generation
 from hope_jax.inference import texts as texts_lib
-from hope_jax.interchange import runs
-from hope_jax.model_config import MemoryConfig, ModelConfig
+from hope_jax.interchange import formats, hugging_face, mapping
 from hope_jax.models import language_model
 from hope_jax.models.language_model import LanguageModel
-from hope_jax.training import hugging_face, renaming, workdir
+from hope_jax.runs import workdir
 from tests.pallas_kernels.testing import fast_jit
 from tests.test_commands import command
 
@@ -122,7 +121,7 @@ def tree(flat):
 
 def test_logits_and_gradients_are_those_of_transformers(case):
   name, folder = case
-  model, flat = runs.read_checkpoint(folder)
+  model, flat = formats.read_checkpoint(folder)
   parts = 7 if name == "llama" else 1
   assert len(list(folder.glob("*.safetensors"))) == parts
   model = dataclasses.replace(model, memory=MemoryConfig(chunk_length=8))
@@ -144,7 +143,7 @@ def test_logits_and_gradients_are_those_of_transformers(case):
   grads = {n: p.grad.double() for n, p in theirs(name).named_parameters()}
   rules = hugging_face.ARCHITECTURES[CASES[name][0]].rules(model)
   wanted, zero = (
-    renaming.to_ours(rules, L, lambda n, by=by: by * grads[n].numpy())
+    mapping.to_ours(rules, L, lambda n, by=by: by * grads[n].numpy())
     for by in (1, 0)
   )
   assert wanted.keys() == ours.keys()
@@ -159,7 +158,7 @@ def test_logits_and_gradients_are_those_of_transformers(case):
 )
 def test_reading_in_pieces_gives_the_logits_of_transformers(case):
   name, folder = case
-  model, flat = runs.read_checkpoint(folder)
+  model, flat = formats.read_checkpoint(folder)
   apply = fast_jit(lambda *a: LanguageModel(model).apply(*a))
   params, state = {"params": tree(flat)}, language_model.init_state(model, B)
   found = []
@@ -173,12 +172,12 @@ def test_reading_in_pieces_gives_the_logits_of_transformers(case):
 
 def test_checkpoint_there_and_back_is_the_same(case):
   name, folder = case
-  model, flat = runs.read_checkpoint(folder)
+  model, flat = formats.read_checkpoint(folder)
   rules = hugging_face.ARCHITECTURES[CASES[name][0]].rules(model)
-  found = renaming.to_theirs(rules, L, flat)
+  found = mapping.to_theirs(rules, L, flat)
   wanted = {n: p.detach().numpy() for n, p in theirs(name).named_parameters()}
   assert found.keys() == wanted.keys()
-  centred = {rule.theirs for rule in rules if rule.form is renaming.CENTRED}
+  centred = {rule.theirs for rule in rules if rule.form is mapping.CENTRED}
   centred = {n.format(number) for n in centred for number in range(L)}
   for n, x in wanted.items():  # 1 + weight rounds the weight
     np.testing.assert_allclose(
@@ -188,14 +187,14 @@ def test_checkpoint_there_and_back_is_the_same(case):
 
 def test_our_parameters_are_what_transformers_loads(case, tmp_path):
   transformers = pytest.importorskip("transformers")
-  model, flat = runs.read_checkpoint(case[1])
+  model, flat = formats.read_checkpoint(case[1])
   rng = np.random.default_rng(1)
   flat = {
     name: (x + rng.normal(size=x.shape) / 20).astype(np.float32)
     for name, x in flat.items()
   }
   folder = epath.Path(tmp_path / "model")
-  runs.write_checkpoint(folder, model, flat)
+  formats.write_checkpoint(folder, model, flat)
   loaded, found = transformers.AutoModelForCausalLM.from_pretrained(
     folder, output_loading_info=True
   )
@@ -203,7 +202,7 @@ def test_our_parameters_are_what_transformers_loads(case, tmp_path):
   ours = fast_jit(LanguageModel(model).apply)({"params": tree(flat)}, TOKENS)
   wanted = logits_of(loaded.double()).logits.detach()
   np.testing.assert_allclose(ours.logits, wanted, atol=1e-4)
-  again, back = runs.read_checkpoint(folder)
+  again, back = formats.read_checkpoint(folder)
   assert again.sequence_layer == model.sequence_layer
   assert back.keys() == flat.keys()
   for name, x in flat.items():
@@ -246,7 +245,7 @@ SHAPES = {
 
 def test_tensors_that_are_missing_or_too_many_are_named(llama):
   folder, flat = llama
-  assert runs.read_checkpoint(folder)[0].width == 64
+  assert formats.read_checkpoint(folder)[0].width == 64
   norm = "model.layers.1.input_layernorm.weight"
   for tensors, message in (
     ({k: v for k, v in flat.items() if k != norm}, f"{norm} is nothing there"),
@@ -259,10 +258,10 @@ def test_tensors_that_are_missing_or_too_many_are_named(llama):
   ):
     write(folder, tensors, LLAMA)
     with pytest.raises(ConfigError, match=message):
-      runs.read_checkpoint(folder)
+      formats.read_checkpoint(folder)
   inverse = {"model.layers.0.self_attn.rotary_emb.inv_freq": flat[norm]}
   write(folder, flat | inverse, LLAMA | {"tie_word_embeddings": True})
-  assert "lm_head.kernel" not in runs.read_checkpoint(folder)[1]
+  assert "lm_head.kernel" not in formats.read_checkpoint(folder)[1]
 
 
 def test_numbers_that_are_not_finite_are_named_and_nothing_is_made(llama):
@@ -271,7 +270,7 @@ def test_numbers_that_are_not_finite_are_named_and_nothing_is_made(llama):
   write(folder, flat, LLAMA)
   run = folder.parent / "run"
   with pytest.raises(ConfigError, match="hf: norm.* not finite: copy it again"):
-    runs.from_hf(folder, run)
+    formats.from_hf(folder, run)
   assert not run.exists()
 
 
@@ -284,16 +283,16 @@ def test_files_that_cannot_be_read_are_named(llama):
   ):
     index.write_text(content)
     with pytest.raises(ConfigError, match=message):
-      runs.read_checkpoint(folder)
+      formats.read_checkpoint(folder)
   index.unlink()
   (folder / "model.safetensors").write_bytes(b"broken")
   with pytest.raises(ConfigError, match=r"cannot read .*model.safetensors \("):
-    runs.read_checkpoint(folder)
+    formats.read_checkpoint(folder)
   (folder / "model.safetensors").unlink()
   with pytest.raises(ConfigError, match="has neither model.safetensors nor"):
-    runs.read_checkpoint(folder)
+    formats.read_checkpoint(folder)
   with pytest.raises(ConfigError, match="is no checkpoint of transformers"):
-    runs.read_checkpoint(folder / "none")
+    formats.read_checkpoint(folder / "none")
 
 
 @pytest.mark.parametrize(
@@ -383,7 +382,7 @@ def test_run_of_a_checkpoint_is_evaluated_continued_and_written(
   run = epath.Path(tmp_path / "run")
   path = tmp_path / "text.txt"
   path.write_text((text_lib.REPOSITORY / DataConfig().path).read_text()[:9000])
-  config = runs.from_hf(checkpoint, run, text=str(path), context_length=40)
+  config = formats.from_hf(checkpoint, run, text=str(path), context_length=40)
   assert workdir.read_config(run) == config
   assert config.model.dtype == "bfloat16" and config.data.sequence_length == 40
   scores = evaluation.evaluate(config, run, "test")
@@ -392,7 +391,7 @@ def test_run_of_a_checkpoint_is_evaluated_continued_and_written(
   sampling = generation.Sampling()
   texts = texts_lib.generate(run, ["To be"], count=5, sampling=sampling)
   assert texts[0]
-  assert runs.to_hf(run, epath.Path(tmp_path / "back")) == 0
+  assert to_hf(run, epath.Path(tmp_path / "back")) == 0
   for name in ("tokenizer.json", "model.safetensors"):
     assert (tmp_path / "back" / name).exists()
   first, last = (
@@ -403,8 +402,8 @@ def test_run_of_a_checkpoint_is_evaluated_continued_and_written(
   for name, x in first.items():
     np.testing.assert_array_equal(last[name], x, err_msg=name)
   for convert_again in (
-    lambda: runs.from_hf(checkpoint, run),
-    lambda: runs.to_hf(run, checkpoint),
+    lambda: formats.from_hf(checkpoint, run),
+    lambda: to_hf(run, checkpoint),
   ):
     with pytest.raises(ConfigError, match="exists and is not empty"):
       convert_again()

@@ -12,10 +12,17 @@ from etils import epath
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from hope_jax.config import Config, ConfigError, DataConfig, to_dict
+from hope_jax.config import (
+  Config,
+  ConfigError,
+  DataConfig,
+  ModelConfig,
+  to_dict,
+)
 from hope_jax.data import documents, pipeline, prepare, text, tokenizer
-from hope_jax.model_config import ModelConfig
-from hope_jax.training import exchange, metrics, workdir
+from hope_jax.interchange import safetensors as safetensors_lib
+from hope_jax.runs import workdir
+from hope_jax.training import metrics
 
 TEXTS = ["To be, or not to be.", "That is the question.", "Whether 'tis nobler"]
 SETTINGS = hypothesis.settings(
@@ -240,4 +247,4 @@ def test_exports(tmp_path, data):
   abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), PARAMS
   )
-  assert_explained(lambda: exchange.load(folder, abstract))
+  assert_explained(lambda: safetensors_lib.load(folder, abstract))

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from etils import epath
 
-from hope_jax import generation, scoring
-from hope_jax.config import Config, ConfigError, DataConfig
+from hope_jax.config import CMSConfig, Config, ConfigError, DataConfig
 from hope_jax.data import tokenizer as tokenizer_lib
 from hope_jax.data.tokenizer import Bytes
-from hope_jax.inference import trained
-from hope_jax.model_config import CMSConfig
+from hope_jax.inference import generation, scoring, trained
 from hope_jax.models import language_model
-from hope_jax.training import checkpoints, sharding, step, workdir
+from hope_jax.runs import checkpoints, workdir
+from hope_jax.training import sharding, step
 from tests.models.test_models import make
 from tests.pallas_kernels.testing import fast_jit
 from tests.tiers import slow_case
@@ -24,7 +23,7 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
 
-from hope_jax.harness_model import HopeLM
+from hope_jax.inference.lm_eval_model import HopeLM
 
 CONTEXT = 120  # of attention
 LENGTH = 160  # of the full passes

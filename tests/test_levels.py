@@ -17,11 +17,17 @@ import pytest
 from etils import epath
 
 from hope_jax import levels as levels_command
-from hope_jax.analysis import levels
-from hope_jax.config import Config, ConfigError, DataConfig
-from hope_jax.model_config import CMSConfig, MemoryConfig, ModelConfig
+from hope_jax.analysis import flops, levels
+from hope_jax.config import (
+  CMSConfig,
+  Config,
+  ConfigError,
+  DataConfig,
+  MemoryConfig,
+  ModelConfig,
+)
 from hope_jax.models import language_model, linear
-from hope_jax.training import flops, step
+from hope_jax.training import step
 from pallas_kernels.generalized_delta_rule import generalized_delta_rule
 from pallas_kernels.linear_rule import linear_rule
 

@@ -54,7 +54,7 @@ import hope_jax, pallas_kernels, scripts
 for package in (hope_jax, pallas_kernels, scripts):
   prefix = package.__name__ + "."
   for module in pkgutil.walk_packages(package.__path__, prefix):
-    if module.name != "hope_jax.harness_model":  # a class of lm-eval's
+    if module.name != "hope_jax.inference.lm_eval_model":  # lm-eval's class
       importlib.import_module(module.name)
       print(module.name)
 """)
@@ -96,7 +96,7 @@ def test_model_is_imported_without_kernels_and_checkpoints():
   child = python("""
 import hope_jax.training.loop, hope_jax.inference.evaluation
 import hope_jax.inference.sessions, hope_jax.inference.texts
-import hope_jax.interchange.runs
+import hope_jax.interchange.formats
 heavy = "jax.experimental.pallas", "pallas_kernels.fused_scan", "orbax"
 print(*(name for name in heavy if name in sys.modules))
 print("pallas_kernels.linear_rule.api" in sys.modules)
@@ -108,9 +108,9 @@ print("pallas_kernels.linear_rule.api" in sys.modules)
 def test_runs_and_benchmarks_need_no_optional_package(tmp_path):
   child = python(
     """
-from hope_jax import files
+from hope_jax.runs import files
 from hope_jax.config import Config, DataConfig, EvalConfig, TrainConfig
-from hope_jax.model_config import ModelConfig
+from hope_jax.config import ModelConfig
 from hope_jax.training import loop
 from scripts import benchmark
 
@@ -140,8 +140,7 @@ benchmark.main(["--configs=3p9m", *tiny])
       "error: --config needs the package ml_collections: pip install",
     ),
     (
-      "from hope_jax.training import command\n"
-      "command.run(lambda: __import__('grain'))",
+      "from hope_jax import cli\ncli.run(lambda: __import__('grain'))",
       "error: import of grain halted; None in sys.modules: pip install grain",
     ),
   ],

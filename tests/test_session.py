@@ -15,19 +15,18 @@ import pytest
 import safetensors.numpy
 from etils import epath
 
-from hope_jax import session, session_folder, streaming
-from hope_jax.config import Config, ConfigError, DataConfig
-from hope_jax.data.tokenizer import Bytes
-from hope_jax.inference import sessions, trained
-from hope_jax.model_config import MemoryConfig, ModelConfig
-from hope_jax.training import (
-  checkpoints,
-  digest,
-  faults,
-  sharding,
-  step,
-  workdir,
+from hope_jax import session
+from hope_jax.config import (
+  Config,
+  ConfigError,
+  DataConfig,
+  MemoryConfig,
+  ModelConfig,
 )
+from hope_jax.data.tokenizer import Bytes
+from hope_jax.inference import session_folder, sessions, streaming, trained
+from hope_jax.runs import checkpoints, digest, errors, workdir
+from hope_jax.training import sharding, step
 from scripts import stream_book
 
 MEMORY = MemoryConfig(
@@ -270,7 +269,7 @@ def test_cut_short_while_saving_the_session_is_as_before(
 
   with monkeypatch.context() as patch:
     patch.setattr(where, name, fail)
-    with pytest.raises(faults.SaveFailed, match="No space.*is intact"):
+    with pytest.raises(errors.SaveFailed, match="No space.*is intact"):
       act(run, saved, feed=[str(tmp_path / "second.txt")])
   assert contents(saved).items() >= old.items()
   assert (len(contents(saved)) > 3) == (where is workdir)  # no card names it

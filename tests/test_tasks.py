@@ -15,14 +15,14 @@ import pytest
 from absl import flags
 from etils import epath
 
-from hope_jax import generation, harness, harness_tasks, scoring
+from hope_jax import harness
 from hope_jax.config import ConfigError
-from hope_jax.inference import trained
+from hope_jax.inference import generation, lm_eval_tasks, scoring, trained
 
 pytest.importorskip("lm_eval")
 
-from hope_jax.harness_answers import Answers
-from hope_jax.harness_model import HopeLM
+from hope_jax.inference.lm_eval_answers import Answers
+from hope_jax.inference.lm_eval_model import HopeLM
 from tests import test_harness
 from tests.test_harness import ask
 
@@ -122,8 +122,8 @@ def data(tmp_path_factory):
 
 
 def test_local_tasks_through_the_harness(transformer, data):
-  tasks = harness_tasks.load_tasks(list(PROMPTS), TASKS, data)
-  lines = harness_tasks.evaluate(transformer, tasks)
+  tasks = lm_eval_tasks.load_tasks(list(PROMPTS), TASKS, data)
+  lines = lm_eval_tasks.evaluate(transformer, tasks)
   assert {line.task for line in lines} == set(PROMPTS)
   for task in tasks:
     asked = task.instances
@@ -151,7 +151,7 @@ def test_local_tasks_through_the_harness(transformer, data):
     [(PROMPTS["piqa"], " turn it"), (PROMPTS["piqa"], " burn it")],
   )
   assert by_name["piqa", "acc"].score == float(scores[0] > scores[1])
-  table = harness_tasks.table(lines).splitlines()
+  table = lm_eval_tasks.table(lines).splitlines()
   assert len(table) >= len(lines) + 2 and table[0].startswith("|")
 
 
@@ -177,15 +177,15 @@ def test_examples_are_other_questions(
   file.parent.mkdir(parents=True)
   row, numbers = json.dumps(DATA[path]), range(4)
   file.write_text("\n".join(row.replace(old, f"No{n}?") for n in numbers))
-  tasks = harness_tasks.load_tasks([name], TASKS, str(tmp_path))
-  harness_tasks.evaluate(transformer, tasks, num_fewshot=3)
+  tasks = lm_eval_tasks.load_tasks([name], TASKS, str(tmp_path))
+  lm_eval_tasks.evaluate(transformer, tasks, num_fewshot=3)
   for request in tasks[0].instances:
     assert [request.args[0].count(f"No{n}?") for n in numbers] == [1] * 4
 
 
 def test_examples_and_limit(transformer, data):
-  tasks = harness_tasks.load_tasks(["babi_qa1"], TASKS, data)
-  (line,) = harness_tasks.evaluate(transformer, tasks, limit=1, num_fewshot=2)
+  tasks = lm_eval_tasks.load_tasks(["babi_qa1"], TASKS, data)
+  (line,) = lm_eval_tasks.evaluate(transformer, tasks, limit=1, num_fewshot=2)
   assert (line.documents, line.shots, line.stderr) == (1, 2, None)
   prompt = tasks[0].instances[0].args[0]
   assert prompt.count("Passage: ") == 3 and prompt.count("\n\n") == 2
@@ -317,24 +317,24 @@ def test_refused_before_anything_is_scored(
   kind, more = BAD[message]
   write_task(ours, "bad", kind, **more)
   names = ["bad", *TASKS_OF_OURS] if is_first else [*TASKS_OF_OURS, "bad"]
-  tasks = harness_tasks.load_tasks(names, str(ours), "")
+  tasks = lm_eval_tasks.load_tasks(names, str(ours), "")
   with pytest.raises(ConfigError, match=f"^--tasks: bad: .*{message}"):
-    harness_tasks.evaluate(transformer, tasks)
+    lm_eval_tasks.evaluate(transformer, tasks)
 
 
 def test_more_examples_than_there_are(transformer, ours, unasked):
   write_task(ours, "none", "ll", num_fewshot="0")
-  tasks = harness_tasks.load_tasks(["none", "ll"], str(ours), "")
+  tasks = lm_eval_tasks.load_tasks(["none", "ll"], str(ours), "")
   with pytest.raises(
     ConfigError, match="of ll with --num_fewshot=50 .ValueErr"
   ):
-    harness_tasks.evaluate(transformer, tasks, num_fewshot=50)
+    lm_eval_tasks.evaluate(transformer, tasks, num_fewshot=50)
 
 
 def scores_of(run, ours, output, names=("all_of_ours", "pages", "texts")):
-  tasks = harness_tasks.load_tasks(list(names), str(ours), "")
+  tasks = lm_eval_tasks.load_tasks(list(names), str(ours), "")
   answers = Answers(output and epath.Path(output), run)
-  return harness_tasks.evaluate(run, tasks, answers=answers)
+  return lm_eval_tasks.evaluate(run, tasks, answers=answers)
 
 
 @pytest.fixture
@@ -444,7 +444,7 @@ def test_full_disk_does_not_end_the_scoring(
   def fail(*args):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr("hope_jax.training.workdir.write_json", fail)
+  monkeypatch.setattr("hope_jax.runs.workdir.write_json", fail)
   assert scores_of(transformer, ours, tmp_path / "x.json", ["ll"])
   assert "ll: cannot keep answers: No space left" in capsys.readouterr().err
 
@@ -491,7 +491,7 @@ def test_output_is_checked_before_anything_is_read(
   def fail(*args):
     raise AssertionError("tasks are loaded")
 
-  monkeypatch.setattr(harness_tasks, "load_tasks", fail)
+  monkeypatch.setattr(lm_eval_tasks, "load_tasks", fail)
   (tmp_path / "file").touch()
   for output, message in (
     (tmp_path, f"--output={tmp_path} is a folder: name a file"),
@@ -509,8 +509,8 @@ def test_examples_that_a_task_does_not_take_are_said(
 ):
   del guessed
   write_task(ours, "none", "ll", num_fewshot="0")
-  tasks = harness_tasks.load_tasks(["none", "ll"], str(ours), "")
-  lines = harness_tasks.evaluate(transformer, tasks, num_fewshot=1)
+  tasks = lm_eval_tasks.load_tasks(["none", "ll"], str(ours), "")
+  lines = lm_eval_tasks.evaluate(transformer, tasks, num_fewshot=1)
   assert [line.shots for line in lines] == [0, 1]
   said = capsys.readouterr().err
   assert said.count("so that --num_fewshot=1 is not used") == 1
@@ -520,8 +520,8 @@ def test_examples_that_a_task_does_not_take_are_said(
 def test_cut_contexts_are_counted(transformer, ours, guessed, capsys):
   del guessed
   names = list(TASKS_OF_OURS)
-  for line in harness_tasks.evaluate(
-    transformer, harness_tasks.load_tasks(names, str(ours), "")
+  for line in lm_eval_tasks.evaluate(
+    transformer, lm_eval_tasks.load_tasks(names, str(ours), "")
   ):
     assert (line.truncated, line.cut_tokens) == (0, 0)
     assert line.unfinished == (4 if line.task == "texts" else None)
@@ -533,8 +533,8 @@ def test_cut_contexts_are_counted(transformer, ours, guessed, capsys):
   long = UTILS.replace(str(ROWS), str(rows))
   (ours / "utils.py").write_text(long)
   sys.modules.pop("utils", None)
-  tasks = harness_tasks.load_tasks(names, str(ours), "")
-  lines = {x.task: x for x in harness_tasks.evaluate(transformer, tasks)}
+  tasks = lm_eval_tasks.load_tasks(names, str(ours), "")
+  lines = {x.task: x for x in lm_eval_tasks.evaluate(transformer, tasks)}
   lengths = [len(row["text"]) for row in rows]
   # Nothing is read after the last token: attention holds 512 and one.
   rooms = {"ll": 513 - len(" He is 0"), "pages": 512, "texts": 512 - 16}
@@ -551,7 +551,7 @@ def test_cut_contexts_are_counted(transformer, ours, guessed, capsys):
   assert f"pages: {lines['pages'].truncated} of 5 contexts are too long" in said
   (row,) = (
     row
-    for row in harness_tasks.table([lines["ll"]]).splitlines()
+    for row in lm_eval_tasks.table([lines["ll"]]).splitlines()
     if "ll" in row
   )
   assert f"{lines['ll'].truncated} by {lines['ll'].cut_tokens}" in row
@@ -562,8 +562,8 @@ def test_a_model_that_is_not_finite_has_no_scores(transformer, ours):
   run = transformer._replace(params=bad)
   for name in ("ll", "texts"):
     with pytest.raises(ConfigError, match="not finite"):
-      harness_tasks.evaluate(
-        run, harness_tasks.load_tasks([name], str(ours), "")
+      lm_eval_tasks.evaluate(
+        run, lm_eval_tasks.load_tasks([name], str(ours), "")
       )
 
 
@@ -589,17 +589,17 @@ def test_wrong_flags(flags, message):
 
 def test_wrong_tasks_and_data(tmp_path, monkeypatch):
   with pytest.raises(ConfigError, match="^cannot read .*--data must name the"):
-    harness_tasks.load_tasks(["piqa"], TASKS, str(tmp_path))
+    lm_eval_tasks.load_tasks(["piqa"], TASKS, str(tmp_path))
   bad = tmp_path / "qa" / "commonsense" / "piqa_val.jsonl"
   bad.parent.mkdir(parents=True)
   bad.write_text("{")
   with pytest.raises(ConfigError, match="piqa_val.jsonl of --data is no JSON"):
-    harness_tasks.load_tasks(["piqa"], TASKS, str(tmp_path))
+    lm_eval_tasks.load_tasks(["piqa"], TASKS, str(tmp_path))
   pages = tmp_path / "wikitext2" / "test.txt"
   pages.parent.mkdir()
   pages.write_text(" = = Uses = = \n")
   with pytest.raises(ConfigError, match="wikitext2/test.txt .* has no article"):
-    harness_tasks.load_tasks(["wikitext"], TASKS, str(tmp_path))
+    lm_eval_tasks.load_tasks(["wikitext"], TASKS, str(tmp_path))
   import lm_eval.tasks
 
   only_ours = functools.partial(
@@ -609,7 +609,7 @@ def test_wrong_tasks_and_data(tmp_path, monkeypatch):
     lm_eval.tasks, "TaskManager", lambda **_: only_ours()
   )
   with pytest.raises(ConfigError, match="no task 'pikqa'; did you mean 'piqa'"):
-    harness_tasks.load_tasks(["pikqa"], TASKS, str(tmp_path))
+    lm_eval_tasks.load_tasks(["pikqa"], TASKS, str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -626,16 +626,16 @@ def test_wrong_tasks_and_data(tmp_path, monkeypatch):
 def test_data_that_cannot_be_loaded_says_why(ours, error, message):
   (ours / "utils.py").write_text(f"def load(**_):\n  raise {error}\n")
   with pytest.raises(ConfigError, match=message) as caught:
-    harness_tasks.load_tasks(["ll"], str(ours), "")
+    lm_eval_tasks.load_tasks(["ll"], str(ours), "")
   assert ("download" in str(caught.value)) == ("Connection" in error)
 
 
 @pytest.mark.usefixtures("unasked")
 def test_tasks_that_run_code_are_refused(transformer, ours):
-  tasks = harness_tasks.load_tasks(["ll", "texts"], str(ours), "")
+  tasks = lm_eval_tasks.load_tasks(["ll", "texts"], str(ours), "")
   tasks[1].UNSAFE_CODE = True
   with pytest.raises(ConfigError, match="texts runs code that the model wri"):
-    harness_tasks.evaluate(transformer, tasks)
+    lm_eval_tasks.evaluate(transformer, tasks)
 
 
 WITHOUT = """import runpy, sys

@@ -14,7 +14,7 @@ from experiments import tables
 from experiments.runner import Record
 from experiments.trials import ROOT, Evaluation
 from hope_jax.config import ConfigError
-from hope_jax.harness_tasks import Line
+from hope_jax.inference.lm_eval_tasks import Line
 
 LABEL = "tasks"
 FILES = "experiments/language_modeling/tasks"

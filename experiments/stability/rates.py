@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hope_jax.config import MemoryConfig
 from hope_jax.memory import chunks, deep
 from hope_jax.memory.architectures import Weights
 from hope_jax.memory.rules import Gates
-from hope_jax.model_config import MemoryConfig
 
 CHUNK_LENGTHS = (1, 4, 16, 64)
 MOMENTA = (0.0, 0.5, 0.9)

@@ -20,16 +20,16 @@ import numpy as np
 from etils import epath
 
 from experiments.trials import Trial, resolve
-from hope_jax import streaming
-from hope_jax.config import Config, ConfigError, MeshConfig
+from hope_jax.config import Config, ConfigError, MeshConfig, ModelConfig
 from hope_jax.data import text as text_lib
 from hope_jax.data import tokenizer
+from hope_jax.inference import streaming
 from hope_jax.memory import self_modifying
-from hope_jax.model_config import ModelConfig
 from hope_jax.models import language_model
-from hope_jax.training import checkpoints, sharding
+from hope_jax.runs import checkpoints
+from hope_jax.runs import workdir as workdir_lib
+from hope_jax.training import sharding
 from hope_jax.training import step as step_lib
-from hope_jax.training import workdir as workdir_lib
 
 CONFIG, MODE = "configs/shakespeare.py", "{},long"
 STREAMS = ("repeated", "noise", "text", "changed")

@@ -24,8 +24,8 @@ from experiments import tables
 from experiments.runner import read_json
 from experiments.stability import battery, rates, reading
 from experiments.trials import ROOT
-from hope_jax import files
 from hope_jax.config import ConfigError
+from hope_jax.runs import files
 
 MODELS = ("titans", "hope")
 DTYPES = ("float32", "bfloat16")

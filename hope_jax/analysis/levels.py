@@ -10,7 +10,7 @@ needs is faster: the optimizer's moments come before the weights they move.  A
 level that the config freezes is not written: it is with the slow weights.  CMS
 levels that the optimizer changes once in n steps come last.
 
-Its costs are counted (`costs.py`), nothing is executed.
+Its costs are counted (`analysis/costs.py`), nothing is executed.
 """
 
 import dataclasses
@@ -24,10 +24,11 @@ from typing import Any
 
 from etils import epath
 
-from hope_jax import costs, files
-from hope_jax.config import Config
-from hope_jax.costs import COUNTED
-from hope_jax.model_config import TTT_LAYERS, MemoryConfig, ModelConfig
+from hope_jax.analysis import costs
+from hope_jax.analysis.costs import COUNTED
+from hope_jax.config import Config, MemoryConfig, ModelConfig
+from hope_jax.config.model import TTT_LAYERS
+from hope_jax.runs import files
 
 LEGEND = """
 x: a layer's input; n: a level's; y, k, v: the sequence layer's output, keys,

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from hope_jax import files
 from hope_jax.config import ConfigError
 from hope_jax.data import text as text_lib
+from hope_jax.runs import files
 
 PART_BYTES = 64 << 20
 TFDS = "tfds:"

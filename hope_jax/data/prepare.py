@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from hope_jax import files
 from hope_jax.config import ConfigError
 from hope_jax.data import documents, packing, records
 from hope_jax.data import tokenizer as tokenizer_lib
 from hope_jax.data import workers as workers_lib
+from hope_jax.runs import files
 
 SPLITS = ("train", "valid", "test")
 PARTS, PLAN = "parts", "plan.json"

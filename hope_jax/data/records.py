@@ -21,11 +21,10 @@ from typing import Any, cast
 import numpy as np
 from etils import epath
 
-from hope_jax import files
-from hope_jax.config import Config, ConfigError, DataConfig
+from hope_jax.config import Config, ConfigError, DataConfig, convert
 from hope_jax.data import tokenizer
 from hope_jax.data.packing import FIELDS, Example
-from hope_jax.fields import convert
+from hope_jax.runs import files
 
 MANIFEST = "manifest.json"
 VERSION = 1

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from hope_jax import files
 from hope_jax.config import ConfigError, DataConfig
 from hope_jax.data import tokenizer
+from hope_jax.runs import files
 
 REPOSITORY = epath.Path(__file__).resolve().parents[2]
 SPLITS = ("train", "valid", "test")

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 from etils import epath
 
-from hope_jax import files
 from hope_jax.config import ConfigError
+from hope_jax.runs import files
 
 BYTES = "bytes"
 VOCAB_SIZE = 256  # of bytes

@@ -7,9 +7,10 @@ from etils import epath
 from hope_jax.config import Config
 from hope_jax.data import pipeline
 from hope_jax.inference import trained, variants
-from hope_jax.training import evaluation, progress, sharding
+from hope_jax.runs import progress
+from hope_jax.runs import workdir as workdir_lib
+from hope_jax.training import evaluation, sharding
 from hope_jax.training import step as step_lib
-from hope_jax.training import workdir as workdir_lib
 
 
 def evaluate(

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 from etils import epath
 
-from hope_jax import files
 from hope_jax.config import ConfigError
 from hope_jax.data import text as text_lib
 from hope_jax.data.tokenizer import Tokenizer
+from hope_jax.runs import files
 
 TEXT = 1 << 20  # bytes of a text that are encoded at a time
 

@@ -19,14 +19,11 @@ import numpy as np
 from etils import epath
 
 from hope_jax import config as config_lib
-from hope_jax import files, generation, streaming
-from hope_jax.config import ConfigError
+from hope_jax.config import ConfigError, ModelConfig
 from hope_jax.data.tokenizer import Bytes, Tokenizer
-from hope_jax.inference import reading, texts
+from hope_jax.inference import generation, reading, streaming, texts
 from hope_jax.inference.sampling import Sampling
-from hope_jax.inference.trained import Run
-from hope_jax.model_config import ModelConfig
-from hope_jax.session_folder import (
+from hope_jax.inference.session_folder import (
   CARD,
   STATE,
   VERSION,
@@ -35,9 +32,10 @@ from hope_jax.session_folder import (
   read_card,
   state_file,
 )
-from hope_jax.streaming import StreamState
-from hope_jax.training import digest, faults, progress
-from hope_jax.training import workdir as workdir_lib
+from hope_jax.inference.streaming import StreamState
+from hope_jax.inference.trained import Run
+from hope_jax.runs import digest, errors, files, progress
+from hope_jax.runs import workdir as workdir_lib
 
 BLOCK = 4 * streaming.PIECE  # tokens between two movements of the bar
 
@@ -98,7 +96,7 @@ def save(folder: epath.Path, run: Run, state: StreamState) -> None:
       if is_ours and path.name not in (CARD, target.name):
         path.unlink()
   except (OSError, safetensors.SafetensorError) as error:
-    raise faults.SaveFailed(
+    raise errors.SaveFailed(
       f"cannot save {folder}: {files.reason(error)}; the session that is there"
       " is intact"
     ) from error

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from hope_jax import generation
 from hope_jax.data.tokenizer import Tokenizer
-from hope_jax.inference import trained
+from hope_jax.inference import generation, trained
 from hope_jax.inference.sampling import Sampling, check_prompts, check_request
-from hope_jax.training import progress, sharding
-from hope_jax.training import workdir as workdir_lib
+from hope_jax.runs import progress
+from hope_jax.runs import workdir as workdir_lib
+from hope_jax.training import sharding
 
 
 def cut(

@@ -10,9 +10,10 @@ from jax.sharding import Mesh
 from hope_jax.config import Config, ConfigError, MeshConfig
 from hope_jax.data import pipeline
 from hope_jax.data.tokenizer import Tokenizer
-from hope_jax.training import digest, progress, sharding
+from hope_jax.runs import digest, progress
+from hope_jax.runs import workdir as workdir_lib
+from hope_jax.training import sharding
 from hope_jax.training import step as step_lib
-from hope_jax.training import workdir as workdir_lib
 
 
 class Run(NamedTuple):
@@ -54,7 +55,7 @@ def read_params(
   takes them; says how many they are before the slow parts begin."""
   abstract = compiled.abstract_state.params
   progress.say(f"{step_lib.count_parameters(abstract):,} parameters")
-  from hope_jax.training import checkpoints  # half a second
+  from hope_jax.runs import checkpoints  # half a second
 
   return checkpoints.restore_params(workdir, abstract)
 

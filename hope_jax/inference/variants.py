@@ -2,8 +2,7 @@
 
 import dataclasses
 
-from hope_jax.config import Config, ConfigError
-from hope_jax.model_config import ModelConfig
+from hope_jax.config import Config, ConfigError, ModelConfig
 
 
 def switch_off(model: ModelConfig, levels: tuple[str, ...]) -> ModelConfig:

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
+from hope_jax.config import MemoryConfig
 from hope_jax.memory import chunks, devices
-from hope_jax.model_config import MemoryConfig
 from pallas_kernels import scan
 from pallas_kernels.linear_rule import chunk as chunk_lib
 

@@ -27,10 +27,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hope_jax.config import MemoryConfig
 from hope_jax.memory import architectures, chunks, deep, rules
 from hope_jax.memory.architectures import Weights
 from hope_jax.memory.rules import Gates
-from hope_jax.model_config import MemoryConfig
 from pallas_kernels.linear_rule import chunk as chunk_lib
 
 

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hope_jax.model_config import MemoryConfig
+from hope_jax.config import MemoryConfig
 from pallas_kernels.linear_rule import chunk as chunk_lib
 from pallas_kernels.scan import merge_chunks, split_chunks
 

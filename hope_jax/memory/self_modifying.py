@@ -26,10 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hope_jax.config import MemoryConfig
 from hope_jax.memory import architectures, chunks, deep, fused, rules
 from hope_jax.memory.architectures import l2_normalize
 from hope_jax.memory.rules import Gates
-from hope_jax.model_config import MemoryConfig
 from pallas_kernels.linear_rule import chunk as chunk_lib
 
 PROJECTIONS, GATES = ("k", "v", "q"), ("eta", "alpha")

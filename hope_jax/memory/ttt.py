@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hope_jax.config import MemoryConfig
 from hope_jax.memory import architectures, chunks, deep
 from hope_jax.memory.architectures import Weights
-from hope_jax.model_config import MemoryConfig
 
 
 class Layer(NamedTuple):

@@ -20,7 +20,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from hope_jax.model_config import ModelConfig, RopeScaling
+from hope_jax.config import ModelConfig, RopeScaling
 from hope_jax.models import layers
 from hope_jax.models.interface import MixerOutput
 from pallas_kernels.scan import fold_chunks

@@ -16,12 +16,12 @@ import flax.linen as nn
 import flax.struct
 import jax
 
-from hope_jax.model_config import (
+from hope_jax.config import ModelConfig
+from hope_jax.config.model import (
   ATTENTION_LAYERS,
   LINEAR_LAYERS,
   MEMORY_LAYERS,
   TTT_LAYERS,
-  ModelConfig,
 )
 from hope_jax.models import (
   attention,

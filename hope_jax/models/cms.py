@@ -26,9 +26,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hope_jax.config import ModelConfig
 from hope_jax.memory import chunks, cms
 from hope_jax.memory.architectures import rms_normalize
-from hope_jax.model_config import ModelConfig
 from hope_jax.models import layers
 from hope_jax.models.interface import MixerOutput
 

@@ -16,8 +16,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hope_jax.config import ModelConfig
 from hope_jax.memory import products
-from hope_jax.model_config import ModelConfig
 
 INIT_STD = 0.02
 

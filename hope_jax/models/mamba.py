@@ -18,9 +18,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hope_jax.config import ModelConfig
 from hope_jax.memory import devices
 from hope_jax.memory.selective_scan import ScanOutput, selective_scan
-from hope_jax.model_config import ModelConfig
 from hope_jax.models import layers, linear
 from hope_jax.models.interface import MixerOutput
 

@@ -39,9 +39,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hope_jax.config import ModelConfig
 from hope_jax.memory import chunks, devices
 from hope_jax.memory.cms import LevelWeights
-from hope_jax.model_config import ModelConfig
 from hope_jax.models import cms as cms_layer
 from hope_jax.models.block import BlockState
 from hope_jax.models.next_token_levels import (

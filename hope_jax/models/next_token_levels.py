@@ -13,9 +13,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from hope_jax.config import ModelConfig
 from hope_jax.memory import chunks
 from hope_jax.memory.cms import LevelWeights
-from hope_jax.model_config import ModelConfig
 from hope_jax.models import cms as cms_layer
 
 

@@ -23,9 +23,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hope_jax.config import ModelConfig
 from hope_jax.memory import deep
 from hope_jax.memory.architectures import Weights
-from hope_jax.model_config import ModelConfig
 from hope_jax.models import layers
 from hope_jax.models.interface import MixerOutput
 from hope_jax.models.linear import document_starts

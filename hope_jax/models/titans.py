@@ -22,10 +22,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hope_jax.config import ModelConfig
 from hope_jax.memory import chunks, deep, memora, rules, self_modifying
 from hope_jax.memory.architectures import Weights, rms_normalize
 from hope_jax.memory.self_modifying import Boxes
-from hope_jax.model_config import ModelConfig
 from hope_jax.models import layers
 from hope_jax.models.interface import MixerOutput
 

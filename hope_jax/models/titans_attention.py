@@ -29,9 +29,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hope_jax.config import ModelConfig
 from hope_jax.memory import architectures, chunks, deep, rules, self_modifying
 from hope_jax.memory.architectures import l2_normalize, rms_normalize
-from hope_jax.model_config import ModelConfig
 from hope_jax.models import attention, layers, titans
 from hope_jax.models.interface import MixerOutput
 

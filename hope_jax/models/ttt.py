@@ -22,9 +22,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hope_jax.config import ModelConfig
 from hope_jax.memory import chunks, ttt
 from hope_jax.memory.architectures import Weights, layer_normalize
-from hope_jax.model_config import ModelConfig
 from hope_jax.models import attention, layers
 from hope_jax.models.interface import MixerOutput
 

@@ -7,9 +7,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from hope_jax.analysis import dynamics
 from hope_jax.config import Config
 from hope_jax.data import pipeline, tokenizer
-from hope_jax.training import dynamics, progress, sharding, step
+from hope_jax.runs import progress
+from hope_jax.training import sharding, step
 
 FIRST_POSITIONS = 64  # the first of `by_position`'s bins
 

@@ -16,26 +16,11 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 from hope_jax.config import TrainConfig
+from hope_jax.runs.errors import Diverged, NoData
 
 _HISTORY = 50  # logged losses that a spike is measured against
 _FEWEST = 5  # without so many there is no usual loss
 _GRACE_SECONDS = 5.0  # for data workers to end
-
-
-class Fault(RuntimeError):
-  """A run cannot go on; the message is one line that says what to do."""
-
-
-class Diverged(Fault):
-  """The run cannot go on from where it is; its checkpoints are good."""
-
-
-class NoData(Fault):
-  """The input pipeline died or hangs."""
-
-
-class SaveFailed(Fault):
-  """A checkpoint could not be written; the older ones are intact."""
 
 
 class Guard:

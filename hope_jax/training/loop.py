@@ -10,24 +10,14 @@ import numpy as np
 from etils import epath
 
 from hope_jax import config as config_lib
-from hope_jax import files
+from hope_jax.analysis import dynamics, flops
 from hope_jax.config import Config
 from hope_jax.data import pipeline
-from hope_jax.training import (
-  compilation,
-  dynamics,
-  evaluation,
-  exchange,
-  faults,
-  flops,
-  interruption,
-  metrics,
-  processes,
-  progress,
-  sharding,
-)
+from hope_jax.interchange import safetensors as safetensors_lib
+from hope_jax.runs import compilation, files, interruption, processes, progress
+from hope_jax.runs import workdir as workdir_lib
+from hope_jax.training import evaluation, faults, metrics, sharding
 from hope_jax.training import step as step_lib
-from hope_jax.training import workdir as workdir_lib
 
 
 def run(config: Config, workdir: epath.Path) -> dict[str, Any]:
@@ -98,7 +88,7 @@ def train(
   data: dict[str, str],
 ) -> dict[str, Any]:
   """The run itself, in a folder that is claimed and locked: its result."""
-  from hope_jax.training import checkpoints  # half a second, after first lines
+  from hope_jax.runs import checkpoints  # half a second, after first lines
 
   options = config.train
 
@@ -243,7 +233,7 @@ def _first_state(
     return state
   folder = files.reach(config.train.init_from)
   workdir_lib.check_data(folder, config, data)
-  params = exchange.load(folder, compiled.abstract_state.params)
+  params = safetensors_lib.load(folder, compiled.abstract_state.params)
   return dataclasses.replace(state, params=params)
 
 

@@ -19,9 +19,9 @@ import numpy as np
 from etils import epath
 
 from hope_jax import config as config_lib
-from hope_jax import files
 from hope_jax.config import Config, ConfigError
-from hope_jax.training import workdir as workdir_lib
+from hope_jax.runs import files
+from hope_jax.runs import workdir as workdir_lib
 
 
 def read(workdir: epath.Path) -> list[dict[str, Any]]:

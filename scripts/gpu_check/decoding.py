@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from hope_jax import generation, streaming
-from hope_jax.model_config import ModelConfig
+from hope_jax.config import ModelConfig
+from hope_jax.inference import generation, streaming
 from hope_jax.models import language_model
 from scripts import benchmark_generation
 from scripts.gpu_check import training

@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 import jax
 
 from configs import _paper
+from hope_jax.analysis import flops
 from hope_jax.config import Config, from_config_dict
-from hope_jax.training import flops, sharding, step
+from hope_jax.training import sharding, step
 from scripts import benchmark
 from scripts.gpu_check.plan import Row, first_line
 

@@ -3,9 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from hope_jax.config import Config, DataConfig
+from hope_jax.config import Config, DataConfig, ModelConfig
 from hope_jax.data import pipeline
-from hope_jax.model_config import ModelConfig
 
 CONFIGS = {
   "text": Config(data=DataConfig(sequence_length=32)),

@@ -9,11 +9,16 @@ import pathlib
 import numpy as np
 import pytest
 
-from hope_jax.config import Config, ConfigError, DataConfig
+from hope_jax.config import (
+  Config,
+  ConfigError,
+  DataConfig,
+  MemoryConfig,
+  ModelConfig,
+)
 from hope_jax.data import documents, pipeline, prepare, records, text
 from hope_jax.data.prepare import Options
 from hope_jax.data.records import Manifest
-from hope_jax.model_config import MemoryConfig, ModelConfig
 
 SHAKESPEARE = text.REPOSITORY / DataConfig().path
 SPEECHES = list(dict.fromkeys(SHAKESPEARE.read_text().split("\n\n")))[:400]

@@ -15,7 +15,7 @@ import multiprocessing, os, signal, sys
 
 from hope_jax.config import Config, DataConfig
 from hope_jax.data import pipeline
-from hope_jax.model_config import ModelConfig
+from hope_jax.config import ModelConfig
 
 if __name__ == "__main__":
   config = Config(

@@ -14,11 +14,10 @@ from etils import epath
 
 from experiments.stability import battery, rates, reading, run
 from hope_jax import config as config_lib
-from hope_jax.config import ConfigError
-from hope_jax.model_config import ModelConfig
+from hope_jax.config import ConfigError, ModelConfig
 from hope_jax.models import language_model
-from hope_jax.training import checkpoints
-from hope_jax.training import workdir as workdir_lib
+from hope_jax.runs import checkpoints
+from hope_jax.runs import workdir as workdir_lib
 
 L2_HALF, L2, L2_SUM, DOT = rates.RULES
 

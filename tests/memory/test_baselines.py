@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hope_jax.config import MemoryConfig
 from hope_jax.memory import chunks, memora, ttt
 from hope_jax.memory.architectures import Weights
 from hope_jax.memory.rules import Gates
-from hope_jax.model_config import MemoryConfig
 from tests.memory import baselines
 from tests.pallas_kernels.testing import fast_jit
 from tests.tiers import slow_case

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from hope_jax.config import MemoryConfig
 from hope_jax.memory import chunks, deep, rules
 from hope_jax.memory.architectures import Weights
 from hope_jax.memory.rules import Gates
-from hope_jax.model_config import MemoryConfig
 from tests.memory import oracle
 from tests.pallas_kernels.testing import fast_jit
 from tests.tiers import slow_case

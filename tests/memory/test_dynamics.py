@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hope_jax.config import MemoryConfig
 from hope_jax.memory import cms, deep, self_modifying
-from hope_jax.model_config import MemoryConfig
 from tests.memory import oracle, test_cms, test_deep, test_self_modifying
 from tests.pallas_kernels.testing import fast_jit
 

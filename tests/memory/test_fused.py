@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hope_jax.config import MemoryConfig
 from hope_jax.memory import chunks, deep, fused, rules, self_modifying
-from hope_jax.model_config import MemoryConfig
 from tests import compilers
 from tests.memory.test_deep import (
   B,
@@ -146,7 +146,7 @@ EIGHT = """
 import dataclasses, json
 import jax, numpy as np
 from hope_jax.config import MeshConfig
-from hope_jax.model_config import MemoryConfig
+from hope_jax.config import MemoryConfig
 from hope_jax.memory import deep, fused
 from hope_jax.training import sharding
 from tests.memory import test_deep

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import scipy.optimize
 
+from hope_jax.config import MemoryConfig
 from hope_jax.memory import rules
 from hope_jax.memory.rules import Gates
-from hope_jax.model_config import MemoryConfig
 
 
 @pytest.mark.parametrize("eta", [0.1, 0.7, 5.0])

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hope_jax.config import MemoryConfig
 from hope_jax.memory import chunks, deep, rules, self_modifying
 from hope_jax.memory.self_modifying import Boxes, Slow
-from hope_jax.model_config import MemoryConfig
 from tests.memory import oracle
 from tests.memory.test_deep import LITERAL
 from tests.pallas_kernels.testing import fast_jit

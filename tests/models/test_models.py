@@ -9,13 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hope_jax.model_config import (
-  PATTERNS,
-  CMSConfig,
-  MemoryConfig,
-  ModelConfig,
-  RopeScaling,
-)
+from hope_jax.config import CMSConfig, MemoryConfig, ModelConfig, RopeScaling
+from hope_jax.config.model import PATTERNS
 from hope_jax.models import language_model, layers
 from hope_jax.models.block import SEQUENCE_LAYERS
 from tests.pallas_kernels.testing import fast_jit

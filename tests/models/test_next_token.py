@@ -10,8 +10,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from hope_jax.config import ConfigError
-from hope_jax.model_config import CMSConfig, MemoryConfig, ModelConfig
+from hope_jax.config import CMSConfig, ConfigError, MemoryConfig, ModelConfig
 from hope_jax.models import (
   cms,
   language_model,

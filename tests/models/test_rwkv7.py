@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hope_jax.model_config import ConfigError
+from hope_jax.config import ConfigError
 from hope_jax.models import block, language_model
 from tests.models.test_models import B, T, init, make
 from tests.pallas_kernels.testing import fast_jit

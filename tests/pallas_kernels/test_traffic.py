@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from hope_jax.config import MemoryConfig
 from hope_jax.memory import deep, self_modifying
-from hope_jax.model_config import MemoryConfig
 from pallas_kernels import traffic
 
 BATCH, HEADS, TOKENS, DIM = 2, 8, 4096, 128

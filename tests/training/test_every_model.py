@@ -8,7 +8,7 @@ import pytest
 
 from configs import _base, _models
 from hope_jax import config as config_lib
-from hope_jax.model_config import PATTERNS
+from hope_jax.config.model import PATTERNS
 from hope_jax.models.block import SEQUENCE_LAYERS
 from tests.tiers import slow_case
 from tests.training.test_sharding import child

@@ -19,7 +19,8 @@ import pytest
 
 from hope_jax import config as config_lib
 from hope_jax.config import ConfigError
-from hope_jax.training import checkpoints, faults, loop, metrics, step, workdir
+from hope_jax.runs import checkpoints, errors, workdir
+from hope_jax.training import faults, loop, metrics, step
 from tests.training.test_loop import (
   Killed,
   final_state,
@@ -91,7 +92,7 @@ def test_too_many_bad_steps_end_the_run_with_good_checkpoints(
   with monkeypatch.context() as patch:
     spoil(patch, lambda n: n >= 3, without_numbers)
     with pytest.raises(
-      faults.Diverged, match="not finite in 2 steps .* step 4"
+      errors.Diverged, match="not finite in 2 steps .* step 4"
     ):
       loop.run(config, tmp_path)
   assert not (tmp_path / "result.json").exists()
@@ -142,7 +143,7 @@ def test_too_many_spikes_end_the_run(tiny, tmp_path, monkeypatch):
     tiny, steps=12, log_every=1, rollback_factor=3.0, max_rollbacks=2
   )
   spoil(monkeypatch, lambda n: n == 7, jumped)
-  with pytest.raises(faults.Diverged, match="jumped to .* the 3th time"):
+  with pytest.raises(errors.Diverged, match="jumped to .* the 3th time"):
     loop.run(config, tmp_path)
 
 
@@ -200,14 +201,14 @@ def test_resumed_guard_is_the_uninterrupted_one():
   usual = 3.0 * 1.2  # 1.0 1.1 1.2 1.2 1.3 1.3 1.4: the median is 1.2
   assert not resumed.is_spike(seen(11, usual))
   assert resumed.is_spike(seen(12, usual + 0.2))  # the second rollback
-  with pytest.raises(faults.Diverged, match="step 13, the 3th time"):
+  with pytest.raises(errors.Diverged, match="step 13, the 3th time"):
     resumed.is_spike(seen(13, 90.0))
 
 
 def test_bad_steps_end_the_run_at_the_limit_only():
   found = guard(max_bad_steps=3)
   assert not found.is_spike(seen(1, math.nan, bad_in_a_row=2))
-  with pytest.raises(faults.Diverged, match="in 3 steps up to step 2"):
+  with pytest.raises(errors.Diverged, match="in 3 steps up to step 2"):
     found.is_spike(seen(2, math.nan, bad_in_a_row=3))
 
 
@@ -232,10 +233,10 @@ def test_run_that_ends_not_finite_has_no_result(
   if message is None:
     faults.check_end(config, losses=losses, **counts)
     return
-  with pytest.raises(faults.Diverged, match=message):
+  with pytest.raises(errors.Diverged, match=message):
     faults.check_end(config, losses=losses, **counts)
   only = config_lib.TrainConfig(steps=1)
-  with pytest.raises(faults.Diverged, match="in the last 1 of 1 steps"):
+  with pytest.raises(errors.Diverged, match="in the last 1 of 1 steps"):
     faults.check_end(only, losses={}, bad=1, bad_in_a_row=1)
 
 
@@ -248,7 +249,7 @@ def test_evaluation_without_a_number_is_no_result_and_stays_none(
     loop.evaluation, "evaluate", lambda *_, **__: NO_SCORES.copy()
   )
   for _ in range(2):
-    with pytest.raises(faults.Diverged, match="valid loss .* is not finite"):
+    with pytest.raises(errors.Diverged, match="valid loss .* is not finite"):
       loop.run(tiny, tmp_path)
     assert not (tmp_path / "result.json").exists()
   assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
@@ -266,7 +267,7 @@ def test_learning_rate_without_bounds_ends_as_diverged(tiny, tmp_path):
   opt = dataclasses.replace(tiny.opt, peak_lr=3e38, clip_norm=0.0, eps=1e-30)
   config = dataclasses.replace(tiny, opt=opt)
   for _ in range(2):
-    with pytest.raises(faults.Diverged, match="finite in the last 5 of 6"):
+    with pytest.raises(errors.Diverged, match="finite in the last 5 of 6"):
       loop.run(config, tmp_path)
   assert not (tmp_path / "result.json").exists()
 
@@ -281,7 +282,7 @@ def test_parameters_that_overflow_are_never_saved(tiny, tmp_path, monkeypatch):
   """The last update's own loss and gradient are finite."""
   with monkeypatch.context() as patch:
     spoil(patch, lambda n: n == 6, overflowed)
-    with pytest.raises(faults.Diverged, match="is not finite after step 6"):
+    with pytest.raises(errors.Diverged, match="is not finite after step 6"):
       loop.run(tiny, tmp_path)
   assert not (tmp_path / "result.json").exists()
   assert not (tmp_path / "checkpoints" / "6").exists()
@@ -322,7 +323,7 @@ def test_hanging_data_is_an_error_within_its_time():
   batches = faults.with_timeout(hang(), 0.3)
   assert next(batches) == 1
   start = time.monotonic()
-  with pytest.raises(faults.NoData, match="no batch for 0.3 s"):
+  with pytest.raises(errors.NoData, match="no batch for 0.3 s"):
     next(batches)
   assert time.monotonic() - start < 10
 
@@ -334,7 +335,7 @@ def test_dying_data_is_an_error():
 
   batches = faults.with_timeout(die(), 10.0)
   assert next(batches) == 1
-  with pytest.raises(faults.NoData, match="reading .* storage went away"):
+  with pytest.raises(errors.NoData, match="reading .* storage went away"):
     next(batches)
 
 

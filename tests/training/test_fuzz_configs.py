@@ -7,14 +7,14 @@ import pytest
 from etils import epath
 
 from hope_jax.config import ConfigError, from_config_dict
-from hope_jax.generation import Sampling
-from hope_jax.inference import texts as texts_lib
-from hope_jax.model_config import (
+from hope_jax.config.model import (
   LINEAR_LAYERS,
   PATTERNS,
   RECURRENT_LAYERS,
   STATE_SPACE_LAYERS,
 )
+from hope_jax.inference import texts as texts_lib
+from hope_jax.inference.generation import Sampling
 from hope_jax.training import loop, metrics
 from tests.tiers import slow_case
 from tests.training.test_loop import Killed, kill_at

@@ -9,14 +9,8 @@ import pytest
 
 from hope_jax import config as config_lib
 from hope_jax.config import ConfigError
-from hope_jax.training import (
-  checkpoints,
-  interruption,
-  loop,
-  metrics,
-  sharding,
-  step,
-)
+from hope_jax.runs import checkpoints, interruption
+from hope_jax.training import loop, metrics, sharding, step
 
 pytestmark = pytest.mark.optimized
 

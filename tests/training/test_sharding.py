@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 from hope_jax.config import (
+  CMSConfig,
   Config,
   ConfigError,
   DataConfig,
   EvalConfig,
+  MemoryConfig,
   MeshConfig,
+  ModelConfig,
   TrainConfig,
 )
-from hope_jax.model_config import CMSConfig, MemoryConfig, ModelConfig
 from hope_jax.training import sharding
 from tests.tiers import slow_case
 

@@ -9,12 +9,18 @@ import optax
 import pytest
 from etils import epath
 
-from hope_jax.config import DataConfig, MeshConfig
+from hope_jax.config import (
+  CMSConfig,
+  DataConfig,
+  MemoryConfig,
+  MeshConfig,
+  ModelConfig,
+)
 from hope_jax.data import pipeline
-from hope_jax.model_config import CMSConfig, MemoryConfig, ModelConfig
 from hope_jax.models import language_model
 from hope_jax.optim import adamw
-from hope_jax.training import checkpoints, sharding, step
+from hope_jax.runs import checkpoints
+from hope_jax.training import sharding, step
 from tests.pallas_kernels.testing import fast_compile, fast_jit
 from tests.tiers import slow_case
 

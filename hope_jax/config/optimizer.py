@@ -1,0 +1,31 @@
+"""The optimizer group of the configuration."""
+
+import dataclasses
+
+from hope_jax.config.fields import check_numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class OptConfig:
+  """AdamW with warm-up, cosine decay and two learning-rate groups.
+
+  Attributes:
+    peak_lr, end_lr_ratio: cosine from peak_lr to end_lr_ratio * peak_lr.
+    warmup_steps: linear from 0.
+    memory_lr_ratio: rate of the memories' initial states and gates relative
+      to the rest.
+    clip_norm: global norm of the gradient; 0 does not clip.
+  """
+
+  peak_lr: float = 1e-3
+  end_lr_ratio: float = 0.1
+  warmup_steps: int = 50
+  weight_decay: float = 0.1
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  clip_norm: float = 1.0
+  memory_lr_ratio: float = 1.0
+
+  def __post_init__(self):
+    check_numbers(self, "opt", ("peak_lr", "eps"), ("b1", "b2"))

@@ -1,0 +1,155 @@
+"""The whole configuration of a run, and its mesh, train and eval groups."""
+
+import dataclasses
+from typing import Any
+
+from hope_jax.config.data import DataConfig
+from hope_jax.config.fields import (
+  ConfigError,
+  check_choice,
+  check_numbers,
+  convert,
+)
+from hope_jax.config.model import ModelConfig
+from hope_jax.config.optimizer import OptConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices per axis; -1 takes what is left (one axis at the most)."""
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """The loop: length, logging, checkpoints.
+
+  Attributes:
+    accumulate: parts that a batch is cut into, one after the other.
+    init_from: folder of an export (hope_jax.export) with the parameters to
+      begin with; empty: random ones.
+    carry_state: a document that goes on in the next step finds the memories
+      as it left them (truncated backpropagation through time).
+    keep_checkpoints, keep_best: how many of the newest checkpoints are kept,
+      and of those with the lowest validation loss.
+    max_bad_steps: so many steps in a row without a finite loss and gradient
+      end the run; fewer are skipped.
+    rollback_factor: a logged loss above so many times the median of the last
+      50 sends the run back to its last checkpoint, past the data in between;
+      0: never.  max_rollbacks: more than so many end the run.
+    hang_seconds: a step that takes longer dumps all stacks on stderr; 0: off.
+  """
+
+  steps: int = 500
+  seed: int = 0
+  accumulate: int = 1
+  init_from: str = ""
+  carry_state: bool = False
+  log_every: int = 10
+  dynamics_every: int = 100
+  eval_every: int = 100
+  checkpoint_every: int = 100
+  keep_checkpoints: int = 2
+  keep_best: int = 0
+  max_bad_steps: int = 10
+  rollback_factor: float = 0.0
+  max_rollbacks: int = 3
+  hang_seconds: float = 1800.0
+  wandb: str = "off"
+  wandb_project: str = "hope_jax"
+
+  def __post_init__(self):
+    counts = "steps", "accumulate", "keep_checkpoints", "max_bad_steps"
+    check_numbers(self, "train", counts)
+    if self.rollback_factor and self.rollback_factor <= 1:
+      raise ConfigError(
+        f"train.rollback_factor={self.rollback_factor} must be above 1, or 0"
+        " (never)"
+      )
+    check_choice(self.wandb, "train.wandb", ("off", "offline", "online"))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """Held-out evaluation: `batches` of `batch_size`; 0 is the whole split."""
+
+  batches: int = 0
+  batch_size: int = 8
+
+  def __post_init__(self):
+    check_numbers(self, "eval", ("batch_size",))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Everything of one run."""
+
+  model: ModelConfig = ModelConfig()
+  opt: OptConfig = OptConfig()
+  data: DataConfig = DataConfig()
+  mesh: MeshConfig = MeshConfig()
+  train: TrainConfig = TrainConfig()
+  eval: EvalConfig = EvalConfig()
+
+  def __post_init__(self):
+    if self.data.batch_size % self.train.accumulate:
+      raise ConfigError(
+        f"train.accumulate={self.train.accumulate} does not divide"
+        f" data.batch_size={self.data.batch_size}"
+      )
+    carries = self.train.carry_state
+    is_cache = self.model.has_longest_context
+    if carries and (is_cache or self.data.kind == "mqar"):
+      raise ConfigError(
+        f"train.carry_state: {self.model.sequence_layer} on {self.data.kind}"
+        " has nothing to carry; it is for memories on documents"
+      )
+    is_short = self.model.context_length < self.data.sequence_length
+    if self.model.cms.signal == "next_token" and is_cache and is_short:
+      raise ConfigError(
+        f"data.sequence_length={self.data.sequence_length} is longer than"
+        f" attention's cache: raise model.context_length"
+        f" ({self.model.context_length})"
+      )
+    self._check_levels()
+
+  def _check_levels(self):
+    cms, length = self.model.cms, self.data.sequence_length
+    tokens = self.data.batch_size * length
+    if cms.step_tokens not in (0, tokens):
+      raise ConfigError(
+        f"model.cms.step_tokens={cms.step_tokens} must be"
+        f" data.batch_size={self.data.batch_size} times"
+        f" data.sequence_length={length}, {tokens}, or 0 (no level is slower"
+        " than a training step)"
+      )
+    longest = max((1, *cms.periods.values()))
+    if longest > self.train.steps:
+      raise ConfigError(
+        f"model.cms.chunk_lengths has {longest * tokens}, which is"
+        f" {longest} training steps: such a level never changes in"
+        f" train.steps={self.train.steps}; shorten it, or train longer"
+      )
+    slowest = max((0, *cms.fast_lengths))
+    if slowest * 2 > length and not self.train.carry_state:
+      hint = ""
+      if slowest >= tokens and not cms.step_tokens:
+        hint = f"; or model.cms.step_tokens={tokens}: the optimizer changes it"
+      raise ConfigError(
+        f"model.cms.chunk_lengths has {slowest}, more than half of"
+        f" data.sequence_length={length}: such a level hardly uses what it"
+        f" learns; shorten it, or train.carry_state{hint}"
+      )
+
+
+def from_config_dict(config_dict: Any) -> Config:
+  """ConfigDict (or nested mapping) -> `Config`; raises `ConfigError`."""
+  return convert(Config, config_dict)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+  """`Config` -> nested plain dict (JSON-ready), inverse of the above."""
+  return dataclasses.asdict(config)
