@@ -25,10 +25,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from hope_jax.runs import files
 from hope_jax.config import ConfigError, TrainConfig
-from hope_jax.runs import digest, progress
-from hope_jax.runs import errors
+from hope_jax.runs import digest, errors, files, progress
 from hope_jax.runs import workdir as workdir_lib
 from hope_jax.runs.errors import SaveFailed
 

@@ -25,8 +25,8 @@ from typing import Any
 from etils import epath
 
 from hope_jax import config as config_lib
-from hope_jax.runs import files
 from hope_jax.config import Config, ConfigError
+from hope_jax.runs import files
 
 CONFIG, DATA = "config.json", "data.json"
 METRICS, RESULT = "metrics.jsonl", "result.json"

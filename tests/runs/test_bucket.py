@@ -7,15 +7,13 @@ import numpy as np
 import pytest
 from etils import epath
 
-from hope_jax.runs import files
 from hope_jax.config import ConfigError
+from hope_jax.export import export_run
 from hope_jax.inference import texts as texts_lib
 from hope_jax.inference.sampling import Sampling
-from hope_jax.export import export_run
 from hope_jax.interchange import safetensors as safetensors_lib
-from hope_jax.runs import errors
+from hope_jax.runs import errors, files, workdir
 from hope_jax.training import loop, metrics
-from hope_jax.runs import workdir
 from tests.training.test_loop import Killed, kill_at, without_clock
 
 

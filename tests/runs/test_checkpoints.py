@@ -18,8 +18,7 @@ import pytest
 from etils import epath
 
 from hope_jax.config import ConfigError, TrainConfig
-from hope_jax.runs import checkpoints, digest
-from hope_jax.runs import errors
+from hope_jax.runs import checkpoints, digest, errors
 from hope_jax.training.step import TrainState
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]

@@ -10,8 +10,8 @@ from etils import epath
 
 from experiments import runner
 from experiments.stability import run as stability
-from hope_jax.runs import files
 from hope_jax.config import ConfigError
+from hope_jax.runs import files
 
 
 @pytest.mark.parametrize("check", [files.check_output, files.check_folder])

@@ -1,0 +1,1 @@
+"""A run on a machine: its folder, its files, its processes."""
