@@ -30,7 +30,7 @@ POLICIES = ("chunk", "sqrt")
 
 def outputs(args: Any, policy: Any) -> jax.Array:
   """One memory along [1, 1, T, 128] of keys, values, queries."""
-  initial, keys, values, queries, gates = args
+  initial, *tokens = args
   cfg = MemoryConfig(
     adaptive=(),
     target="shared",
@@ -38,7 +38,7 @@ def outputs(args: Any, policy: Any) -> jax.Array:
     chunk_length=CHUNK,
     remat=policy,
   )
-  return deep.run_memory(initial, keys, values, queries, gates, cfg).outputs
+  return deep.run_memory(initial, deep.Tokens(*tokens), cfg).outputs
 
 
 def arguments_of(length: int) -> Any:

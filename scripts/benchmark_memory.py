@@ -32,7 +32,8 @@ from experiments import tables, timing
 from hope_jax.analysis import flops
 from hope_jax.config import MemoryConfig
 from hope_jax.memory import deep, rules, self_modifying
-from hope_jax.memory.architectures import Weights, l2_normalize
+from hope_jax.memory.architectures import Weights
+from hope_jax.memory.norms import l2_normalize
 from pallas_kernels.linear_rule import api
 
 LAYERS = ("titans", "hope", "projections", "linear_rule", "attention")
@@ -96,11 +97,12 @@ def make_layer(
 
   def memory(initial: Any, x: Tokens) -> jax.Array:
     gates = rules.Gates(x.eta, x.alpha, x.beta)
-    return deep.run_memory(initial, x.k, x.v, x.q, gates, cfg).outputs
+    tokens = deep.Tokens(x.k, x.v, x.q, gates)
+    return deep.run_memory(initial, tokens, cfg).outputs
 
   def projections(initial: Any, x: Tokens) -> Any:
     slow = self_modifying.Slow(x.k, x.v, x.q, x.eta, x.alpha, x.beta)
-    return self_modifying.run_projections(initial, slow, cfg)[0]
+    return self_modifying.run_projections(initial, slow, cfg).outputs
 
   return projections if layer == "projections" else memory
 

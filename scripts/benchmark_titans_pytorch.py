@@ -57,7 +57,7 @@ def optional(name: str) -> Any:
 
 def ours(config: ModelConfig, shape: tuple[int, ...]) -> Callable[[], Any]:
   """Compiles loss and gradients of one layer."""
-  layer = titans.SelfModifyingTitans(config)
+  layer = titans.DeepMemory(config)
   x = jax.random.normal(jax.random.key(0), shape)
   params = nn.unbox(jax.jit(layer.init)(jax.random.key(1), x)["params"])
 

@@ -228,7 +228,7 @@ def test_levels_of_training_steps_are_not_fast():
     {"model": {**HOPE, **cms(*lengths, step_tokens=2048)}}
   ).model
   assert config.cms.fast_lengths == (64,)
-  assert config.cms.periods == {1: 1, 2: 32}
+  assert config.cms.periods == {"cms_1": 1, "cms_2": 32}
   assert config.fast_levels[-1] == "cms_0"
   untrained = config.cms.without_periods()
   assert untrained.chunk_lengths == (64, 0, 0, 0)

@@ -26,7 +26,7 @@ from hope_jax.config import (
   MemoryConfig,
   ModelConfig,
 )
-from hope_jax.models import language_model, linear
+from hope_jax.models import language_model, linear, mamba2, problems
 from hope_jax.training import step
 from pallas_kernels.generalized_delta_rule import generalized_delta_rule
 from pallas_kernels.linear_rule import linear_rule
@@ -138,22 +138,22 @@ def test_parameters_and_bytes_add_up_to_the_real_ones(case):
   for name, of_level in getattr(state, "cms", {}).items():
     assert bytes_of[name] == size(of_level)
   if not config.model.has_attention:
-    assert bytes_of["memory"] == size(state.mixer["memory"])
+    assert bytes_of["memory"] == size(state.mixer.memory)
   if isinstance(state, tuple):  # one per block of a turn
-    memories = size(state[0].mixer["memory"])
+    memories = size(state[0].mixer.memory)
     assert bytes_of["memory"] == memories
     assert bytes_of["attention"] == size(state[1].mixer)
   if "hope" in config.model.sequence_layer and config.model.memory_chunks:
     boxes = sum(bytes_of[b] for b in config.model.memory.adaptive)
-    assert boxes == size(state.mixer["boxes"])
+    assert boxes == size(state.mixer.boxes)
   assert "rest" not in bytes_of
 
 
 def recurrence_flops(model):
   """Those of what all layers remember with."""
-  if "mamba" in model.pattern:  # reads only: what it writes are no products
+  if "mamba" in model.blocks:  # reads only: what it writes are no products
     read = 2 * 16 * 2 * model.width  # multiply and add, K, E
-    return read * LENGTH * model.pattern.count("mamba")
+    return read * LENGTH * model.blocks.count("mamba")
   width, heads = model.width, 1
   if model.sequence_layer == "lstm":  # h U, four gates
     return model.num_layers * LENGTH * 2 * width * 4 * width
@@ -178,7 +178,8 @@ def recurrence_flops(model):
 
 def linear_rule_flops(model):
   """Those of both layers' matrix memories."""
-  shape = linear.layout(model)
+  module = mamba2 if model.sequence_layer == "mamba2" else linear
+  shape = module.layout(model)
   array = lambda *sizes: jax.ShapeDtypeStruct((1, shape.heads, *sizes), float)
   k, v = array(LENGTH, shape.key_dim), array(LENGTH, shape.value_dim)
   gate, matrix = array(LENGTH), array(shape.value_dim, shape.key_dim)
@@ -259,7 +260,7 @@ def test_words_follow_the_config(found):
     loss_factor=1.0,
   )
   model = dataclasses.replace(CONFIGS["hope"].model, memory=literal)
-  (memory,) = levels.memories(model)
+  (memory,) = problems.deep_memories(model)
   assert memory.objective == "1 ‖M(k) - v‖²"
   words = "GD; proximal step; momentum: sum; retention: zero"
   assert memory.rule.startswith(words)
@@ -267,7 +268,7 @@ def test_words_follow_the_config(found):
     literal, setting="negative_eigenvalues", delta_rule="literal"
   )
   rate = "step eta/max(1, ‖x‖²), eta < 2 (hidden layer: proximal step)"
-  rule = levels.memory_rule(turning, False)
+  rule = problems.memory_rule(turning, False)
   assert f"DGD literal; {rate};" in rule
   assert "error clip: 1, of the target: 4;" in rule
   assert "restarts from cms_1" in found["nested"]["cms_0"].transfer

@@ -460,9 +460,7 @@ def test_session_is_not_another_folder_nor_used_twice(run, saved):
 def test_levels_are_reset_on_disk(run, saved):
   act(run, saved, reset=["all"])
   state = sessions.load(saved, run)
-  assert not any(
-    x.any() for x in jax.tree.leaves(state.fast.mixer["memory"].now)
-  )
+  assert not any(x.any() for x in jax.tree.leaves(state.fast.mixer.memory.now))
   assert int(state.processed) == len(FIRST)
 
 

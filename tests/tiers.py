@@ -9,7 +9,7 @@ CORE = (
   "experiments/test_trials.py",
   "memory/test_cms.py",
   "models/test_initial_values.py",
-  "optim/test_adamw.py",
+  "optim/test_registry.py",
   "pallas_kernels/test_linear_rule_kernels.py",
   "test_commands.py",
   "test_configs.py",

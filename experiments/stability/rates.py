@@ -85,7 +85,7 @@ def chunk_map(
   unit = jnp.repeat(jnp.eye(2), count, axis=0)  # rows D = 1, then rows S = 1
   weight, momentum = (x.reshape(-1, 1, 1, 1) for x in (unit[:, 0], unit[:, 1]))
   state = chunks.fresh(
-    {"weight": Weights(None, weight), "momentum": Weights(None, momentum)},
+    chunks.Fast(Weights(None, weight), Weights(None, momentum)),
     length,
     length,
   )
@@ -96,16 +96,15 @@ def chunk_map(
   key = ones[..., None]
   out = deep.run_memory(
     Weights(None, jnp.zeros((1, 1, 1))),
-    key,
-    0 * key,
-    key,
-    Gates(tokens(rates_N), ones, tokens(momenta_N)),
+    deep.Tokens(
+      key, 0 * key, key, Gates(tokens(rates_N), ones, tokens(momenta_N))
+    ),
     cfg,
     state=state,
   )
   assert out.state is not None
   after = [
-    out.state.now[name].output.reshape(2, count)
+    getattr(out.state.now, name).output.reshape(2, count)
     for name in ("weight", "momentum")
   ]
   return jnp.stack(after, axis=0).transpose(2, 0, 1)

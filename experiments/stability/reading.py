@@ -24,8 +24,8 @@ from hope_jax.config import Config, ConfigError, MeshConfig, ModelConfig
 from hope_jax.data import text as text_lib
 from hope_jax.data import tokenizer
 from hope_jax.inference import streaming
-from hope_jax.memory import self_modifying
-from hope_jax.models import language_model
+from hope_jax.models import fast_state, language_model
+from hope_jax.models.interface import Level
 from hope_jax.runs import checkpoints
 from hope_jax.runs import workdir as workdir_lib
 from hope_jax.training import sharding
@@ -127,45 +127,6 @@ def streams(text: np.ndarray, count: int, vocab_size: int) -> np.ndarray:
   return np.stack(rows).astype(np.int32)
 
 
-class Level(NamedTuple):
-  """A fast level: learned starts [L, ...], differences and momenta
-  [L, B, ...], each a tree of matrices."""
-
-  start: Any
-  weight: Any
-  momentum: Any
-
-
-def levels(params: Any, state: Any, config: ModelConfig) -> dict[str, Level]:
-  """The state by level: memory, every adaptive box, cms_0 ..."""
-  slow, mixer = params["blocks"], state.mixer
-  initial = slow["mixer"]["initial"]
-  memory = mixer["memory"].now
-  start = [x for name, x in initial.items() if name.startswith("memory")]
-  found = {"memory": Level(start, memory["weight"], memory["momentum"])}
-  boxes = self_modifying.Boxes(
-    *(initial.get(f"boxes_{name}") for name in self_modifying.Boxes._fields)
-  )
-  now = mixer["boxes"].now
-  for name in config.memory.adaptive:
-    pick = functools.partial(_box, name=name, config=config)
-    found[name] = Level(pick(boxes), pick(now["weight"]), pick(now["momentum"]))
-  for number in range(len(config.cms.fast_lengths)):
-    name = f"cms_{number}"
-    weight = streaming.cms_weight(state, name)
-    block = slow["cms"].get(f"level_{number}") or slow["cms"]["levels"]
-    start = [block[part][-len(x) :] for part, x in weight._asdict().items()]
-    found[name] = Level(start, weight, None)
-  return found
-
-
-def _box(boxes: Any, name: str, config: ModelConfig) -> list[jax.Array]:
-  """The weights of one box; none without momenta."""
-  if boxes is None:
-    return []
-  return self_modifying.only_box(boxes, name, config.memory)
-
-
 class Measured(NamedTuple):
   """The end of a piece by stream [B]; of several pieces [pieces, B].
 
@@ -220,7 +181,7 @@ def read_piece(
     for x in jax.tree.leaves(output.state)
     if jnp.issubdtype(x.dtype, jnp.floating)
   ]
-  found = levels(params, output.state, config)
+  found = fast_state.levels(params, output.state, config)
   measured = Measured(
     jnp.all(jnp.isfinite(output.logits), axis=(1, 2)),
     functools.reduce(jnp.logical_and, finite),

@@ -6,9 +6,9 @@ those of learning (writes, reads of them) are the difference when it is frozen.
 """
 
 import functools
-import re
+import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,34 +18,12 @@ import jax.numpy as jnp
 
 from hope_jax.analysis import flops as flops_lib
 from hope_jax.config import Config, ModelConfig
-from hope_jax.memory.self_modifying import GATES, PROJECTIONS, members
-from hope_jax.models import language_model
-from hope_jax.optim import adamw
+from hope_jax.models import language_model, parameters
+from hope_jax.optim import registry as optimizers
 
-# Paths of parameters and states, scopes of FLOPs -> component, or a pool that
-# several components share (mixer, boxes, nested); the first match counts.
-OWNERS = (
-  (r"(?:cms|levels)/\w+_(\d+)", r"cms_\1"),
-  (r"^(?:start|tokens|stream|pending|position|begins|\w*document)", "cms_0"),
-  (r"cms/levels", "nested"),
-  (r"cms\b", "cms_shared"),
-  (r"mixer/recurrence", "recurrence"),
-  (r"mixer/gates/(eta|alpha)", r"\1"),
-  (r"mixer/memory_[qkv]", "projections"),
-  (r"mixer/(?:gates|memory|initial/(?!boxes))", "memory"),
-  (r"mixer/(?:boxes|initial/boxes)", "boxes"),
-  (r"mixer/(?:keys|values|position|first)\b", "attention"),
-  (r"mixer/attention/(?:conv|query|key|value|out)", "projections"),
-  (r"mixer/(?:attention|persistent)", "attention"),
-  (
-    r"norm_mixer|mixer/(?:norm|proj|read|conv|recurrent|shift|query|key|value|out)",
-    "projections",
-  ),
-  (r"mixer\b", "mixer"),
-  (r"ffn", "ffn"),
-  (r"embed|lm_head|norm_out|norm_in", "embedding"),
-)
-Leaves = Iterable[tuple[str, Any]]  # with their paths
+# Scopes of FLOPs that name what they are: `jax.named_scope`s -> component.
+SCOPES = {"recurrence": "recurrence", "scores": "attention"}
+Owned = Iterable[tuple[tuple[str, ...], Any]]  # components, what they share
 Share = tuple[float, Mapping[str, int]]  # an amount, weights of its owners
 COUNTED = "parameters", "state_bytes", "shared_bytes", "flops", "learn_flops"
 
@@ -57,66 +35,63 @@ def count(config: Config) -> dict[str, Mapping[str, Any]]:
   init = language_model.LanguageModel(model).init
   key = jax.eval_shape(jax.random.key, 0)
   variables: Any = jax.eval_shape(init, key, tokens)
+  kinds = parameters.kinds(variables["params"])
   params = nn.unbox(variables["params"])
-  state = jax.eval_shape(lambda: language_model.init_state(model, 1))
-  optimizer = adamw.make(config.opt, config.train.steps, model.cms.periods)
-  shared = Counter()
-  for path, leaf in named(jax.eval_shape(optimizer.init, params)):
-    if moment := re.search(r"/(mu|nu|acc_grads)/", path):
-      name = {"acc_grads": "sum"}.get(moment[1], moment[1])
-      shared[f"adamw_{name}"] += leaf.size * leaf.dtype.itemsize
-  sizes, sizes_in_bytes = apportion(named(params), model)
-  flops, learn_flops = count_flops(model, params, tokens)
+  sizes, sizes_in_bytes = apportion(owned(kinds, params))
+  flops, learn_flops = count_flops(model, kinds, params, tokens)
   return {
     "parameters": sizes,
-    "state_bytes": apportion(named(state), model)[1],
-    "shared_bytes": shared + sizes_in_bytes,
+    "state_bytes": apportion(state_parts(model))[1],
+    "shared_bytes": moments(config, kinds, params) + sizes_in_bytes,
     "flops": flops,
     "learn_flops": learn_flops,
   }
 
 
-def owner(path: str, model: ModelConfig) -> str:
-  """The component or pool of a path or scope; `rest` if none is known."""
-  for pattern, name in OWNERS:
-    if match := re.search(pattern, path):
-      name = match.expand(name)
-      is_slow_gate = name in GATES and name not in model.memory.adaptive
-      return "memory" if is_slow_gate else name
-  return "rest"
+def owned(kinds: Any, params: Any) -> Owned:
+  """(components, parameter) of all parameters."""
+  leaves = zip(jax.tree.leaves(kinds), jax.tree.leaves(params), strict=True)
+  yield from ((kind.owner, leaf) for kind, leaf in leaves)
 
 
-def owners(path: str, model: ModelConfig) -> tuple[str, ...]:
-  """The components that share a parameter or a state equally, by its path."""
-  name = owner(path, model)
-  if name != "boxes":
-    return ("cms_shared" if name == "nested" else name,)
-  kinds = {"projection": PROJECTIONS, "gate": GATES}
-  kind = kinds.get(re.split("[/_]", path)[-1], PROJECTIONS + GATES)
-  return members(model.memory, kind) or ("memory",)
+def state_parts(model: ModelConfig) -> Owned:
+  """(components, part) of the fast state of one sequence."""
+  state = jax.eval_shape(lambda: language_model.init_state(model, 1))
+  for one in state if isinstance(state, tuple) else (state,):
+    yield from one.parts(model)
 
 
-def named(tree: Any) -> Leaves:
-  """(path, leaf) of all leaves."""
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
+def moments(config: Config, kinds: Any, params: Any) -> Counter:
+  """Bytes of the optimizer's state by moment, and of its sums of gradients."""
+  name, periods = config.opt.name, config.model.cms.periods
+  optimizer = optimizers.make(config.opt, config.train.steps, kinds, periods)
+  described = optimizers.OPTIMIZERS[name].describe(config.opt)
+  fields = {moment.field: moment.field for moment in described}
+  fields["acc_grads"] = "sum"
+  found = Counter()
+  state = jax.eval_shape(optimizer.init, params)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    for field in set(parts) & set(fields):
+      found[f"{name}_{fields[field]}"] += leaf.size * leaf.dtype.itemsize
+  return found
 
 
-def apportion(leaves: Leaves, model: ModelConfig) -> tuple[Counter, Counter]:
+def apportion(parts: Owned) -> tuple[Counter, Counter]:
   """Numbers of elements and of bytes by component."""
   sizes, sizes_in_bytes = Counter(), Counter()
-  for path, leaf in leaves:
-    names = owners(path, model)
-    part, left = divmod(leaf.size, len(names))
-    for i, name in enumerate(names):
-      size = part + (i < left)
-      sizes[name] += size
-      sizes_in_bytes[name] += size * leaf.dtype.itemsize
+  for names, part in parts:
+    for leaf in jax.tree.leaves(part):
+      share, left = divmod(leaf.size, len(names))
+      for i, name in enumerate(names):
+        size = share + (i < left)
+        sizes[name] += size
+        sizes_in_bytes[name] += size * leaf.dtype.itemsize
   return sizes, sizes_in_bytes
 
 
 def count_flops(
-  model: ModelConfig, params: Any, tokens: Any
+  model: ModelConfig, kinds: Any, params: Any, tokens: Any
 ) -> tuple[dict[str, float], dict[str, float]]:
   """FLOPs per token of the forward pass by component: all, and learning's.
 
@@ -124,12 +99,15 @@ def count_flops(
   spends inside the sequence layer is shared in proportion to their sizes.  So
   is, not exactly, the learning of the boxes, which are one linear map.
   """
-  starts = [leaf for leaf in named(params) if "/initial/" in leaf[0]]
-  starts = apportion(starts, model)[0]
+  initial = [k.role == "initial" for k in jax.tree.leaves(kinds)]
+  starts = itertools.compress(owned(kinds, params), initial)
+  starts = apportion(starts)[0]
   boxes = [name for name in starts if name != "memory" and model.is_live(name)]
   cms = [f"cms_{i}" for i in range(model.cms.levels)]
   fast = [c for c in cms[: len(model.cms.fast_lengths)] if model.is_live(c)]
-  scopes = functools.partial(flops_by_owner, params=params, tokens=tokens)
+  scopes = functools.partial(
+    flops_by_owner, kinds=kinds, params=params, tokens=tokens
+  )
   live, twin = scopes(model), scopes(replace(model, inner_rates="off"))
   frozen, given = model.frozen_levels, live
   if model.cms.signal == "next_token":  # its gradient is of the model's top
@@ -146,7 +124,7 @@ def count_flops(
   ]
   if "recurrence" in twin:  # it has no twin: all it does is to write and read
     learning.append((twin.pop("recurrence"), {"memory": 1}))
-  pools = {"mixer": starts or {"attention": 1}, "nested": dict.fromkeys(cms, 1)}
+  pools = {"mixer": starts, "nested": dict.fromkeys(cms, 1)}
   read: list[Share] = [
     (n, pools.get(name, {name: 1})) for name, n in twin.items()
   ]
@@ -167,14 +145,44 @@ def _share(amounts: Sequence[Share], tokens: int) -> dict[str, float]:
 
 
 def flops_by_owner(
-  model: ModelConfig, params: Any, tokens: Any
+  model: ModelConfig, kinds: Any, params: Any, tokens: Any
 ) -> dict[str, float]:
-  """FLOPs of the forward pass by what `owner` says of their scopes."""
+  """FLOPs of the forward pass by component, or by what several share:
+  `mixer`, a memory's own work, and `nested`, one block of all CMS levels."""
+  owners = owners_of_modules(kinds)
   counts = defaultdict(float)
-  traced = jax.make_jaxpr(functools.partial(_logits, model))(params, tokens)
-  for scope, n in _by_scope(traced.jaxpr, ""):
-    counts[owner(scope, model)] += n
+  logits = functools.partial(_logits, model)
+  for scope, n in flops_lib.by_scope(logits, params, tokens).items():
+    counts[owner(scope, owners)] += n
   return counts
+
+
+def owners_of_modules(kinds: Any) -> dict[tuple[str, ...], set[str]]:
+  """The components that own parameters of a module, by its names from the
+  outermost module inwards."""
+  found = defaultdict(set)
+  for path, kind in jax.tree_util.tree_leaves_with_path(kinds):
+    names = tuple(key.key for key in path)
+    for length in range(1, len(names)):
+      found[names[:length]].update(kind.owner)
+  return found
+
+
+def owner(scope: str, owners: Mapping[tuple[str, ...], set[str]]) -> str:
+  """The component of a scope: what owns the parameters of its module."""
+  words = scope.split("/")
+  if named := [SCOPES[word] for word in words if word in SCOPES]:
+    return named[0]
+  known = {name for path in owners for name in path}
+  names = tuple(word for word in words if word in known)
+  while names and names not in owners:
+    names = names[:-1]
+  if names and names[-1] == "mixer":
+    return "mixer"
+  found = owners.get(names, set())
+  if len(found) > 1 and "cms_shared" in found:
+    return "nested" if names[-1] == "levels" else "cms_shared"
+  return min(found) if len(found) == 1 else "rest"
 
 
 def _logits(model: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
@@ -183,18 +191,3 @@ def _logits(model: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
   model = replace(model, remat="none", memory=memory)
   module = language_model.LanguageModel(model)
   return language_model.forward(module, params, tokens).logits
-
-
-def _by_scope(jaxpr: Any, scope: str) -> Iterator[tuple[str, float]]:
-  """(scope, FLOPs) of every matrix product; scopes are Linen's modules."""
-  for equation in jaxpr.eqns:
-    here = f"{scope}/{equation.source_info.name_stack}"
-    kind, params = equation.primitive.name, equation.params
-    times = params["length"] if kind == "scan" else 1
-    for part in jax.tree.leaves(list(params.values())):
-      part = getattr(part, "jaxpr", part)
-      if hasattr(part, "eqns"):
-        yield from ((s, times * n) for s, n in _by_scope(part, here))
-    if kind in ("dot_general", "conv_general_dilated"):
-      product = functools.partial(equation.primitive.bind, **params)
-      yield here, flops_lib.count(product, *(x.aval for x in equation.invars))

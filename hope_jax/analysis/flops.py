@@ -10,6 +10,7 @@ length counts once.
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -101,7 +102,12 @@ def why_no_mfu(device: Any) -> str | None:
 
 def count(function: Any, *args: Any) -> float:
   """FLOPs of `function(*args)`; args may be ShapeDtypeStructs."""
-  return _count_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+  return sum(by_scope(function, *args).values())
+
+
+def by_scope(function: Any, *args: Any) -> Counter[str]:
+  """The same by scope: names of Linen modules and `jax.named_scope`s, `/`."""
+  return _count_jaxpr(jax.make_jaxpr(function)(*args).jaxpr, "")
 
 
 def per_token(config: Config, params: Any = None) -> float:
@@ -129,28 +135,31 @@ def per_token(config: Config, params: Any = None) -> float:
   return count(jax.grad(total), params, tokens) / length
 
 
-def _count_jaxpr(jaxpr: Any) -> float:
-  return sum(_count_equation(equation) for equation in jaxpr.eqns)
+def _count_jaxpr(jaxpr: Any, scope: str) -> Counter[str]:
+  counts: Counter[str] = Counter()
+  for equation in jaxpr.eqns:
+    counts.update(_count_equation(equation, scope))
+  return counts
 
 
-def _count_equation(equation: Any) -> float:
+def _count_equation(equation: Any, scope: str) -> Counter[str]:
   name, params = equation.primitive.name, equation.params
-  if name == "dot_general":
-    return _dot_general(equation)
-  if name == "conv_general_dilated":
-    return _convolution(equation)
-  inner = [_count_jaxpr(jaxpr) for jaxpr in _jaxprs(params)]
+  scope = f"{scope}/{equation.source_info.name_stack}"
+  if name in _PRODUCTS:
+    return Counter({scope: _PRODUCTS[name](equation)})
+  inner = [_count_jaxpr(jaxpr, scope) for jaxpr in _jaxprs(params)]
   if name == "cond":
-    return max(inner)
+    return max(inner, key=lambda counts: sum(counts.values()))
+  total, times = sum(inner, Counter()), 1
   if name == "scan":
-    return params["length"] * sum(inner)
+    times = params["length"]
   if name == "shard_map":
     axes = params.get("manual_axes") or params["mesh"].axis_names
-    return math.prod(params["mesh"].shape[a] for a in axes) * sum(inner)
+    times = math.prod(params["mesh"].shape[a] for a in axes)
   if name == "pallas_call":
     grid = getattr(params.get("grid_mapping"), "grid", ())
-    return math.prod(n for n in grid if isinstance(n, int)) * sum(inner)
-  return sum(inner)
+    times = math.prod(n for n in grid if isinstance(n, int))
+  return Counter({scope: times * n for scope, n in total.items()})
 
 
 def _jaxprs(params: dict[str, Any]) -> Iterator[Any]:
@@ -175,3 +184,9 @@ def _convolution(equation: Any) -> float:
   # The kernel's input-feature dimension is already per group.
   inner = math.prod(kernel) / kernel[spec[0]]
   return 2.0 * math.prod(equation.outvars[0].aval.shape) * inner
+
+
+_PRODUCTS = {
+  "dot_general": _dot_general,
+  "conv_general_dilated": _convolution,
+}

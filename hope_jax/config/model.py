@@ -11,6 +11,7 @@ import itertools
 from typing import Literal
 
 from hope_jax.config.fields import ConfigError, check_choice, check_numbers
+from hope_jax.config.layers import LAYERS, Traits
 
 EXACT_SETTINGS = "token_exact", "negative_eigenvalues"
 
@@ -226,11 +227,11 @@ class CMSConfig:
     return tuple(c for c in lengths if c and not self._is_of_steps(c))
 
   @property
-  def periods(self) -> dict[int, int]:
-    """Training steps between updates of a level, by its number, of all levels
+  def periods(self) -> dict[str, int]:
+    """Training steps between updates of a level, by its name, of all levels
     whose chunk has whole steps."""
     return {
-      level: length // self.step_tokens
+      f"cms_{level}": length // self.step_tokens
       for level, length in enumerate(self.chunk_lengths)
       if self.levels and self._is_of_steps(length)
     }
@@ -271,25 +272,6 @@ class RopeScaling:
         f"{self.low_frequency_factor} must be below high_frequency_factor="
         f"{self.high_frequency_factor}"
       )
-
-
-# Sequence layers by what they remember with.
-ATTENTION_LAYERS = ("transformer", "hope_attention")
-TITANS_VARIANTS = ("titans_mac", "titans_mag", "titans_mal")
-MEMORY_LAYERS = ("titans", *TITANS_VARIANTS, "hope", "dla", "memora")
-TTT_LAYERS = ("ttt_linear", "ttt_mlp")
-MEMORA_RULE = {
-  "architecture": "mlp",
-  "adaptive": (),
-  "target": "shared",
-  "delta_rule": "none",
-  "momentum": "none",
-}
-LINEAR_LAYERS = "retnet", "deltanet", "gated_deltanet", "comba", "mamba2"
-STATE_SPACE_LAYERS = ("mamba",)
-RECURRENT_LAYERS = "rwkv7", "lstm", "srwm"
-# Models whose blocks take turns: the sequence layers of one after the other.
-PATTERNS = {"samba": ("mamba", "transformer")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,9 +324,7 @@ class ModelConfig:
   remat: str = "none"
 
   def __post_init__(self):
-    known = ATTENTION_LAYERS + MEMORY_LAYERS + TTT_LAYERS + LINEAR_LAYERS
-    known += STATE_SPACE_LAYERS + RECURRENT_LAYERS + tuple(PATTERNS)
-    check_choice(self.sequence_layer, "model.sequence_layer", known)
+    check_choice(self.sequence_layer, "model.sequence_layer", tuple(LAYERS))
     check_choice(self.inner_rates, "model.inner_rates", ("on", "off"))
     starts = "normal", "uniform", "small"
     check_choice(self.initializer, "model.initializer", starts)
@@ -355,37 +335,8 @@ class ModelConfig:
     check_numbers(self, "model", positive)
     if self.conv_window == 1:
       raise ConfigError("model.conv_window=1 mixes nothing: 0 (none) or >= 2")
-    if self.width % self.num_heads:
-      raise ConfigError(
-        f"model.num_heads={self.num_heads} does not divide"
-        f" model.width={self.width}"
-      )
-    if self.num_layers % len(self.pattern):
-      raise ConfigError(
-        f"model.num_layers={self.num_layers} is not a multiple of"
-        f" {len(self.pattern)}: {self.sequence_layer} has"
-        f" {' and '.join(self.pattern)} blocks in turn"
-      )
-    rotary = (*TITANS_VARIANTS, *TTT_LAYERS, "retnet")
-    has_positions = self.has_attention or self.sequence_layer in rotary
-    if has_positions and self.head_dim % 2:
-      raise ConfigError(
-        f"model.width={self.width} and num_heads={self.num_heads} make heads of"
-        f" {self.head_dim}: rotary positions need an even width"
-      )
-    if self.is_rwkv7 and self.width > 64 and self.width % 64:
-      raise ConfigError(
-        f"model.width={self.width}: RWKV-7's heads of 64 do not divide it"
-      )
+    self._check_shape()
     self._check_attention()
-    has_pairs = not self.is_linear and (
-      self.sequence_layer not in RECURRENT_LAYERS
-    )
-    if self.cms.fast_lengths and not has_pairs:
-      raise ConfigError(
-        f"model.sequence_layer={self.sequence_layer} has no keys and values of"
-        " the model's width for a CMS: leave cms.hidden empty"
-      )
     self._check_memory()
     names = self.fast_levels
     for level in self.frozen_levels:
@@ -395,37 +346,28 @@ class ModelConfig:
           f" {', '.join(names) or 'no fast levels'}"
         )
 
-  def _check_memory(self):
-    layer, memory = self.sequence_layer, self.memory
-    has_kernel = layer not in ("memora", "titans_mac", *TTT_LAYERS)
-    has_window = layer in ("titans_mag", "titans_mal")
-    if has_window and not self.attention_window:
+  def _check_shape(self):
+    if self.width % self.num_heads:
       raise ConfigError(
-        f"model.attention_window=0: {layer}'s attention needs a window"
+        f"model.num_heads={self.num_heads} does not divide"
+        f" model.width={self.width}"
       )
-    if self.persistent_tokens and layer not in ("titans_mac", "titans_mag"):
+    if self.num_layers % len(self.blocks):
       raise ConfigError(
-        f"model.persistent_tokens={self.persistent_tokens} are for titans_mac"
-        f" and titans_mag, not for {layer}: leave it at 0"
+        f"model.num_layers={self.num_layers} is not a multiple of"
+        f" {len(self.blocks)}: {self.sequence_layer} has"
+        f" {' and '.join(self.blocks)} blocks in turn"
       )
-    if layer == "titans_mac" and memory.adaptive:
+    if self.traits.rotary and self.head_dim % 2:
       raise ConfigError(
-        f"memory.adaptive={memory.adaptive}: titans_mac has slow projections"
+        f"model.width={self.width} and num_heads={self.num_heads} make heads of"
+        f" {self.head_dim}: rotary positions need an even width"
       )
-    if memory.implementation == "pallas_tpu" and not has_kernel:
+    head_dim = self.traits.head_dim
+    if head_dim and self.width > head_dim and self.width % head_dim:
       raise ConfigError(
-        f"memory.implementation=pallas_tpu: {layer} has no kernel, take xla"
-      )
-    needed = MEMORA_RULE if layer == "memora" else {}
-    for field, value in needed.items():
-      if (found := getattr(memory, field)) != value:
-        raise ConfigError(
-          f"memory.{field}={found}: model.sequence_layer=memora needs {value}"
-        )
-    if layer == "memora" and memory.is_exact:
-      raise ConfigError(
-        f"memory.setting={memory.setting}: model.sequence_layer=memora learns"
-        " by gradients at the chunk's first state (chunk_l2)"
+        f"model.width={self.width}: {self.sequence_layer}'s heads of"
+        f" {head_dim} do not divide it"
       )
 
   def _check_attention(self):
@@ -443,6 +385,35 @@ class ModelConfig:
           f"model.{name} is for attention, which model.sequence_layer="
           f"{self.sequence_layer} does not have: leave it at its default"
         )
+    if self.traits.needs_window and not self.attention_window:
+      raise ConfigError(
+        f"model.attention_window=0: {self.sequence_layer}'s attention needs a"
+        " window"
+      )
+    if self.persistent_tokens and not self.traits.persistent:
+      may = [name for name, traits in LAYERS.items() if traits.persistent]
+      raise ConfigError(
+        f"model.persistent_tokens={self.persistent_tokens} are for"
+        f" {' and '.join(may)}, not for {self.sequence_layer}: leave it at 0"
+      )
+
+  def _check_memory(self):
+    if self.cms.fast_lengths and not self.traits.pairs:
+      raise ConfigError(
+        f"model.sequence_layer={self.sequence_layer} has no keys and values of"
+        " the model's width for a CMS: leave cms.hidden empty"
+      )
+    for field, values in self.traits.memory.items():
+      if (found := getattr(self.memory, field)) not in values:
+        raise ConfigError(
+          f"memory.{field}={found!r}: model.sequence_layer="
+          f"{self.sequence_layer} takes {' or '.join(map(repr, values))}"
+        )
+
+  @property
+  def traits(self) -> Traits:
+    """What distinguishes its sequence layer."""
+    return LAYERS[self.sequence_layer]
 
   @property
   def head_dim(self) -> int:
@@ -454,13 +425,14 @@ class ModelConfig:
     return self.num_kv_heads or self.num_heads
 
   @property
-  def pattern(self) -> tuple[str, ...]:
+  def blocks(self) -> tuple[str, ...]:
     """Sequence layers of the blocks that take turns, or of all blocks."""
-    return PATTERNS.get(self.sequence_layer, (self.sequence_layer,))
+    return self.traits.blocks or (self.sequence_layer,)
 
   @property
   def has_attention(self) -> bool:
-    return any(name in ATTENTION_LAYERS for name in self.pattern)
+    """Whether blocks have attention in place of a memory."""
+    return self.traits.attention == "alone"
 
   @property
   def has_longest_context(self) -> bool:
@@ -468,28 +440,12 @@ class ModelConfig:
     return self.has_attention and not self.attention_window
 
   @property
-  def attends(self) -> bool:
-    """Whether it has attention, be it beside a memory."""
-    return self.has_attention or self.sequence_layer in TITANS_VARIANTS
-
-  @property
-  def is_linear(self) -> bool:
-    """Whether it has a linear recurrence (`models/linear.py`, `mamba.py`)."""
-    recurrent = LINEAR_LAYERS + STATE_SPACE_LAYERS
-    return any(name in recurrent for name in self.pattern)
-
-  @property
-  def is_rwkv7(self) -> bool:
-    """Whether it has RWKV-7's block (`models/rwkv7.py`)."""
-    return self.sequence_layer == "rwkv7"
-
-  @property
   def memory_chunks(self) -> tuple[int, ...]:
     """Chunk lengths at whose multiples a document has to begin."""
-    if self.sequence_layer not in MEMORY_LAYERS + TTT_LAYERS:
+    if not self.traits.chunks:
       return ()
     memory = self.memory
-    if memory.adaptive and self.sequence_layer in MEMORY_LAYERS:
+    if memory.adaptive and self.traits.adaptive:
       return memory.chunk_length, memory.projection_chunk_length
     return (memory.chunk_length,)
 
@@ -497,12 +453,11 @@ class ModelConfig:
   def fast_levels(self) -> tuple[str, ...]:
     """Names of everything that learns inside the sequence, fastest first."""
     levels = ()
-    if self.sequence_layer in MEMORY_LAYERS:
-      levels += ("memory", *self.memory.adaptive)
-    if self.sequence_layer in (*TTT_LAYERS, "srwm"):
+    if self.traits.learns:
       levels += ("memory",)
-    fast = len(self.cms.fast_lengths)
-    return levels + tuple(f"cms_{i}" for i in range(fast))
+    if self.traits.adaptive:
+      levels += self.memory.adaptive
+    return levels + tuple(f"cms_{i}" for i in range(len(self.cms.fast_lengths)))
 
   def is_live(self, level: str) -> bool:
     """Whether `level` is written to inside the sequence."""

@@ -1,15 +1,17 @@
 """The optimizer group of the configuration."""
 
 import dataclasses
+from typing import Literal
 
 from hope_jax.config.fields import check_numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class OptConfig:
-  """AdamW with warm-up, cosine decay and two learning-rate groups.
+  """The optimizer, with warm-up, cosine decay and two learning-rate groups.
 
   Attributes:
+    name: of `optim/registry.py`.
     peak_lr, end_lr_ratio: cosine from peak_lr to end_lr_ratio * peak_lr.
     warmup_steps: linear from 0.
     memory_lr_ratio: rate of the memories' initial states and gates relative
@@ -17,6 +19,7 @@ class OptConfig:
     clip_norm: global norm of the gradient; 0 does not clip.
   """
 
+  name: Literal["adamw"] = "adamw"
   peak_lr: float = 1e-3
   end_lr_ratio: float = 0.1
   warmup_steps: int = 50

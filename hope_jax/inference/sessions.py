@@ -34,6 +34,7 @@ from hope_jax.inference.session_folder import (
 )
 from hope_jax.inference.streaming import StreamState
 from hope_jax.inference.trained import Run
+from hope_jax.models import fast_state
 from hope_jax.runs import digest, errors, files, progress
 from hope_jax.runs import workdir as workdir_lib
 
@@ -242,8 +243,8 @@ def info(folder: epath.Path, run: Run, state: StreamState) -> dict[str, Any]:
     "step": run.step,
     "tokens": int(state.processed),
     "state_bytes": sum(x.nbytes for x in jax.tree.leaves(state)),
-    "relative_change": streaming.relative_change(
-      run.params, state, run.config.model
+    "relative_change": fast_state.relative_change(
+      run.params, state.fast, run.config.model
     ),
   }
 

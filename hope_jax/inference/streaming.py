@@ -27,14 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.tree_util import DictKey
 
-from hope_jax.config import ConfigError, MemoryConfig, ModelConfig
-from hope_jax.memory import deep, self_modifying, ttt
-from hope_jax.memory.chunks import ChunkState
-from hope_jax.memory.self_modifying import Boxes
-from hope_jax.models import language_model
-from hope_jax.models.block import BlockState
+from hope_jax.config import ConfigError, ModelConfig
+from hope_jax.models import fast_state, language_model
 from hope_jax.models.language_model import ModelOutput
 from hope_jax.training import sharding
 
@@ -127,7 +122,7 @@ def read(
   shapes = jax.eval_shape(
     lambda: language_model.init_state(config, batch_size, length)
   )
-  fast = _at_border(state.fast, shapes)
+  fast = fast_state.at_border(state.fast, shapes)
   output = forward(params, fast, tokens_BT, config=config)
   first = score(state.logits[:, None], tokens_BT[:, :1])
   later = score(output.logits[:, :-1], tokens_BT[:, 1:])
@@ -135,7 +130,7 @@ def read(
     lambda *parts: jnp.concatenate(parts, axis=1), first, later
   )
   return scores, StreamState(
-    _anywhere(output.state, state.fast),
+    fast_state.anywhere(output.state, state.fast),
     output.logits[:, -1],
     state.processed + jnp.uint32(length),
   )
@@ -148,32 +143,6 @@ def read_piece(
   """(log-probabilities [B, T], state after) of one piece."""
   scores, state = read(params, state, tokens_BT, config=config)
   return scores.log_probs, state
-
-
-def _is_level(x: Any) -> bool:
-  return isinstance(x, ChunkState)
-
-
-def _at_border(fast: Any, shapes: Any) -> Any:
-  """`fast` as pieces of whole chunks take it, where `shapes` has it so."""
-
-  def convert(level: Any, like: Any) -> Any:
-    if not _is_level(level) or like.position is not None:
-      return level
-    return ChunkState(level.now, None, None)
-
-  return jax.tree.map(convert, fast, shapes, is_leaf=_is_level)
-
-
-def _anywhere(fast: Any, before: Any) -> Any:
-  """Inverse of `_at_border`: a state for pieces of any size."""
-
-  def convert(old: Any, level: Any) -> Any:
-    if not _is_level(level) or level.position is not None:
-      return level
-    return ChunkState(level.now, level.now["weight"], old.position)
-
-  return jax.tree.map(convert, before, fast, is_leaf=_is_level)
 
 
 def piece_sizes(position: int, count: int, largest: int) -> Iterator[int]:
@@ -231,70 +200,6 @@ def check_room(config: ModelConfig, position: int, count: int) -> None:
 def reset(
   state: StreamState, levels: Sequence[str], config: ModelConfig
 ) -> StreamState:
-  """`state` in which `levels` are as at the start: their D and S are zero.
-
-  What they have of a chunk that is not over is zero, too; the chunk ends where
-  it would have ended (what levels with the next-token signal learn there, they
-  learn from all of it).  Convolutions and attention keep what they have seen.
-  """
-
-  def empty(path: Any, x: Any) -> Any:
-    names = {key.key for key in path if isinstance(key, DictKey)}
-    for level in levels:
-      if level in names:
-        is_place = jnp.issubdtype(x.dtype, jnp.integer)
-        x = x if is_place else jnp.zeros_like(x)
-      elif _is_boxes(x) and level in config.memory.adaptive:
-        x = self_modifying.without_box(x, level, config.memory)
-    return x
-
-  fast = jax.tree_util.tree_map_with_path(empty, state.fast, is_leaf=_is_boxes)
+  """`state` in which `levels` are as at the start, see `fast_state.reset`."""
+  fast = fast_state.reset(state.fast, levels, config)
   return dataclasses.replace(state, fast=fast)
-
-
-def _is_boxes(x: Any) -> bool:
-  return isinstance(x, Boxes)
-
-
-def relative_change(
-  params: Any, state: StreamState, config: ModelConfig
-) -> dict[str, float]:
-  """|D| / |M_0| of every fast level, median over layers, rows and heads."""
-  blocks, changes = params["blocks"], {}
-  for level in config.fast_levels:
-    if level.startswith("cms_"):
-      number = level.removeprefix("cms_")
-      slow = blocks["cms"].get(f"level_{number}") or blocks["cms"]["levels"]
-      fast = cms_weight(state.fast, level)._asdict()
-      initial = {name: slow[name][-len(x) :] for name, x in fast.items()}
-    else:
-      slow = blocks["mixer"]["initial"]
-      initial, fast = _mixer_level(slow, state.fast.mixer, level, config.memory)
-    by_layer = jax.vmap(deep.relative_change)(initial, fast)
-    changes[level] = float(jnp.median(by_layer))
-  return changes
-
-
-def cms_weight(fast: Any, level: str) -> Any:
-  """D of a CMS level in the layers that learn, the last ones."""
-  if isinstance(fast, BlockState):
-    return fast.cms[level].now["weight"]
-  return fast.levels[level].weight  # with the next-token signal
-
-
-def _mixer_level(
-  slow: Any, mixer: Any, level: str, cfg: MemoryConfig
-) -> tuple[Any, Any]:
-  """(M_0, D) of the memory or of a box, layers on axis 0."""
-  group = "memory" if level == "memory" else "boxes"
-  state = mixer[group]  # a `ChunkState` of what learns by chunks
-  fast: Any = (state if isinstance(state, dict) else state.now)["weight"]
-  matrix = lambda x: x.weight if isinstance(x, ttt.Layer) else x
-  fast = type(fast)(*map(matrix, fast))
-  initial = type(fast)(
-    *(slow.get(f"{group}_{name}") for name in type(fast)._fields)
-  )
-  if group == "memory":
-    return initial, fast
-  only_box = self_modifying.only_box
-  return only_box(initial, level, cfg), only_box(fast, level, cfg)

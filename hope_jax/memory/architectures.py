@@ -17,32 +17,6 @@ import jax.numpy as jnp
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
 
 
-def rms_normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
-  """x / rms(x) over the last axis, in float32, without a scale."""
-  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  return x * jax.lax.rsqrt(
-    jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon
-  )
-
-
-def l2_normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
-  """x / |x| over the last axis, in float32; 0 stays 0."""
-  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  return x * jax.lax.rsqrt(
-    jnp.sum(jnp.square(x), axis=-1, keepdims=True) + epsilon
-  )
-
-
-def layer_normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
-  """(x - mean) / std over the last axis, in float32, without scale and bias."""
-  return rms_normalize(x - jnp.mean(x, axis=-1, keepdims=True), epsilon)
-
-
-def layer_norm_error(x: jax.Array, error: jax.Array) -> jax.Array:
-  """The error at x of an error at layer_normalize(x)."""
-  return jax.vjp(layer_normalize, x)[1](error)[0]
-
-
 class Weights(NamedTuple):
   """One value per layer: hidden [..., F, K] (None: matrix), output [..., E, F].
 

@@ -10,9 +10,12 @@ Several documents may follow each other in a sequence (`segments`, their
 numbers).  Document 0 is the one that a given state belongs to, so that a piece
 that begins with another number begins with a new document.
 
+A memory is a `Memory`, a tuple of pure functions; `run` runs it.
+
 Legend: B batch, N chunks, C chunk length, T tokens.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +24,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from hope_jax.memory import dynamics
 from pallas_kernels.scan import (
   CheckpointPolicy,
   checkpointed_scan,
@@ -30,24 +34,45 @@ from pallas_kernels.scan import (
 
 
 @flax.struct.dataclass
+class Fast:
+  """Fast weights and what goes along with them, one for every sequence.
+
+  Attributes:
+    weight: D, the difference from the learned start; any tree of [B, ...].
+    momentum: S, a tree like it; None without momentum.
+    segment: what attention sees of the tokens of the current chunk, where the
+      memory is a context of it (`models/titans_attention.py`); else None.
+  """
+
+  weight: Any
+  momentum: Any = None
+  segment: Any = None
+
+
+@flax.struct.dataclass
 class ChunkState:
   """State of a fast level between two calls.
 
   Attributes:
-    now: {"weight": ..., "momentum": ...}, differences from the learned start.
-    start: `now["weight"]` as it was at the current chunk's first token.
+    now: after the tokens so far.
+    start: `now.weight` as it was at the current chunk's first token.
     position: tokens of the current chunk that are already written, int32.
       None (and no `start`): pieces are whole chunks, which is cheaper.
   """
 
-  now: dict[str, Any]
+  now: Fast
   start: Any
   position: jax.Array | None
 
   def map_weights(self, fn: Callable[[Any], Any]) -> "ChunkState":
     """The same state with other weights."""
-    now = {**self.now, "weight": fn(self.now["weight"])}
+    now = dataclasses.replace(self.now, weight=fn(self.now.weight))
     start = None if self.start is None else fn(self.start)
+    return ChunkState(now, start, self.position)
+
+  def reset(self) -> "ChunkState":
+    """D = 0 and S = 0, at the same place of the chunk."""
+    now, start = jax.tree.map(jnp.zeros_like, (self.now, self.start))
     return ChunkState(now, start, self.position)
 
 
@@ -74,8 +99,16 @@ def per_sequence(
   return jax.tree.map(copy, initial)
 
 
+def zero_state(
+  initial: Any, batch_size: int, *, has_momentum: bool = False
+) -> Fast:
+  """D = 0, and S = 0 where there is momentum, for every sequence."""
+  zero = zeros(initial, batch_size)
+  return Fast(zero, zero if has_momentum else None)
+
+
 def fresh(
-  now: dict[str, Any], chunk_length: int = 0, piece_length: int | None = None
+  now: Fast, chunk_length: int = 0, piece_length: int | None = None
 ) -> ChunkState:
   """The state at the start of a chunk.
 
@@ -83,7 +116,7 @@ def fresh(
   """
   if piece_length and piece_length % chunk_length == 0:
     return ChunkState(now, None, None)
-  return ChunkState(now, now["weight"], jnp.zeros((), jnp.int32))
+  return ChunkState(now, now.weight, jnp.zeros((), jnp.int32))
 
 
 class Layout(NamedTuple):
@@ -160,16 +193,16 @@ class Documents(NamedTuple):
   begins: jax.Array
   inherits: jax.Array
   keeps: jax.Array
-  origin: dict[str, Any]
+  origin: Fast
 
 
 def documents(
-  segments: jax.Array | None, layout: Layout, origin: dict[str, Any]
+  segments: jax.Array | None, layout: Layout, origin: Fast
 ) -> Documents | None:
   """`segments` [B, T] as seen by chunks; None without.
 
   Only levels that mask (the CMS) allow a document to begin inside a chunk; for
-  the others documents must begin on a chunk's border (spec 02, packing).
+  the others documents must begin on a chunk's border (docs/equations.md).
   """
   if segments is None:
     return None
@@ -193,41 +226,64 @@ def choose(condition_B: jax.Array, a: Any, b: Any) -> Any:
   return jax.tree.map(pick, a, b)
 
 
+class Places(NamedTuple):
+  """What a chunk's places hold.
+
+  Attributes:
+    live: [C] which of them hold a token; None: all do.
+    inherits, keeps: [B, C], see `Documents`; None: there is one document only.
+    index: [C] their places in a whole chunk; None where that is not asked for.
+  """
+
+  live: jax.Array | None
+  inherits: jax.Array | None = None
+  keeps: jax.Array | None = None
+  index: jax.Array | None = None
+
+
+Step = Callable[[Any, Fast, Any, Places], tuple[Fast, Any]]
+
+
 def scan_chunks(
-  step: Callable,
+  step: Step,
   state: ChunkState,
   xs: Any,
   layout: Layout,
   *,
   chunk_length: int,
   policy: CheckpointPolicy,
-  continued: bool,
+  return_state: bool,
   docs: Documents | None = None,
 ) -> tuple[Any, ChunkState | None]:
-  """Runs `now, y = step(start, now, x, live)` over the chunks.
+  """Runs `now, y = step(start, now, x, places)` over the chunks.
 
   Args:
     xs: inputs with chunks first (`Layout.split`).
-    continued: whether a new state is wanted; else nothing is returned for it.
+    return_state: if False, None is returned and the last chunk's write is
+      skipped.
     docs: from `documents`.
   """
   # Per chunk: a new document begins it; its first document also ends it.
   borders = None if docs is None else (docs.begins, docs.keeps[..., 0])
-  inputs = (xs, layout.live, borders)
+  masks = (None, None) if docs is None else (docs.inherits, docs.keeps)
+  inputs = (xs, Places(layout.live, *masks), borders)
+  index = jnp.arange(layout.length)
+  if state.position is not None and layout.length < chunk_length:
+    index = state.position[None]  # one token
 
   def restart(now, borders):
     if docs is None:
       return now
     return choose(borders[0], docs.origin, now)
 
-  if not continued or state.position is None:
+  if not return_state or state.position is None:
 
     def body(now, inputs):
-      x, live, borders = inputs
+      x, places, borders = inputs
       now = restart(now, borders)
-      return step(now["weight"], now, x, live)
+      return step(now.weight, now, x, places._replace(index=index))
 
-    if not continued:
+    if not return_state:
       return _outputs(body, state.now, inputs, layout.count, policy), None
     now, ys = checkpointed_scan(body, state.now, inputs, policy=policy)
     return ys, ChunkState(now, None, None)
@@ -238,26 +294,26 @@ def scan_chunks(
 
   def body_continued(carry, inputs):
     start, now = carry
-    is_next, (x, live, borders) = inputs
+    is_next, (x, places, borders) = inputs
     now = restart(now, borders)
-    start = where(is_next, now["weight"], start)
+    start = where(is_next, now.weight, start)
     if docs is not None:
-      start = choose(borders[0], now["weight"], start)
-    now, y = step(start, now, x, live)
+      start = choose(borders[0], now.weight, start)
+    now, y = step(start, now, x, places._replace(index=index))
     if docs is not None:
-      start = choose(borders[1], start, docs.origin["weight"])
+      start = choose(borders[1], start, docs.origin.weight)
     return (start, now), y
 
   (start, now), ys = checkpointed_scan(
     body_continued, (state.start, state.now), (is_next, inputs), policy=policy
   )
   position = end % chunk_length
-  start = where(position == 0, now["weight"], start)
+  start = where(position == 0, now.weight, start)
   return ys, ChunkState(now, start, position.astype(jnp.int32))
 
 
-# Up to so many chunks the last one is compiled apart: beyond, its write is too
-# small a part to pay for that.
+# With at most this many chunks the last one is unrolled, so that XLA can drop
+# its unused write; with more, that is too small a part to pay for.
 _MAX_COUNT_APART = 16
 
 
@@ -284,3 +340,121 @@ def _outputs(
 def where(condition: jax.Array, a: Any, b: Any) -> Any:
   """The tree `a` where one condition for all holds, else `b`."""
   return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+
+
+class MemoryOutput(NamedTuple):
+  """What was read; the state after (None if none was given); scalars about the
+  learning (None unless asked for)."""
+
+  outputs: Any
+  state: Any
+  dynamics: dict[str, Any] | None
+
+
+def _heads(initial: Any, batch_size: int) -> Any:
+  return per_sequence(initial, batch_size, ("heads",))
+
+
+def _same_tokens(base: Any, xs: Any, live: jax.Array | None) -> Any:
+  del base, live
+  return xs
+
+
+def _same_outputs(base: Any, tokens: Any, read: Any) -> Any:
+  del base, tokens
+  return read
+
+
+class Memory(NamedTuple):
+  """One kind of memory: its learning on one chunk, as pure functions.
+
+  `base` is M_0 for every sequence, None where the rule acts on M_0 + D itself.
+
+  Attributes:
+    chunk_length: tokens between two gradients' states.
+    policy: what the backward pass stores (`checkpointed_scan`).
+    step: (base, start, now, x, places) -> (`Fast` after the chunk, what it
+      read, what `dynamics` wants to know); `start` are the fast weights at the
+      chunk's first token, `now` those before the tokens x.
+    prepare: (base, xs, live) -> xs: work on all chunks at once, before the
+      scan; xs and live have chunks first.
+    finish: (base, tokens, read) -> outputs: work on all tokens at once, after
+      the scan.
+    dynamics: (base, after, trace, x, places) -> scalars of a chunk.
+    spread: (M_0, batch size) -> base.
+    has_momentum: whether there is a momentum S.
+    acts_on_whole: whether the rule acts on M_0 + D, forgetting towards zero.
+    kernel: whole chunks in a kernel (`memory/fused.py`), None without.
+  """
+
+  chunk_length: int
+  policy: CheckpointPolicy
+  step: Callable[..., tuple[Fast, Any, Any]]
+  prepare: Callable[[Any, Any, Any], Any] = _same_tokens
+  finish: Callable[[Any, Any, Any], Any] = _same_outputs
+  dynamics: Callable[..., dict[str, Any]] | None = None
+  spread: Callable[[Any, int], Any] = _heads
+  has_momentum: bool = False
+  acts_on_whole: bool = False
+  kernel: Callable[..., tuple[Any, ChunkState | None]] | None = None
+
+
+def run(
+  memory: Memory,
+  initial: Any,
+  tokens: Any,
+  *,
+  axis: int,
+  state: ChunkState | None = None,
+  segments: jax.Array | None = None,
+  with_dynamics: bool = False,
+) -> MemoryOutput:
+  """Runs a memory along the sequence.
+
+  Args:
+    initial: M_0, any tree.
+    tokens: what the memory sees, any tree of [B, ...] with T on `axis`.
+    state: from an earlier call or `fresh`; None: a new sequence.
+    segments: [B, T] document numbers, see the module.
+    with_dynamics: also returns what `memory.dynamics` says.
+  """
+  shape = jax.tree.leaves(tokens)[0].shape
+  layout = plan(shape[axis], memory.chunk_length, state)
+  return_state = state is not None
+  if state is None:
+    zero = zero_state(initial, shape[0], has_momentum=memory.has_momentum)
+    state = fresh(zero)
+  slow, origin = initial, jax.tree.map(jnp.zeros_like, state.now)
+  if memory.acts_on_whole:
+    whole = lambda fast: jax.tree.map(lambda m, d: m[None] + d, initial, fast)
+    slow, state = None, state.map_weights(whole)
+    origin = dataclasses.replace(origin, weight=whole(origin.weight))
+  docs = documents(segments, layout, origin)
+  how: Any = dict(
+    chunk_length=memory.chunk_length, return_state=return_state, docs=docs
+  )
+  summary = None
+  if memory.kernel and layout.offset is None and not with_dynamics:
+    outputs, state = memory.kernel(initial, state, tokens, **how)
+  else:
+    base = memory.spread(slow, shape[0])
+
+    def step(start, now, x, places):
+      after, read, trace = memory.step(base, start, now, x, places)
+      found = None
+      if with_dynamics and memory.dynamics:
+        found = memory.dynamics(base, after, trace, x, places)
+      return after, (read, found)
+
+    xs = jax.tree.map(lambda x: layout.split(x, axis), tokens)
+    xs = memory.prepare(base, xs, layout.live)
+    (outputs, found), state = scan_chunks(
+      step, state, xs, layout, policy=memory.policy, **how
+    )
+    outputs = jax.tree.map(lambda x: layout.merge(x, axis), outputs)
+    outputs = memory.finish(base, tokens, outputs)
+    summary = None if found is None else dynamics.summarize(found)
+  if memory.acts_on_whole and state is not None:
+    minus = lambda w: jax.tree.map(lambda a, m: a - m[None], w, initial)
+    state = state.map_weights(minus)
+  return MemoryOutput(outputs, state, summary)

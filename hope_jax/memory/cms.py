@@ -10,7 +10,7 @@ u is the matrix's error for 1/2 |y(k_t) - value_t|^2 at the chunk's first state,
 eta' = eta / (1 + eta |input|^2) its proximal step, eta learned per level, alpha
 too where a level forgets.  The key k_t is n_t unless others are given.  Reads
 see only whole chunks, so inside a chunk nothing is sequential.  Deviates from
-the paper, which leaves signal and step open: see spec 02, section 4.
+the paper, which leaves signal and step open: see docs/equations.md.
 
 `run_level` runs one level along the sequence; levels in sequence (eq. 73) or
 side by side (eq. 74) are several of them.  `run_nested` runs levels of which
@@ -29,7 +29,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hope_jax.memory import architectures, chunks, deep, products, rules
+from hope_jax.memory import architectures, chunks, norms, products, rules
+from hope_jax.memory import dynamics as dynamics_lib
+from hope_jax.memory.chunks import MemoryOutput
 from pallas_kernels.scan import CheckpointPolicy, checkpointed_scan
 
 
@@ -83,10 +85,10 @@ class Trace(NamedTuple):
   y: jax.Array
 
 
-def zero_state(slow: LevelWeights, batch_size: int) -> dict[str, Any]:
+def zero_state(slow: LevelWeights, batch_size: int) -> chunks.Fast:
   """D = 0 for every sequence."""
   zeros = jax.tree.map(jnp.zeros_like, slow)
-  return {"weight": _per_sequence(zeros, batch_size)}
+  return chunks.Fast(_per_sequence(zeros, batch_size))
 
 
 def slow_products(slow: LevelWeights, n: jax.Array) -> Inputs:
@@ -137,7 +139,7 @@ def run_level(
   state: chunks.ChunkState | None = None,
   segments: jax.Array | None = None,
   with_dynamics: bool = False,
-) -> tuple[jax.Array, chunks.ChunkState | None, dict[str, jax.Array] | None]:
+) -> MemoryOutput:
   """Runs one fast level along the sequence.
 
   Args:
@@ -151,70 +153,56 @@ def run_level(
   Returns:
     y [B, T, D], the state after, scalars about the learning.
   """
-  layout = chunks.plan(inputs.shape[1], rule.chunk_length, state)
-  continued = state is not None
-  if state is None:
-    state = chunks.fresh(zero_state(slow, inputs.shape[0]))
   inputs, keys, values = _whole_rows(inputs, keys, values)
   # The slow products of all tokens at once; the scan adds the fast ones.
   reads = slow_products(slow, inputs)
   written = None if keys is None else slow_products(slow, keys)
-  xs = jax.tree.map(
-    lambda x: layout.split(x, axis=1), Tokens(reads, written, values)
-  )
-  origin = zero_state(slow, inputs.shape[0])
-  docs = chunks.documents(segments, layout, origin)
-  masks = docs and (docs.inherits, docs.keeps)
-  base = _per_sequence(slow, inputs.shape[0])
   rates = _rule_per_sequence(rule, inputs.shape[0])
 
-  def step(start, now, xs, live):
-    tokens, masks = xs
-    after, trace = learn_chunk(
-      base, start, now["weight"], tokens, rates, live, masks
-    )
-    dynamics = None
-    if with_dynamics:
-      dynamics = _dynamics(slow, start, after, tokens, rule, live)
-    return {"weight": after}, (trace.y, dynamics)
+  def step(base, start, now, tokens, places):
+    after, trace = learn_chunk((base, start, now.weight), tokens, rates, places)
+    return chunks.Fast(after), trace.y, start
 
-  (y, dynamics), state = chunks.scan_chunks(
-    step,
-    state,
-    (xs, masks),
-    layout,
-    chunk_length=rule.chunk_length,
-    policy=policy,
-    continued=continued,
-    docs=docs,
+  def dynamics(base, after, start, tokens, places):
+    del base
+    states = start, after.weight
+    return _dynamics(slow, states, tokens, rule, places.live)
+
+  memory = chunks.Memory(
+    rule.chunk_length, policy, step, dynamics=dynamics, spread=_per_sequence
   )
-  if dynamics is not None:
-    dynamics = deep.summarize(dynamics)
-  return layout.merge(y, axis=1), state, dynamics
+  return chunks.run(
+    memory,
+    slow,
+    Tokens(reads, written, values),
+    axis=1,
+    state=state,
+    segments=segments,
+    with_dynamics=with_dynamics,
+  )
 
 
 def learn_chunk(
-  slow: LevelWeights,
-  start: LevelWeights,
-  weight: LevelWeights,
+  weights: tuple[LevelWeights, LevelWeights, LevelWeights],
   tokens: Tokens,
   rule: Rule,
-  live: jax.Array | None = None,
-  masks: tuple[jax.Array, jax.Array] | None = None,
+  places: chunks.Places,
 ) -> tuple[LevelWeights, Trace]:
-  """One chunk: (weights after its tokens, what was read).
+  """One chunk: (fast weights after its tokens, what was read).
 
-  Reads and gradients are taken at `start`; `weight` is what earlier tokens of
-  the chunk made of it.  A place without a token (`live` [C]) has n = 0, which
-  writes nothing.  `masks`: inherits and keeps [B, C] of `chunks.Documents`.
+  `weights`: W_0, D at the chunk's first state, at which reads and gradients are
+  taken, and what earlier tokens of the chunk made of it.  A place without a
+  token has n = 0, which writes nothing.
   """
-  inherits = None if masks is None else masks[0]
+  slow, start, weight = weights
+  live, inherits, keeps, _ = places
   read = forward(slow, start, tokens.reads, inherits)
   keys, trace = tokens.reads, read
   if tokens.keys is not None:
     keys = tokens.keys
     trace = forward(slow, start, keys, inherits)
-  errors = _errors(slow, start, trace, tokens.values, rule.error_clip, inherits)
+  error = rules.clip_norm(trace.y - tokens.values, rule.error_clip)
+  errors = _errors((slow, start), trace, error, rule.error_clip, inherits)
   count, later = _ages(tokens.values.shape[1], live)
 
   def faded(x: jax.Array, age: jax.Array) -> jax.Array:
@@ -228,15 +216,15 @@ def learn_chunk(
     learn_rate = rule.learn_rate[:, None]
     rate = learn_rate / (1.0 + learn_rate * square)
     step = faded(rate / rule.chunk_length, later[None])
-    if masks is not None:
-      step = step * masks[1]
+    if keeps is not None:
+      step = step * keeps
     return faded(weight, count) - jnp.einsum(
       "BCD,BCF->BDF", layer_input * step[..., None], layer_error
     )
 
-  if masks is not None:
+  if keeps is not None:
     weight = chunks.choose(
-      masks[1][:, 0], weight, jax.tree.map(jnp.zeros_like, weight)
+      keeps[:, 0], weight, jax.tree.map(jnp.zeros_like, weight)
     )
   layer_inputs = LevelWeights(keys.n, keys.n, trace.hidden)
   return LevelWeights(*map(write, weight, layer_inputs, errors)), read
@@ -264,15 +252,17 @@ def forward(
 
 
 def _errors(
-  slow: LevelWeights,
-  fast: LevelWeights,
+  weights: tuple[LevelWeights, LevelWeights],
   trace: Trace,
-  values: jax.Array,
+  error: jax.Array,
   bound: float,
   inherits: jax.Array | None,
 ) -> LevelWeights:
-  """dL/d(output) of the three matrices for 1/2 |y - value|^2, clipped."""
-  error = rules.clip_norm(trace.y - values, bound)
+  """dL/d(output) of the three matrices, clipped, from that of the block's.
+
+  `weights`: slow and fast ones.
+  """
+  slow, fast = weights
   through = jnp.einsum("BCD,BFD->BCF", error, fast.down)
   if inherits is not None:
     through = through * inherits[..., None]
@@ -308,7 +298,7 @@ class NestedLevel(NamedTuple):
 
   def normalize(self, x: jax.Array) -> jax.Array:
     """n [B, C, D] of x [B, C, D], with parameters per sequence."""
-    return architectures.rms_normalize(x, self.epsilon) * self.scale[:, None]
+    return norms.rms_normalize(x, self.epsilon) * self.scale[:, None]
 
 
 def run_nested(
@@ -322,9 +312,7 @@ def run_nested(
   state: Sequence[Any] | None = None,
   segments: jax.Array | None = None,
   with_dynamics: bool = False,
-) -> tuple[
-  jax.Array, list[chunks.ChunkState] | None, list[dict[str, jax.Array]]
-]:
+) -> MemoryOutput:
   """Levels in sequence that share W_0, each restarting from the next one.
 
   When a level's chunk ends, its faster neighbour takes over its D (eq. 72), and
@@ -333,7 +321,7 @@ def run_nested(
   length divides the next; the others are as in `run_level`.
 
   Returns:
-    x after all levels, their states, scalars about each one's learning.
+    x after all levels, a list of their states, scalars by `cms_0`, `cms_1` ...
   """
   lengths = [level.rule.chunk_length for level in levels]
   origin = zero_state(slow, x.shape[0])
@@ -342,44 +330,47 @@ def run_nested(
   states = state or [chunks.fresh(origin) for _ in levels]
   docs = chunks.documents(segments, layout, origin)
   borders = _borders(layout, states, lengths)
-  nothing = ((origin["weight"],) * 2,) * len(levels)
+  nothing = ((origin.weight,) * 2,) * len(levels)
   base = _per_sequence(slow, x.shape[0])
   copies = [level.per_sequence(x.shape[0]) for level in levels]
   x, keys, values = _whole_rows(x, keys, values)
 
   def body(carry, inputs):
-    (x, values, keys), live, borders, flags = inputs
-    masks = None
-    if flags is not None:
-      begins, masks = flags[0], flags[1:]
+    (x, values, keys), begins, places, borders = inputs
+    if begins is not None:
       carry = chunks.choose(begins, nothing, carry)
     carry = _restart(carry, borders, levels)
     written = None if keys is None else slow_products(base, keys)
-    after, dynamics = [], []
-    for level, copy, (start, now) in zip(levels, copies, carry, strict=True):
-      reads = slow_products(base, copy.normalize(x))
-      tokens = Tokens(reads, written, values)
-      new, read = learn_chunk(base, start, now, tokens, copy.rule, live, masks)
+    after, dynamics = [], {}
+    for i, (level, copy, (start, now)) in enumerate(
+      zip(levels, copies, carry, strict=True)
+    ):
+      tokens = Tokens(slow_products(base, copy.normalize(x)), written, values)
+      new, read = learn_chunk((base, start, now), tokens, copy.rule, places)
       x = x + read.y
       new = new if level.live else now
       if with_dynamics:
-        found = _dynamics(slow, start, new, tokens, level.rule, live)
-        dynamics.append(found)
-      if masks is not None:
-        start = chunks.choose(masks[1][:, 0], start, origin["weight"])
+        dynamics[f"cms_{i}"] = _dynamics(
+          slow, (start, new), tokens, level.rule, places.live
+        )
+      if places.keeps is not None:
+        start = chunks.choose(places.keeps[:, 0], start, origin.weight)
       after.append((start, new))
     return tuple(after), (x, dynamics)
 
-  flags = docs and (docs.begins, docs.inherits, docs.keeps)
+  begins, places = None, chunks.Places(layout.live)
+  if docs is not None:
+    begins = docs.begins
+    places = chunks.Places(layout.live, docs.inherits, docs.keeps)
   xs = jax.tree.map(lambda x: layout.split(x, axis=1), (x, values, keys))
-  carry = tuple((s.start, s.now["weight"]) for s in states)
+  carry = tuple((s.start, s.now.weight) for s in states)
   carry, (y, dynamics) = checkpointed_scan(
-    body, carry, (xs, layout.live, borders, flags), policy=policy
+    body, carry, (xs, begins, places, borders), policy=policy
   )
-  dynamics = [deep.summarize(d) for d in dynamics]
-  y = layout.merge(y, axis=1)
   after = None if state is None else _after(carry, states, layout, levels)
-  return y, after, dynamics
+  return MemoryOutput(
+    layout.merge(y, axis=1), after, dynamics_lib.summarize(dynamics)
+  )
 
 
 def _after(
@@ -393,7 +384,7 @@ def _after(
   ends: list[Any] = [s.position + layout.tokens for s in state]
   at_end = [end % c == 0 for end, c in zip(ends, lengths, strict=True)]
   return [
-    chunks.ChunkState({"weight": now}, start, (end % c).astype(jnp.int32))
+    chunks.ChunkState(chunks.Fast(now), start, (end % c).astype(jnp.int32))
     for (start, now), end, c in zip(
       _restart(carry, at_end, levels), ends, lengths, strict=True
     )
@@ -434,19 +425,19 @@ def feed_forward(slow: LevelWeights, n: jax.Array) -> jax.Array:
 
 def _dynamics(
   slow: LevelWeights,
-  start: LevelWeights,
-  after: LevelWeights,
+  states: tuple[LevelWeights, LevelWeights],
   tokens: Tokens,
   rule: Rule,
   live: jax.Array | None,
 ) -> dict[str, jax.Array]:
-  """Scalars of one chunk, as in `deep.dynamics_of`."""
+  """Scalars of one chunk, as in `deep.dynamics_of`; `states`: D at its first
+  token and after it."""
   keys = tokens.reads if tokens.keys is None else tokens.keys
-  before, later = (forward(slow, fast, keys).y for fast in (start, after))
+  before, later = (forward(slow, fast, keys).y for fast in states)
   return {
     "learn_rate": rule.learn_rate,
-    "relative_change": deep.relative_change(slow, after),
-    **deep.loss_dynamics(
+    "relative_change": dynamics_lib.relative_change(slow, states[1]),
+    **dynamics_lib.loss_dynamics(
       before, later, tokens.values, 0.5, rule.error_clip, live=live
     ),
   }

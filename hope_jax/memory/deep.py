@@ -3,7 +3,7 @@
 Per chunk, with M the memory at the chunk's first state (paper 8.2):
 
   target   vhat_t = M(v_t) (self-generated, eq. 87) or v_t
-  error    u_t from loss_factor |M(k_t) - vhat_t|^2, `rules.layer_errors`
+  error    u_t from loss_factor |M(k_t) - vhat_t|^2, `rules.output_error`
   write    both layers by the rule (P), `pallas_kernels.linear_rule`
   read     o_t = M_{t-1}(q_t) (token_pre, eq. 86), M_t(q_t) (token_post), or
            M(q_t) (chunk, eq. 90)
@@ -15,58 +15,42 @@ Legend: B batch, H heads, T tokens, N chunks, C chunk length, K key dim,
 F hidden, E output dim.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from hope_jax.config import MemoryConfig
 from hope_jax.memory import architectures, chunks, fused, rules
+from hope_jax.memory import dynamics as dynamics_lib
 from hope_jax.memory.architectures import Weights
+from hope_jax.memory.chunks import MemoryOutput
 from hope_jax.memory.rules import Gates
 from pallas_kernels.linear_rule import chunk as chunk_lib
 
 
-class MemoryOutput(NamedTuple):
-  """outputs [B, H, T, E]; the state after; scalars about the learning."""
+class Tokens(NamedTuple):
+  """What the memory sees: keys, queries [B, H, T, K], values [B, H, T, E] and
+  gates [B, H, T]."""
 
-  outputs: jax.Array
-  state: chunks.ChunkState | None
-  dynamics: dict[str, jax.Array] | None
-
-
-def zero_state(
-  initial: Any, batch_size: int, cfg: MemoryConfig
-) -> dict[str, Any]:
-  """D = 0 and S = 0: {"weight", "momentum"} of [B, *M_0], any tree of M_0."""
-  zeros = chunks.zeros(initial, batch_size)
-  return {
-    "weight": zeros,
-    "momentum": None if cfg.momentum == "none" else zeros,
-  }
+  keys: jax.Array
+  values: jax.Array
+  queries: jax.Array
+  gates: Gates
 
 
-def anchored(
-  initial: Any, state: chunks.ChunkState, cfg: MemoryConfig
-) -> tuple[Any, chunks.ChunkState, dict[str, Any]]:
-  """(M_0 if the rule acts on D, the state it acts on, a new document's state).
+class Chunk(NamedTuple):
+  """A chunk's tokens, with what is computed for all chunks at once: the slow
+  part of the queries' hidden layer, and the rule's decays."""
 
-  With retention to the start the rule acts on the difference D; with the
-  literal one (`zero`) on the whole matrix M_0 + D.
-  """
-  zero = jax.tree.map(jnp.zeros_like, state.now)
-  if cfg.retention != "zero":
-    return initial, state, zero
-  add = lambda weight: architectures.whole(initial, weight)
-  return None, state.map_weights(add), {**zero, "weight": add(zero["weight"])}
+  tokens: Tokens
+  slow_hidden: jax.Array | None
+  decays: Any
 
 
 def run_memory(
   initial: Weights,
-  keys: jax.Array,
-  values: jax.Array,
-  queries: jax.Array,
-  gates: Gates,
+  tokens: Tokens,
   cfg: MemoryConfig,
   *,
   state: chunks.ChunkState | None = None,
@@ -78,76 +62,56 @@ def run_memory(
 
   Args:
     initial: M_0, hidden [H, F, K] (None: matrix memory), output [H, E, F].
-    keys, values, queries: [B, H, T, K] (values [B, H, T, E]).
-    gates: [B, H, T] each.
-    state: from an earlier call or `zero_state`, None: a new sequence.
+    state: from an earlier call or `chunks.fresh`, None: a new sequence.
     segments: [B, T] document numbers (`memory/chunks.py`).
     live: off: nothing is written, o_t = M_0(q_t) (the twin).
     with_dynamics: also returns what `dynamics_of` says.
+
+  Returns:
+    o [B, H, T, E], the state after, scalars about the learning.
   """
   if not live:
-    base = chunks.per_sequence(initial, keys.shape[0], ("heads",))
-    trace = architectures.forward(base, queries, cfg.activation)
+    base = chunks.per_sequence(initial, tokens.keys.shape[0], ("heads",))
+    trace = architectures.forward(base, tokens.queries, cfg.activation)
     return MemoryOutput(trace.outputs, state, None)
-  layout = chunks.plan(keys.shape[2], cfg.chunk_length, state)
-  continued = state is not None
-  if state is None:
-    state = chunks.fresh(zero_state(initial, keys.shape[0], cfg))
-  slow, state, origin = anchored(initial, state, cfg)
-  gates = gates._replace(retention=rules.retained(gates.retention, cfg))
-  docs = chunks.documents(segments, layout, origin)
-  how: dict[str, Any] = dict(
-    chunk_length=cfg.chunk_length, continued=continued, docs=docs
-  )
-  if fused.can_run(cfg, layout) and not with_dynamics:
-    tokens = keys, values, queries, gates
-    outputs, state = fused.run(
-      fused_chunk, initial, state, tokens, cfg, name="memory", **how
-    )
-    return MemoryOutput(outputs, difference(initial, state, cfg), None)
-
-  base = chunks.per_sequence(slow, keys.shape[0], ("heads",))
-
-  def step(start, now, inputs, places):
-    (k, v, query, gates), decays = inputs
-    loss = inner_loss(start, base, k, v, cfg)
-    after, read = learn_chunk(start, now, loss, k, query, gates, decays, cfg)
-    dynamics = None
-    if with_dynamics:
-      dynamics = dynamics_of(
-        initial, after, gates, k, cfg, base, loss, live=places
-      )
-    return after, (read, dynamics)
-
-  xs = _by_chunk(base, keys, values, queries, gates, layout, cfg)
-  (read, dynamics), state = chunks.scan_chunks(
-    step, state, xs, layout, policy=cfg.remat, **how
-  )
-  if dynamics is not None:
-    dynamics = summarize(dynamics)
-  read = jax.tree.map(lambda x: layout.merge(x, axis=2), read)
-  return MemoryOutput(
-    read_out(base, queries, read),
-    difference(initial, state, cfg),
-    dynamics,
+  return chunks.run(
+    memory(initial, cfg),
+    initial,
+    tokens._replace(gates=rules.retained(tokens.gates, cfg)),
+    axis=2,
+    state=state,
+    segments=segments,
+    with_dynamics=with_dynamics,
   )
 
 
-def _by_chunk(
-  slow: Weights | None,
-  keys: jax.Array,
-  values: jax.Array,
-  queries: jax.Array,
-  gates: Gates,
-  layout: chunks.Layout,
-  cfg: MemoryConfig,
-) -> tuple[Any, chunk_lib.ChunkDecays]:
-  """The scan's inputs: ((k, v, (q, its slow product), gates), decays)."""
-  xs = jax.tree.map(
-    lambda x: layout.split(x, axis=2),
-    (keys, values, (queries, slow_hidden(slow, queries)), gates),
+def memory(initial: Weights, cfg: MemoryConfig) -> chunks.Memory:
+  """The rule of the module as functions of a chunk."""
+
+  def prepare(base, tokens, live):
+    decays = rules.subchunk_decays(tokens.gates, live, rules.rule_read(cfg))
+    return Chunk(tokens, slow_hidden(base, tokens.queries), decays)
+
+  def step(base, start, now, x, places):
+    loss = inner_loss(start, base, x.tokens.keys, x.tokens.values, cfg)
+    after, read = learn_chunk(start, now, loss, x, cfg)
+    return after, read, loss
+
+  def dynamics(base, after, loss, x, places):
+    chunk = Learned(after, x.tokens.gates, x.tokens.keys, loss)
+    return dynamics_of(initial, base, chunk, cfg, live=places.live)
+
+  return chunks.Memory(
+    cfg.chunk_length,
+    cfg.remat,
+    step,
+    prepare=prepare,
+    finish=lambda base, tokens, read: read_out(base, tokens.queries, read),
+    dynamics=dynamics,
+    has_momentum=cfg.momentum != "none",
+    acts_on_whole=cfg.retention == "zero",
+    kernel=fused.kernel(fused_chunk, cfg, name="memory"),
   )
-  return xs, rules.piece_decays(xs[3], layout.live, rules.rule_read(cfg))
 
 
 def slow_hidden(slow: Weights | None, queries: jax.Array) -> jax.Array | None:
@@ -203,43 +167,36 @@ def inner_loss(
 
 def learn_chunk(
   start: Weights,
-  now: dict[str, Any],
+  now: chunks.Fast,
   loss: InnerLoss,
-  keys: jax.Array,
-  query: tuple[jax.Array, jax.Array | None],
-  gates: Gates,
-  decays: Any,
+  x: Chunk,
   cfg: MemoryConfig,
   arithmetic: chunk_lib.Arithmetic = chunk_lib.XLA,
-) -> tuple[dict[str, Any], Weights]:
+) -> tuple[chunks.Fast, Weights]:
   """One chunk of writes and reads: (state after, what was read).
 
   Args:
     start: fast weights at the chunk's first state.
-    now: fast state before the chunk's tokens given here.
+    now: fast state before the chunk's tokens x.
     loss: the gradients, taken at `start`.
-    query: q_t [B, H, C, K] and the slow part of its hidden layer.
 
   Returns:
     What was read: the hidden features of the queries (None: matrix) and the
     output layer's fast part, for `read_out`.
   """
-  weight, momentum = now["weight"], now["momentum"] or Weights(None, None)
+  weight, momentum = now.weight, now.momentum or Weights(None, None)
+  rule = rules.LayerRule(x.tokens.gates, x.decays, cfg, cfg.chunk_length)
 
   def layer(index, inputs, queries, *, exact=False) -> tuple[Any, Any]:
     """Writes one layer and reads its fast part at the queries."""
     token_read = cfg.read != "chunk"
     out = rules.write_layer(
-      inputs,
-      loss.errors[index],
-      weight[index],
-      momentum[index],
-      gates,
-      decays,
-      cfg,
-      chunk_length=cfg.chunk_length,
+      rules.LayerTokens(
+        inputs, loss.errors[index], queries if token_read else None
+      ),
+      rules.LayerState(weight[index], momentum[index]),
+      rule,
       exact=exact,
-      queries=queries if token_read else None,
       arithmetic=arithmetic,
     )
     if token_read:
@@ -247,38 +204,35 @@ def learn_chunk(
     return out, architectures.apply(queries, start[index])
 
   hidden: Any = None
-  features, slow_hidden = query
+  features = x.tokens.queries
   if weight.hidden is not None:
-    hidden, z = layer(0, keys, features)
-    z = z if slow_hidden is None else slow_hidden + z
+    hidden, z = layer(0, x.tokens.keys, features)
+    z = z if x.slow_hidden is None else x.slow_hidden + z
     features = architectures.activate(z, cfg.activation)[0]
   output, fast = layer(1, loss.features, features, exact=cfg.is_exact)
-  after: dict[str, Any] = {
-    "weight": Weights(hidden and hidden.weight, output.weight),
-    "momentum": None,
-  }
-  if now["momentum"] is not None:
-    after["momentum"] = Weights(hidden and hidden.momentum, output.momentum)
+  after = chunks.Fast(Weights(hidden and hidden.weight, output.weight))
+  if now.momentum is not None:
+    momentum = Weights(hidden and hidden.momentum, output.momentum)
+    after = dataclasses.replace(after, momentum=momentum)
   return after, Weights(hidden and features, fast)
 
 
 def fused_chunk(
   initial: Weights,
-  now: dict[str, Any],
-  tokens: tuple[jax.Array, jax.Array, jax.Array, Gates],
+  now: chunks.Fast,
+  tokens: Tokens,
   live: jax.Array | None,
   cfg: MemoryConfig,
-) -> tuple[jax.Array, dict[str, Any]]:
+) -> tuple[jax.Array, chunks.Fast]:
   """One chunk of one head in a kernel: (o [C, E], state after)."""
-  keys, values, queries, gates = tokens
   slow = None if cfg.retention == "zero" else initial
-  decays = rules.piece_decays(gates, live, rules.rule_read(cfg), fused.KERNEL)
-  loss = inner_loss(now["weight"], slow, keys, values, cfg)
-  query = queries, slow_hidden(slow, queries)
-  after, read = learn_chunk(
-    now["weight"], now, loss, keys, query, gates, decays, cfg, fused.KERNEL
+  decays = rules.subchunk_decays(
+    tokens.gates, live, rules.rule_read(cfg), fused.KERNEL
   )
-  return read_out(slow, queries, read), after
+  loss = inner_loss(now.weight, slow, tokens.keys, tokens.values, cfg)
+  x = Chunk(tokens, slow_hidden(slow, tokens.queries), decays)
+  after, read = learn_chunk(now.weight, now, loss, x, cfg, fused.KERNEL)
+  return read_out(slow, tokens.queries, read), after
 
 
 def read_out(
@@ -293,24 +247,20 @@ def read_out(
   return outputs if read.hidden is None else queries + outputs
 
 
-def difference(
-  initial: Any, state: chunks.ChunkState | None, cfg: MemoryConfig
-) -> chunks.ChunkState | None:
-  """The state as differences from M_0, whatever the rule acts on."""
-  if state is None or cfg.retention != "zero":
-    return state
-  minus = lambda w: jax.tree.map(lambda a, b: b - a[None], initial, w)
-  return state.map_weights(minus)
+class Learned(NamedTuple):
+  """A chunk's learning: the state after it, its gates and keys, its loss."""
+
+  after: chunks.Fast
+  gates: Gates
+  keys: jax.Array
+  loss: InnerLoss
 
 
 def dynamics_of(
   initial: Weights,
-  after: dict[str, Any],
-  gates: Gates,
-  keys: jax.Array,
-  cfg: MemoryConfig,
   slow: Weights | None,
-  loss: InnerLoss,
+  chunk: Learned,
+  cfg: MemoryConfig,
   *,
   live: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
@@ -318,16 +268,19 @@ def dynamics_of(
 
   learn_rate (eta), half_life (tokens), relative_change |D| / |M_0|, inner
   loss at the chunk's first and last state, clip_rate (share of output errors
-  above error_clip).  `live` [C]: which places hold a token, None if all do.
+  above error_clip).  `slow` is None where the rule acts on the whole weights;
+  `live` [C]: which places hold a token, None if all do.
   """
-  weight = after["weight"]
+  weight, loss = chunk.after.weight, chunk.loss
   final = architectures.whole(slow, weight)
-  later = architectures.forward(final, keys, cfg.activation).outputs
+  later = architectures.forward(final, chunk.keys, cfg.activation).outputs
   return {
-    "learn_rate": mean(gates.learn_rate, live),
-    "half_life": half_life(gates.retention, live),
-    "relative_change": relative_change(initial, weight, slow is None),
-    **loss_dynamics(
+    "learn_rate": dynamics_lib.mean(chunk.gates.learn_rate, live),
+    "half_life": dynamics_lib.half_life(chunk.gates.retention, live),
+    "relative_change": dynamics_lib.relative_change(
+      initial, weight, slow is None
+    ),
+    **dynamics_lib.loss_dynamics(
       loss.predictions,
       later,
       loss.targets,
@@ -336,72 +289,4 @@ def dynamics_of(
       is_dot=cfg.setting == "chunk_dot",
       live=live,
     ),
-  }
-
-
-def mean(x: jax.Array, live: jax.Array | None) -> jax.Array:
-  """Over all places [..., C] that hold a token."""
-  if live is None:
-    return jnp.mean(x)
-  count = jnp.sum(live) * (x.size // live.size)
-  return jnp.sum(jnp.where(live, x, 0)) / count
-
-
-def half_life(retention: jax.Array, live: jax.Array | None = None) -> jax.Array:
-  """Median number of tokens after which half is forgotten."""
-  tokens = jnp.log(0.5) / jnp.minimum(jnp.log(retention), -1e-9)
-  if live is None:
-    return jnp.median(tokens)
-  return jnp.nanmedian(jnp.where(live, tokens, jnp.nan))
-
-
-def loss_dynamics(
-  before: jax.Array,
-  after: jax.Array,
-  targets: jax.Array,
-  loss_factor: float,
-  error_clip: float,
-  *,
-  is_dot: bool = False,
-  live: jax.Array | None = None,
-) -> dict[str, jax.Array]:
-  """Inner loss of a chunk at its first and last state, and the clip rate.
-
-  `is_dot`: the loss is -2 loss_factor <M(k), target>.
-  """
-
-  def loss(outputs):
-    if is_dot:
-      return -2.0 * jnp.sum(outputs * targets, axis=-1)
-    return jnp.sum(jnp.square(outputs - targets), axis=-1)
-
-  error = targets if is_dot else before - targets
-  norm = 2.0 * loss_factor * jnp.linalg.norm(error, axis=-1)
-  return {
-    "loss_before": loss_factor * mean(loss(before), live),
-    "loss_after": loss_factor * mean(loss(after), live),
-    "clip_rate": mean(norm > (error_clip or jnp.inf), live),
-  }
-
-
-def relative_change(initial: Any, weight: Any, is_whole: bool = False):
-  """Median over batch (and heads) of |D| / |M_0|, all layers together."""
-  change = weight
-  if is_whole:
-    change = jax.tree.map(lambda w, m: w - m[None], weight, initial)
-
-  def square(tree):
-    squares = [
-      jnp.sum(jnp.square(w), axis=(-2, -1)) for w in jax.tree.leaves(tree)
-    ]
-    return sum(squares[1:], squares[0])
-
-  return jnp.median(jnp.sqrt(square(change) / square(initial)[None]))
-
-
-def summarize(dynamics: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  """Chunks [N] -> one number: the last chunk's change, else the mean."""
-  return {
-    name: x[-1] if name == "relative_change" else jnp.mean(x)
-    for name, x in dynamics.items()
   }

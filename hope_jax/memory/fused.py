@@ -26,9 +26,11 @@ INTERPRET: Any = False
 KERNEL = chunk_lib.Arithmetic(in_kernel=True)
 
 
-def can_run(cfg: MemoryConfig, layout: chunks.Layout) -> bool:
-  """Whether the kernels are chosen, and the tokens are whole chunks."""
-  return layout.offset is None and is_chosen(cfg.implementation)
+def kernel(function: Callable, cfg: MemoryConfig, *, name: str) -> Any:
+  """`chunks.Memory.kernel` of `function`, see `_Step`; None: not chosen."""
+  if not is_chosen(cfg.implementation):
+    return None
+  return functools.partial(run, function, cfg, name=name)
 
 
 @functools.cache
@@ -55,8 +57,8 @@ class _Step:
   length: int
 
   def __call__(
-    self, initial: Any, now: dict[str, Any], x: Any, index: jax.Array
-  ) -> tuple[Any, dict[str, Any]]:
+    self, initial: Any, now: chunks.Fast, x: Any, index: jax.Array
+  ) -> tuple[Any, chunks.Fast]:
     tokens, begins = x
     if begins is not None:
       now = self._restart(initial, now, begins)
@@ -66,8 +68,8 @@ class _Step:
     return self.function(initial, now, tokens, live, self.cfg)
 
   def _restart(
-    self, initial: Any, now: dict[str, Any], begins: jax.Array
-  ) -> dict[str, Any]:
+    self, initial: Any, now: chunks.Fast, begins: jax.Array
+  ) -> chunks.Fast:
     """The state of a new document where `begins` [1] is 1."""
 
     def choose(new, old):
@@ -76,19 +78,20 @@ class _Step:
 
     state = jax.tree.map(lambda old: choose(0, old), now)
     if self.cfg.retention == "zero":
-      state["weight"] = jax.tree.map(choose, initial, now["weight"])
+      weight = jax.tree.map(choose, initial, now.weight)
+      state = dataclasses.replace(state, weight=weight)
     return state
 
 
 def run(
   function: Callable,
+  cfg: MemoryConfig,
   initial: Any,
   state: chunks.ChunkState,
   tokens: Any,
-  cfg: MemoryConfig,
   *,
   chunk_length: int,
-  continued: bool,
+  return_state: bool,
   docs: chunks.Documents | None,
   name: str,
 ) -> tuple[Any, chunks.ChunkState | None]:
@@ -99,7 +102,7 @@ def run(
     initial: M_0, any tree of [H, ...].
     state: what the rule acts on, [B, H, ...].
     tokens: any tree of [B, H, T, ...].
-    continued, docs: as in `chunks.scan_chunks`.
+    return_state, docs: as in `chunks.scan_chunks`.
     name: of the kernels.
   """
   from pallas_kernels import fused_scan  # Pallas, which only kernels wait for
@@ -134,4 +137,4 @@ def run(
   begins = None if docs is None else docs.begins
   run_here = devices.by_heads(run_here, ("H", "BH", "BH", "NB"))
   ys, now = run_here(initial, state.now, tokens, begins)
-  return ys, chunks.ChunkState(now, None, None) if continued else None
+  return ys, chunks.ChunkState(now, None, None) if return_state else None

@@ -28,9 +28,10 @@ import jax
 import jax.numpy as jnp
 
 from hope_jax.config import MemoryConfig
-from hope_jax.memory import architectures, chunks, deep, rules
+from hope_jax.memory import architectures, chunks, deep, norms, rules
+from hope_jax.memory import dynamics as dynamics_lib
 from hope_jax.memory.architectures import Weights
-from hope_jax.memory.rules import Gates
+from hope_jax.memory.chunks import MemoryOutput
 from pallas_kernels.linear_rule import chunk as chunk_lib
 
 
@@ -43,60 +44,56 @@ def simplex(logits: Weights) -> Weights:
 
 def run_memory(
   initial: Weights,
-  keys: jax.Array,
-  values: jax.Array,
-  queries: jax.Array,
-  gates: Gates,
+  tokens: deep.Tokens,
   cfg: MemoryConfig,
   *,
   state: chunks.ChunkState | None = None,
   segments: jax.Array | None = None,
   live: bool = True,
   with_dynamics: bool = False,
-) -> deep.MemoryOutput:
+) -> MemoryOutput:
   """As `deep.run_memory`, with Z_0 as `initial`."""
   if not live:
-    outputs, _ = read_at(simplex(initial), queries, cfg)
-    return deep.MemoryOutput(outputs, state, None)
-  layout = chunks.plan(keys.shape[2], cfg.chunk_length, state)
-  continued = state is not None
-  if state is None:
-    state = chunks.fresh(deep.zero_state(initial, keys.shape[0], cfg))
-  slow, state, origin = deep.anchored(initial, state, cfg)
-  gates = gates._replace(retention=rules.retained(gates.retention, cfg))
-  base = chunks.per_sequence(slow, keys.shape[0], ("heads",))
+    outputs, _ = read_at(simplex(initial), tokens.queries, cfg)
+    return MemoryOutput(outputs, state, None)
+  return chunks.run(
+    memory(initial, cfg),
+    initial,
+    tokens._replace(gates=rules.retained(tokens.gates, cfg)),
+    axis=2,
+    state=state,
+    segments=segments,
+    with_dynamics=with_dynamics,
+  )
 
-  def step(start, now, inputs, live):
+
+def memory(initial: Weights, cfg: MemoryConfig) -> chunks.Memory:
+  """The rule of the module as functions of a chunk."""
+
+  def step(base, start, now, tokens, places):
+    weights = simplex(architectures.whole(base, start))
     after, read = learn_chunk(
-      architectures.whole(base, start), base, now["weight"], inputs, live, cfg
+      weights, (base, now.weight), tokens, cfg, places.live
     )
-    return {"weight": after, "momentum": None}, read
+    return chunks.Fast(after), read, None
 
-  xs = jax.tree.map(
-    lambda x: layout.split(x, axis=2), (keys, values, queries, gates)
-  )
-  read, after = chunks.scan_chunks(
-    step,
-    state,
-    xs,
-    layout,
-    chunk_length=cfg.chunk_length,
-    policy=cfg.remat,
-    continued=continued or with_dynamics,
-    docs=chunks.documents(segments, layout, origin),
-  )
-  dynamics = None
-  if with_dynamics:
-    assert after is not None
-    dynamics = {
-      "learn_rate": jnp.mean(gates.learn_rate),
-      "half_life": deep.half_life(gates.retention),
-      "relative_change": deep.relative_change(
-        initial, after.now["weight"], slow is None
+  def dynamics(base, after, trace, tokens, places):
+    del trace
+    return {
+      "learn_rate": dynamics_lib.mean(tokens.gates.learn_rate, places.live),
+      "half_life": dynamics_lib.half_life(tokens.gates.retention, places.live),
+      "relative_change": dynamics_lib.relative_change(
+        initial, after.weight, base is None
       ),
     }
-  state = deep.difference(initial, after, cfg) if continued else None
-  return deep.MemoryOutput(layout.merge(read, axis=2), state, dynamics)
+
+  return chunks.Memory(
+    cfg.chunk_length,
+    cfg.remat,
+    step,
+    dynamics=dynamics,
+    acts_on_whole=cfg.retention == "zero",
+  )
 
 
 def read_at(
@@ -107,31 +104,29 @@ def read_at(
   features, slope = architectures.activate(z, cfg.activation)
   before_norm = architectures.apply(features, weights.output)
   trace = architectures.Trace(Weights(x, features), slope, before_norm)
-  return x + architectures.layer_normalize(before_norm), trace
+  return x + norms.layer_normalize(before_norm), trace
 
 
 def learn_chunk(
-  start: Weights,
-  base: Weights | None,
-  now: Weights,
-  inputs: tuple[jax.Array, jax.Array, jax.Array, Gates],
-  live: jax.Array | None,
+  weights: Weights,
+  logits: tuple[Weights | None, Weights],
+  tokens: deep.Tokens,
   cfg: MemoryConfig,
+  live: jax.Array | None,
 ) -> tuple[Weights, jax.Array]:
-  """One chunk of writes and reads: (`now` after it, o [B, H, C, E]).
+  """One chunk of writes and reads: (logits after it, o [B, H, C, E]).
 
   Args:
-    start: Z at the chunk's first state.
-    base: Z_0 where the rule acts on the difference from it, else None.
-    now: what the rule acts on, before the chunk's tokens given here.
-    inputs: keys, values, queries [B, H, C, K], gates [B, H, C].
+    weights: W at the chunk's first state.
+    logits: Z_0 where the rule acts on the difference from it, else None; what
+      the rule acts on, before the chunk's tokens given here.
     live: [C], which places hold a token.
   """
-  keys, values, queries, gates = inputs
-  weights = simplex(start)
+  keys, values, queries, gates = tokens
+  base, now = logits
   outputs, trace = read_at(weights, keys, cfg)
   error = rules.output_error(outputs, values, cfg)
-  error = architectures.layer_norm_error(trace.outputs, error)
+  error = norms.layer_norm_error(trace.outputs, error)
   assert trace.slope is not None
   hidden = architectures.hidden_error(weights.output, error, trace.slope)
   errors = Weights(rules.clip_norm(hidden, cfg.error_clip), error)

@@ -17,10 +17,10 @@ in (0, 2): beyond 1 the erase turns what is stored under x around, which
 tracking a state such as parity needs (the proximal step never does).
 
 Inside a chunk the rule is linear in (W, S), so that a long one is solved in
-pieces, one after the other: exactly the same, at the cost of short ones.
+subchunks, one after the other: exactly the same, at the cost of short ones.
 
-Legend: eta learn_rate, alpha retention, beta momentum_decay; P pieces of a
-chunk, C tokens.
+Legend: eta learn_rate, alpha retention, beta momentum_decay; P subchunks of
+a chunk, C tokens.
 """
 
 import functools
@@ -33,7 +33,7 @@ from hope_jax.config import MemoryConfig
 from pallas_kernels.linear_rule import chunk as chunk_lib
 from pallas_kernels.scan import merge_chunks, split_chunks
 
-PIECE_LENGTH = 64  # the longest: a solve costs its square per token
+SUBCHUNK_LENGTH = 64  # the longest: a solve costs its square per token
 
 
 class Gates(NamedTuple):
@@ -115,9 +115,9 @@ def rule_read(cfg: MemoryConfig) -> chunk_lib.Read:
   return "post" if cfg.read == "token_post" else "pre"
 
 
-def _pieces(length: int) -> int:
-  """Into how many equal pieces a chunk is cut."""
-  shortest = -(-length // PIECE_LENGTH)
+def _subchunks(length: int) -> int:
+  """Into how many equal subchunks a chunk is cut."""
+  shortest = -(-length // SUBCHUNK_LENGTH)
   divisors = (p for p in range(shortest, 2 * shortest) if length % p == 0)
   return next(divisors, 1)
 
@@ -132,19 +132,19 @@ def _cut(tree: Any, count: int, axis: int) -> list[Any]:
   return [jax.tree.map(functools.partial(part, i), tree) for i in range(count)]
 
 
-def piece_decays(
+def subchunk_decays(
   gates: Gates,
   live: jax.Array | None = None,
   read: chunk_lib.Read = "pre",
   arithmetic: chunk_lib.Arithmetic = chunk_lib.XLA,
 ) -> Any:
-  """Decays of a chunk's pieces for `write_layer`: [..., P, B, H, C / P ...].
+  """Decays of a chunk's subchunks for `write_layer`: [..., P, B, H, C / P ...].
 
   `gates` [..., B, H, C]; `live` [..., C] says which places hold a token.  In a
-  kernel, where there is no axis before C: a tuple of the pieces'.
+  kernel, where there is no axis before C: a tuple of the subchunks'.
   """
   retention, momentum_decay = gates.retention, gates.momentum_decay
-  count = _pieces(retention.shape[-1])
+  count = _subchunks(retention.shape[-1])
   if arithmetic.in_kernel:
     return tuple(
       chunk_lib.chunk_decays(
@@ -162,38 +162,58 @@ def piece_decays(
   return chunk_lib.chunk_decays(parts[0], parts[1], live=parts[2], read=read)
 
 
+class LayerTokens(NamedTuple):
+  """A layer's inputs x [..., C, K], errors u [..., C, E], and the queries
+  [..., C, K] that read it token by token; None: nothing is read so."""
+
+  x: jax.Array
+  error: jax.Array
+  queries: jax.Array | None = None
+
+
+class LayerState(NamedTuple):
+  """W and S of a layer, [..., E, K]; S is None without momentum."""
+
+  weight: jax.Array
+  momentum: jax.Array | None
+
+
+class LayerRule(NamedTuple):
+  """How a layer learns in a chunk: gates [..., C], decays from
+  `subchunk_decays`, the config, tokens of a whole chunk."""
+
+  gates: Gates
+  decays: Any
+  cfg: MemoryConfig
+  chunk_length: int
+
+
 def write_layer(
-  x: jax.Array,
-  error: jax.Array,
-  weight: jax.Array,
-  momentum: jax.Array | None,
-  gates: Gates,
-  decays: Any,
-  cfg: MemoryConfig,
+  tokens: LayerTokens,
+  state: LayerState,
+  rule: LayerRule,
   *,
-  chunk_length: int,
   exact: bool = False,
-  queries: jax.Array | None = None,
   arithmetic: chunk_lib.Arithmetic = chunk_lib.XLA,
 ) -> chunk_lib.LinearRuleOutput:
   """One chunk of (P) on one layer; token-exact read where queries are given.
 
-  x [..., C, K], error [..., C, E], weight and momentum [..., E, K]; decays from
-  `piece_decays`, the others as in `layer_rates`.
+  `exact`: the layer learns by setting A.
   """
-  step, erase = layer_rates(
-    x, gates, cfg, chunk_length=chunk_length, exact=exact
+  cfg, decays = rule.cfg, rule.decays
+  rates = layer_rates(
+    tokens.x, rule.gates, cfg, chunk_length=rule.chunk_length, exact=exact
   )
 
-  def write(state, piece):
-    (x, error, queries), (step, erase), decays = piece
+  def write(state, subchunk):
+    (x, error, queries), (step_size, erase), decays = subchunk
     out = chunk_lib.chunk_rule(
       x,
       error,
       weight=state[0],
       momentum=state[1],
       decays=decays,
-      learn_rate=step,
+      learn_rate=step_size,
       erase=erase,
       queries=queries,
       read=rule_read(cfg),
@@ -201,31 +221,39 @@ def write_layer(
     )
     return (out.weight, out.momentum), out.outputs
 
-  def cut(tree, axis):
-    length = x.shape[-2] // count
-    return jax.tree.map(lambda y: split_chunks(y, length, y.ndim + axis), tree)
-
+  start: Any = tuple(state)
+  length = tokens.x.shape[-2]
   if arithmetic.in_kernel:
-    rows = _cut((x, error, queries), len(decays), axis=-2)
-    rates = _cut((step, erase), len(decays), axis=-1)
-    state, read = (weight, momentum), []
-    for piece in zip(rows, rates, decays, strict=True):
-      state, outputs = write(state, piece)
+    rows = _cut(tuple(tokens), len(decays), axis=-2)
+    rates = _cut(rates, len(decays), axis=-1)
+    after: Any = start
+    read = []
+    for subchunk in zip(rows, rates, decays, strict=True):
+      after, outputs = write(after, subchunk)
       read.append(outputs)
-    outputs = None if queries is None else jnp.concatenate(read, axis=-2)
-    return chunk_lib.LinearRuleOutput(outputs, *state)
+    outputs = None
+    if tokens.queries is not None:
+      outputs = jnp.concatenate(read, axis=-2)
+    return chunk_lib.LinearRuleOutput(outputs, *after)
   count = decays.before.pair.shape[0]
-  pieces = cut((x, error, queries), -2), cut((step, erase), -1), decays
+
+  def cut(tree, axis):
+    part = length // count
+    return jax.tree.map(lambda y: split_chunks(y, part, y.ndim + axis), tree)
+
+  subchunks = cut(tuple(tokens), -2), cut(rates, -1), decays
   if count == 1:
-    first = jax.tree.map(lambda y: y[0], pieces)
-    state, outputs = write((weight, momentum), first)
-    return chunk_lib.LinearRuleOutput(outputs, *state)
-  state, outputs = jax.lax.scan(write, (weight, momentum), pieces)
+    first = jax.tree.map(lambda y: y[0], subchunks)
+    after, outputs = write(start, first)
+    return chunk_lib.LinearRuleOutput(outputs, *after)
+  after, outputs = jax.lax.scan(write, start, subchunks)
   if outputs is not None:
-    outputs = merge_chunks(outputs, x.shape[-2], x.ndim - 2)
-  return chunk_lib.LinearRuleOutput(outputs, *state)
+    outputs = merge_chunks(outputs, length, tokens.x.ndim - 2)
+  return chunk_lib.LinearRuleOutput(outputs, *after)
 
 
-def retained(retention: jax.Array, cfg: MemoryConfig) -> jax.Array:
-  """alpha, or 1 where the memory does not forget."""
-  return jnp.ones_like(retention) if cfg.retention == "none" else retention
+def retained(gates: Gates, cfg: MemoryConfig) -> Gates:
+  """The gates, with alpha = 1 where the memory does not forget."""
+  if cfg.retention != "none":
+    return gates
+  return gates._replace(retention=jnp.ones_like(gates.retention))

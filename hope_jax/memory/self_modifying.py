@@ -20,6 +20,7 @@ Legend: B batch, H heads, G boxes, T tokens, C chunk length, K head dim,
 F hidden of one box, E output dim.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -27,8 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from hope_jax.config import MemoryConfig
-from hope_jax.memory import architectures, chunks, deep, fused, rules
-from hope_jax.memory.architectures import l2_normalize
+from hope_jax.memory import architectures, chunks, fused, rules
+from hope_jax.memory import dynamics as dynamics_lib
+from hope_jax.memory.chunks import MemoryOutput
+from hope_jax.memory.norms import l2_normalize
 from hope_jax.memory.rules import Gates
 from pallas_kernels.linear_rule import chunk as chunk_lib
 
@@ -215,8 +218,8 @@ def run_projections(
   segments: jax.Array | None = None,
   frozen: tuple[str, ...] = (),
   with_dynamics: bool = False,
-) -> tuple[Projected, chunks.ChunkState | None, dict[str, Any] | None]:
-  """Runs all adaptive boxes along the sequence.
+) -> MemoryOutput:
+  """Runs all adaptive boxes along the sequence; outputs are `Projected`.
 
   Args:
     initial: M_0 of the boxes.
@@ -225,74 +228,72 @@ def run_projections(
     frozen: boxes that are not written to; all of them: the twin.
   """
   if not cfg.adaptive:
-    return project(None, p, cfg), state, None
-  chunk_length = cfg.projection_chunk_length
+    return MemoryOutput(project(None, p, cfg), state, None)
   if all(box in frozen for box in cfg.adaptive):
-    return _slow_projections(initial, p, cfg), state, None
-  layout = chunks.plan(p.k.shape[2], chunk_length, state)
-  continued = state is not None
-  if state is None:
-    state = chunks.fresh(deep.zero_state(initial, p.k.shape[0], cfg))
-  slow, state, origin = deep.anchored(initial, state, cfg)
-  docs = chunks.documents(segments, layout, origin)
-  how: dict[str, Any] = dict(
-    chunk_length=chunk_length, continued=continued, docs=docs
+    return MemoryOutput(_slow_projections(initial, p, cfg), state, None)
+  return chunks.run(
+    memory(initial, cfg, frozen),
+    initial,
+    p,
+    axis=2,
+    state=state,
+    segments=segments,
+    with_dynamics=with_dynamics,
   )
-  if fused.can_run(cfg, layout) and not (frozen or with_dynamics):
-    made, state = fused.run(
-      fused_chunk, initial, state, p, cfg, name="projections", **how
-    )
-    return made, deep.difference(initial, state, cfg), {}
-  base = chunks.per_sequence(slow, p.k.shape[0], ("heads",))
 
-  def step(start, now, p, live):
+
+def memory(
+  initial: Boxes, cfg: MemoryConfig, frozen: tuple[str, ...] = ()
+) -> chunks.Memory:
+  """The rule of all boxes as functions of a chunk."""
+
+  def step(base, start, now, p, places):
     start = architectures.whole(base, start)
     made = project(start, p, cfg)
-    gates = made.gates._replace(
-      retention=rules.retained(made.gates.retention, cfg)
-    )
-    after, trace, targets = learn_chunk(
-      start, now, made, gates, live, frozen, cfg
-    )
-    dynamics = {}
-    if with_dynamics:
-      final = architectures.whole(base, after["weight"])
-      later = forward(final, made.k, cfg)
-      traces = trace, later, targets
-      dynamics = _dynamics(initial, final, gates, traces, cfg, live)
-    return after, (made, dynamics)
+    gates = rules.retained(made.gates, cfg)
+    chunk = _Chunk(made, gates, rules.subchunk_decays(gates, places.live))
+    after, traces = learn_chunk(start, now, chunk, cfg, frozen)
+    return after, made, (gates, traces)
 
-  (made, dynamics), state = chunks.scan_chunks(
-    step, state, _split(p, layout), layout, policy=cfg.remat, **how
+  def dynamics(base, after, trace, p, places):
+    del p
+    gates, traces = trace
+    final = architectures.whole(base, after.weight)
+    later = forward(final, traces.keys, cfg)
+    return _dynamics(
+      (initial, final), gates, traces, later, cfg, live=places.live
+    )
+
+  kernel = None
+  if not frozen:
+    kernel = fused.kernel(fused_chunk, cfg, name="projections")
+  return chunks.Memory(
+    cfg.projection_chunk_length,
+    cfg.remat,
+    step,
+    dynamics=dynamics,
+    has_momentum=cfg.momentum != "none",
+    acts_on_whole=cfg.retention == "zero",
+    kernel=kernel,
   )
-  made = jax.tree.map(lambda x: layout.merge(x, axis=2), made)
-  dynamics = {name: deep.summarize(d) for name, d in dynamics.items()}
-  return made, deep.difference(initial, state, cfg), dynamics
-
-
-def _split(p: Slow, layout: chunks.Layout) -> Slow:
-  """The scan's inputs: every chunk's p."""
-  return jax.tree.map(lambda x: layout.split(x, axis=2), p)
 
 
 def fused_chunk(
   initial: Boxes,
-  now: dict[str, Any],
+  now: chunks.Fast,
   p: Slow,
   live: jax.Array | None,
   cfg: MemoryConfig,
-) -> tuple[Projected, dict[str, Any]]:
+) -> tuple[Projected, chunks.Fast]:
   """One chunk of one head in a kernel: (k, v, q and gates, state after)."""
-  start = now["weight"]
+  start = now.weight
   if cfg.retention != "zero":
     start = architectures.whole(initial, start)
   made = project(start, p, cfg)
-  gates = made.gates._replace(
-    retention=rules.retained(made.gates.retention, cfg)
-  )
-  after, _, _ = learn_chunk(
-    start, now, made, gates, live, (), cfg, fused.KERNEL
-  )
+  gates = rules.retained(made.gates, cfg)
+  decays = rules.subchunk_decays(gates, live, arithmetic=fused.KERNEL)
+  chunk = _Chunk(made, gates, decays)
+  after, _ = learn_chunk(start, now, chunk, cfg, arithmetic=fused.KERNEL)
   return made, after
 
 
@@ -300,40 +301,58 @@ def _slow_projections(initial: Boxes, p: Slow, cfg: MemoryConfig) -> Projected:
   """The twin: every box at M_0, chunk by chunk as the live ones."""
   layout = chunks.plan(p.k.shape[2], cfg.projection_chunk_length, None)
   base = chunks.per_sequence(initial, p.k.shape[0], ("heads",))
-  made = jax.lax.map(lambda p: project(base, p, cfg), _split(p, layout))
+  p = jax.tree.map(lambda x: layout.split(x, axis=2), p)
+  made = jax.lax.map(lambda p: project(base, p, cfg), p)
   return jax.tree.map(lambda x: layout.merge(x, axis=2), made)
+
+
+class _Chunk(NamedTuple):
+  """What the boxes made of a chunk's tokens, with which gates they learn, and
+  the rule's decays."""
+
+  made: Projected
+  gates: Gates
+  decays: Any
+
+
+class _Traces(NamedTuple):
+  """k of the tokens, the boxes' forward pass of it, and that of v: targets."""
+
+  keys: jax.Array
+  outputs: BoxTrace
+  targets: BoxTrace
 
 
 def learn_chunk(
   start: Boxes,
-  now: dict[str, Any],
-  made: Projected,
-  gates: Gates,
-  live: jax.Array | None,
-  frozen: tuple[str, ...],
+  now: chunks.Fast,
+  chunk: _Chunk,
   cfg: MemoryConfig,
+  frozen: tuple[str, ...] = (),
   arithmetic: chunk_lib.Arithmetic = chunk_lib.XLA,
-) -> tuple[dict[str, Any], BoxTrace, BoxTrace]:
-  """One chunk of all boxes: (state after, trace of k, trace of v = targets)."""
+) -> tuple[chunks.Fast, _Traces]:
+  """One chunk of all boxes, whose whole weights are `start`: state after."""
+  made = chunk.made
   trace, targets = forward(start, made.k, cfg), forward(start, made.v, cfg)
-  decays = rules.piece_decays(gates, live, arithmetic=arithmetic)
   lead = made.k.ndim - 2  # B, H; in a kernel neither
-  lead_decays = lead if arithmetic.in_kernel else lead + 1  # pieces, B, H
-  boxed_decays = jax.tree.map(lambda x: jnp.expand_dims(x, lead_decays), decays)
-  boxed_gates = jax.tree.map(lambda x: jnp.expand_dims(x, lead), gates)
-  momentum = now["momentum"] or Boxes(None, None, None)
+  lead_decays = lead if arithmetic.in_kernel else lead + 1  # subchunks, B, H
+  expand = lambda tree, axis: jax.tree.map(
+    lambda x: jnp.expand_dims(x, axis), tree
+  )
+  length = cfg.projection_chunk_length
+  rule = rules.LayerRule(chunk.gates, chunk.decays, cfg, length)
+  boxed = rules.LayerRule(
+    expand(chunk.gates, lead), expand(chunk.decays, lead_decays), cfg, length
+  )
+  momentum = now.momentum or Boxes(None, None, None)
   weight, after_momentum, back = {}, {}, []
 
-  def write(layer, inputs, error, gates, decays):
+  def write(layer, inputs, error, rule):
+    state = getattr(now.weight, layer), getattr(momentum, layer)
     out = rules.write_layer(
-      inputs,
-      error,
-      getattr(now["weight"], layer),
-      getattr(momentum, layer),
-      gates,
-      decays,
-      cfg,
-      chunk_length=cfg.projection_chunk_length,
+      rules.LayerTokens(inputs, error),
+      rules.LayerState(*state),
+      rule,
       arithmetic=arithmetic,
     )
     weight[layer], after_momentum[layer] = out.weight, out.momentum
@@ -351,7 +370,7 @@ def learn_chunk(
       error *= on.reshape(-1, *(1,) * 2)[(None,) * lead]
     back.append(jnp.einsum("...CE,...EF->...CF", error, getattr(start, kind)))
     features = trace.features[..., first : first + len(boxes), :, :]
-    write(kind, features, error, boxed_gates, boxed_decays)
+    write(kind, features, error, boxed)
     first += len(boxes)
 
   if start.hidden is not None:
@@ -359,16 +378,15 @@ def learn_chunk(
     errors = rules.clip_norm(
       jnp.concatenate(back, axis=-3) * slope, cfg.error_clip
     )
-    write("hidden", made.k, _side_by_side(errors), gates, decays)
+    write("hidden", made.k, _side_by_side(errors), rule)
   absent = dict.fromkeys(Boxes._fields)
   written = Boxes(**(absent | weight))
-  after: dict[str, Any] = {
-    "weight": _unless_frozen(written, now["weight"], frozen, cfg)
-  }
-  after["momentum"] = None
-  if now["momentum"] is not None:
-    after["momentum"] = Boxes(**(absent | after_momentum))
-  return after, trace, targets
+  after = chunks.Fast(_unless_frozen(written, now.weight, frozen, cfg))
+  if now.momentum is not None:
+    after = dataclasses.replace(
+      after, momentum=Boxes(**(absent | after_momentum))
+    )
+  return after, _Traces(made.k, trace, targets)
 
 
 def _unless_frozen(
@@ -391,12 +409,24 @@ def _unless_frozen(
   return Boxes(*map(choose, kinds, new, old))
 
 
-def _dynamics(initial, final, gates, traces, cfg, live):
-  """Scalars of one chunk, per kind of box, as in `deep.dynamics_of`."""
-  trace, later, targets = traces
+def _dynamics(
+  weights: tuple[Boxes, Boxes],
+  gates: Gates,
+  traces: _Traces,
+  later: BoxTrace,
+  cfg: MemoryConfig,
+  *,
+  live: jax.Array | None,
+) -> dict[str, dict[str, jax.Array]]:
+  """Scalars of one chunk, per kind of box, as in `deep.dynamics_of`.
+
+  `weights`: M_0 and the whole ones after the chunk; `later`: what these say.
+  """
+  initial, final = weights
+  trace, targets = traces.outputs, traces.targets
   shared = {
-    "learn_rate": deep.mean(gates.learn_rate, live),
-    "half_life": deep.half_life(gates.retention, live),
+    "learn_rate": dynamics_lib.mean(gates.learn_rate, live),
+    "half_life": dynamics_lib.half_life(gates.retention, live),
   }
   hidden = {}
   if initial.hidden is not None:
@@ -407,13 +437,13 @@ def _dynamics(initial, final, gates, traces, cfg, live):
       continue
     size = {**hidden, kind: (getattr(initial, kind), getattr(final, kind))}
     change = [
-      deep.relative_change(base, weight, is_whole=True)
+      dynamics_lib.relative_change(base, weight, is_whole=True)
       for base, weight in size.values()
     ]
     dynamics[kind] = {
       **shared,
       "relative_change": jnp.mean(jnp.stack(change)),
-      **deep.loss_dynamics(
+      **dynamics_lib.loss_dynamics(
         getattr(trace, kind),
         getattr(later, kind),
         getattr(targets, kind),

@@ -24,8 +24,10 @@ import jax
 import jax.numpy as jnp
 
 from hope_jax.config import MemoryConfig
-from hope_jax.memory import architectures, chunks, deep
+from hope_jax.memory import architectures, chunks, norms
+from hope_jax.memory import dynamics as dynamics_lib
 from hope_jax.memory.architectures import Weights
+from hope_jax.memory.chunks import MemoryOutput
 
 
 class Layer(NamedTuple):
@@ -44,7 +46,7 @@ class Norm(NamedTuple):
   def __call__(self, z: jax.Array) -> jax.Array:
     """LN(z), z [B, H, C, K]."""
     scale, bias = self.scale[None, :, None], self.bias[None, :, None]
-    return architectures.layer_normalize(z) * scale + bias
+    return norms.layer_normalize(z) * scale + bias
 
   def error(self, z: jax.Array, target: jax.Array) -> jax.Array:
     """d/dz 1/2 |LN(z) - target|^2."""
@@ -87,66 +89,72 @@ def run_memory(
   segments: jax.Array | None = None,
   live: bool = True,
   with_dynamics: bool = False,
-) -> deep.MemoryOutput:
+) -> MemoryOutput:
   """Reads and writes one memory per head along the sequence.
 
   Args:
     initial: `Layer`s hidden (None: linear) and output, with heads first.
-    state: from an earlier call or `chunks.fresh` of `deep.zero_state`.
+    state: from an earlier call or `chunks.fresh`.
     segments: [B, T] document numbers.
     live: off: nothing is written, o_t = f(q_t; W_0).
   """
-  batch_size = tokens.keys.shape[0]
-  base = chunks.per_sequence(initial, batch_size, ("heads",))
   if not live:
+    batch_size = tokens.keys.shape[0]
+    base = chunks.per_sequence(initial, batch_size, ("heads",))
     outputs = _read(norm, base, None, tokens.queries, None)
-    return deep.MemoryOutput(outputs, state, None)
-  layout = chunks.plan(tokens.keys.shape[2], cfg.chunk_length, state)
-  continued = state is not None
+    return MemoryOutput(outputs, state, None)
   at_border = state is None or state.position is None
-  if state is None:
-    state = chunks.fresh({"weight": chunks.zeros(initial, batch_size)})
+  return chunks.run(
+    memory(initial, norm, cfg, at_border=at_border),
+    initial,
+    tokens,
+    axis=2,
+    state=state,
+    segments=segments,
+    with_dynamics=with_dynamics,
+  )
 
-  def step(start, now, inputs, _):
+
+def memory(
+  initial: Weights, norm: Norm, cfg: MemoryConfig, *, at_border: bool
+) -> chunks.Memory:
+  """The rule of the module as functions of a mini-batch.
+
+  `at_border`: the tokens are whole mini-batches.
+  """
+
+  def step(base, start, now, tokens, places):
+    del places
     written = None  # in this mini-batch, before these tokens
     if not at_border:
-      written = jax.tree.map(jnp.subtract, now["weight"], start)
+      written = jax.tree.map(jnp.subtract, now.weight, start)
     weights = architectures.whole(base, start)
-    written, outputs = learn_chunk(weights, written, norm, inputs)
-    last = jnp.sum(inputs.is_last, axis=-1)  # of a mini-batch: c_C, else 1
-    end = jnp.sum(inputs.is_last * inputs.factor, axis=-1) + 1.0 - last
+    written, outputs = learn_chunk(weights, written, norm, tokens)
+    last = jnp.sum(tokens.is_last, axis=-1)  # of a mini-batch: c_C, else 1
+    end = jnp.sum(tokens.is_last * tokens.factor, axis=-1) + 1.0 - last
 
     def add(weight, change):
       return (
         weight + end.reshape(*end.shape, *(1,) * (change.ndim - 2)) * change
       )
 
-    return {"weight": jax.tree.map(add, start, written)}, outputs
+    return chunks.Fast(jax.tree.map(add, start, written)), outputs, None
 
-  origin = jax.tree.map(jnp.zeros_like, state.now)
-  outputs, after = chunks.scan_chunks(
-    step,
-    state,
-    jax.tree.map(lambda x: layout.split(x, axis=2), tokens),
-    layout,
-    chunk_length=cfg.chunk_length,
-    policy=cfg.remat,
-    continued=continued or with_dynamics,
-    docs=chunks.documents(segments, layout, origin),
-  )
-  dynamics = None
-  if with_dynamics:
-    assert after is not None
-    of_weights = lambda tree: [layer.weight for layer in tree if layer]
-    dynamics = {
-      "learn_rate": jnp.mean(tokens.learn_rate),
-      "relative_change": deep.relative_change(
-        of_weights(initial), of_weights(after.now["weight"])
+  def dynamics(base, after, trace, tokens, places):
+    del base, trace
+    return {
+      "learn_rate": dynamics_lib.mean(tokens.learn_rate, places.live),
+      "relative_change": dynamics_lib.relative_change(
+        matrices(initial), matrices(after.weight)
       ),
     }
-  return deep.MemoryOutput(
-    layout.merge(outputs, axis=2), after if continued else None, dynamics
-  )
+
+  return chunks.Memory(cfg.chunk_length, cfg.remat, step, dynamics=dynamics)
+
+
+def matrices(weights: Weights) -> Weights:
+  """The layers without their biases."""
+  return Weights(*(layer and layer.weight for layer in weights))
 
 
 class _Writes(NamedTuple):

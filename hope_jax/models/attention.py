@@ -13,35 +13,36 @@ values), K head dim, D model.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from hope_jax.config import ModelConfig, RopeScaling
-from hope_jax.models import layers
-from hope_jax.models.interface import MixerOutput
+from hope_jax.config import ModelConfig
+from hope_jax.models import layers, problems, rotary
+from hope_jax.models.interface import FastState, MixerOutput, Problem, owned
+from hope_jax.models.parameters import parameter
 from pallas_kernels.scan import fold_chunks
 
 
 @flax.struct.dataclass
-class AttentionState:
+class AttentionState(FastState):
   """The cache: keys and values [B, L, G, K].
 
   Attributes:
-    position: how many places are taken, the first ones; with a window always
-      all of them: the last token is in the last place.
+    position: number of filled places (a prefix); with a window the cache is
+      always full and right-aligned.
     first: [B] the place where the last token's document begins.
     keys: with a window not yet rotated, as the places' numbers move on.
   """
 
-  keys: jax.Array
-  values: jax.Array
-  position: jax.Array
-  first: jax.Array
-  conv: dict[str, jax.Array]
+  keys: jax.Array = owned("attention")
+  values: jax.Array = owned("attention")
+  position: jax.Array = owned("attention")
+  first: jax.Array = owned("attention")
+  conv: dict[str, jax.Array] = owned("projections")
 
 
 def widths(config: ModelConfig) -> dict[str, int]:
@@ -51,10 +52,10 @@ def widths(config: ModelConfig) -> dict[str, int]:
 
 
 def init_state(
-  config: ModelConfig, batch_size: int, piece_length: int | None = None
+  config: ModelConfig, batch_size: int, read_size: int | None = None
 ) -> AttentionState:
   """An empty cache."""
-  del piece_length
+  del read_size
   dtype = jnp.dtype(config.dtype)
   window = config.attention_window
   places = window or config.context_length
@@ -66,43 +67,6 @@ def init_state(
     first=jnp.full(batch_size, window, jnp.int32),
     conv=layers.init_conv_state(config, batch_size, widths(config)),
   )
-
-
-def frequencies(
-  half: int, base: float, scaling: RopeScaling | None
-) -> jax.Array:
-  """Radians per token of each of K / 2 rotations."""
-  frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  if scaling is None or scaling.factor == 1:
-    return frequency
-  low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-  turns = scaling.original_context_length * frequency / (2 * jnp.pi)
-  kept = jnp.clip((turns - low) / (high - low), 0, 1)
-  return frequency * (kept + (1 - kept) / scaling.factor)
-
-
-def rotate(
-  x_BTHK: jax.Array,
-  position_T: jax.Array,
-  base: float,
-  scaling: RopeScaling | None = None,
-) -> jax.Array:
-  """Rotary position embedding over halves of the head dim, in float32."""
-  frequency = frequencies(x_BTHK.shape[-1] // 2, base, scaling)
-  angle = position_T.astype(jnp.float32)[:, None] * frequency[None]
-  sin, cos = jnp.sin(angle)[None, :, None], jnp.cos(angle)[None, :, None]
-  first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
-  rotated = jnp.concatenate(
-    [first * cos - second * sin, second * cos + first * sin], axis=-1
-  )
-  return rotated.astype(x_BTHK.dtype)
-
-
-def turned(
-  x_BTHK: jax.Array, position_T: jax.Array, config: ModelConfig
-) -> jax.Array:
-  """`rotate` as the model is configured."""
-  return rotate(x_BTHK, position_T, config.rope_base, config.rope_scaling)
 
 
 def document_place(
@@ -141,12 +105,14 @@ class PersistentTokens(nn.Module):
     cfg = self.config
     if not cfg.persistent_tokens:
       return None
-    init = nn.with_logical_partitioning(
-      nn.initializers.normal(layers.INIT_STD), (None, "heads", None)
-    )
-    shape = (cfg.persistent_tokens, cfg.kv_heads, cfg.head_dim)
-    learned: Any = [self.param(x, init, shape) for x in ("key", "value")]
-    return Persistent(*learned)
+    return Persistent(self._tokens("key"), self._tokens("value"))
+
+  def _tokens(self, name: str) -> jax.Array:
+    cfg = self.config
+    shape = cfg.persistent_tokens, cfg.kv_heads, cfg.head_dim
+    init = nn.initializers.normal(layers.INIT_STD)
+    axes = None, "heads", None
+    return parameter(self, name, init, shape, axes, owner=("attention",))
 
 
 def attend(
@@ -195,7 +161,7 @@ def full_pass(
 ) -> jax.Array:
   """Causal attention of whole sequences [B, T, H or G, K]."""
   position = jnp.arange(q.shape[1])
-  q, k = (turned(x, position, config) for x in (q, k))
+  q, k = (rotary.rotate_positions(x, position, config) for x in (q, k))
   mask = None
   if segments is not None:
     mask = (segments[:, :, None] == segments[:, None, :])[:, None]
@@ -213,7 +179,7 @@ def full_extend(
   """Causal attention of tokens [B, T, H, K] that follow a cache."""
   begin, length = state.position, q.shape[1]
   position = begin + jnp.arange(length)
-  q, k = (turned(x, position, config) for x in (q, k))
+  q, k = (rotary.rotate_positions(x, position, config) for x in (q, k))
   insert = jax.lax.dynamic_update_slice_in_dim
   keys = insert(state.keys, k, begin, axis=1)
   values = insert(state.values, v, begin, axis=1)
@@ -250,7 +216,7 @@ def window_extend(
   numbers = jnp.concatenate([cache_numbers(state), segments], axis=1)
   place = jnp.arange(window + length)
   in_blocks = lambda x: fold_chunks(x, block, axis=1).reshape(-1, block, *heads)
-  rotated = turned(keys, place, config)
+  rotated = rotary.rotate_positions(keys, place, config)
 
   def overlapping(x: jax.Array) -> jax.Array:
     """[B, W + T, ...] -> [B N, W + C, ...]."""
@@ -265,7 +231,7 @@ def window_extend(
   near = (ahead > 0) & (ahead <= window)
   mask = near[None] & (numbers[:, window:, None] == numbers[:, None])
   y = attend(
-    in_blocks(turned(q, place[window:], config)),
+    in_blocks(rotary.rotate_positions(q, place[window:], config)),
     overlapping(rotated),
     overlapping(values),
     mask[:, None],
@@ -305,19 +271,28 @@ class Attention(nn.Module):
     )
     persistent = PersistentTokens(cfg, name="persistent")()
     is_short = not 0 < cfg.attention_window < length and persistent is None
-    if state is None and is_short:
-      y = full_pass(q, k, v, segments, cfg)
-    else:
-      extend = full_extend
-      if cfg.attention_window:
-        extend = functools.partial(window_extend, persistent=persistent)
-      before = state or init_state(cfg, batch)
-      y, after = extend(q, k, v, segments, before, cfg)
-      if state is not None:
-        state = dataclasses.replace(after, conv=conv)
+    with jax.named_scope("scores"):
+      if state is None and is_short:
+        y = full_pass(q, k, v, segments, cfg)
+      else:
+        extend = full_extend
+        if cfg.attention_window:
+          extend = functools.partial(window_extend, persistent=persistent)
+        before = state or init_state(cfg, batch)
+        y, after = extend(q, k, v, segments, before, cfg)
+        if state is not None:
+          state = dataclasses.replace(after, conv=conv)
     y_BTD = layers.dense(
       cfg.width, cfg, ("heads", "embed"), "output", is_output=True
     )(y.reshape(x_BTD.shape))
     group = cfg.num_heads // cfg.kv_heads
     keys, values = (x.repeat(group, 2).reshape(x_BTD.shape) for x in (k, v))
     return MixerOutput(y_BTD, keys, values, state)
+
+
+def describe(config: ModelConfig) -> list[Problem]:
+  """See `models/interface.py`."""
+  context = f"tokens so far, at most {config.context_length:,}"
+  if config.attention_window:
+    context = f"last {config.attention_window:,} tokens"
+  return [problems.attention(context)]

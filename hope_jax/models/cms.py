@@ -14,12 +14,14 @@ equal parameters.  A fast level learns to answer its own input n_t with a value:
   mixer_pair    the same, and the key is the sequence layer's k_t, not n_t
 
 keys and values RMS-normalised; or from the model's loss on what came next
-(`models/next_token.py`), which gives the levels their D (`GivenState`).
+(`models/next_token.py`), which gives the levels their D (`GivenLevel`).
 
 Legend: B batch, T tokens, D model, F hidden.
 """
 
+import dataclasses
 import math
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -28,9 +30,16 @@ import jax.numpy as jnp
 
 from hope_jax.config import ModelConfig
 from hope_jax.memory import chunks, cms
-from hope_jax.memory.architectures import rms_normalize
+from hope_jax.memory.norms import rms_normalize
 from hope_jax.models import layers
-from hope_jax.models.interface import MixerOutput
+from hope_jax.models.fast_state import BlockState
+from hope_jax.models.interface import (
+  META_LEARNED,
+  OUTER_LOSS,
+  MixerOutput,
+  Problem,
+)
+from hope_jax.models.parameters import parameter
 
 
 def block_hidden(config: ModelConfig, level: int) -> int:
@@ -40,30 +49,39 @@ def block_hidden(config: ModelConfig, level: int) -> int:
 
 
 def init_state(
-  config: ModelConfig, batch_size: int, piece_length: int | None = None
+  config: ModelConfig, batch_size: int, read_size: int | None = None
 ) -> dict[str, chunks.ChunkState]:
   """D = 0 for every level that has a chunk length."""
   if config.cms.connection == "nested":  # its levels need their places
-    piece_length = None
+    read_size = None
   state = {}
   for i, chunk_length in enumerate(config.cms.fast_lengths):
     width, hidden = config.width, block_hidden(config, i)
     shapes = (width, hidden), (width, hidden), (hidden, width)
     zero = cms.LevelWeights(*(jnp.zeros(shape) for shape in shapes))
     now = cms.zero_state(zero, batch_size)
-    state[f"cms_{i}"] = chunks.fresh(now, chunk_length, piece_length)
+    state[f"cms_{i}"] = chunks.fresh(now, chunk_length, read_size)
   return state
 
 
-def _weights(module: nn.Module, config: ModelConfig, hidden: int) -> Any:
+SHARED = ("cms_shared",)  # owner of what all levels use
+
+
+def _owner(level: int) -> tuple[str, ...]:
+  return (f"cms_{level}",)
+
+
+def _weights(
+  module: nn.Module, config: ModelConfig, hidden: int, owner: tuple[str, ...]
+) -> Any:
   """W_0 of a block as parameters of `module`."""
   std, width = layers.INIT_STD, config.width
   down_std = std / (2 * config.num_layers) ** 0.5
 
   def weight(name: str, std: float, axes: tuple[str, str]) -> Any:
     shape = (width, hidden) if axes[0] == "embed" else (hidden, width)
-    init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
-    return module.param(name, init, shape)
+    init = nn.initializers.normal(std)
+    return parameter(module, name, init, shape, axes, owner=owner)
 
   return cms.LevelWeights(
     weight("gate", std, ("embed", "mlp")),
@@ -73,55 +91,74 @@ def _weights(module: nn.Module, config: ModelConfig, hidden: int) -> Any:
 
 
 def _rule(
-  module: nn.Module, config: ModelConfig, chunk_length: int, end: str = ""
+  module: nn.Module, config: ModelConfig, level: int, end: str = ""
 ) -> cms.Rule:
   """A level's rates as parameters of `module`, softplus of `learn_rate` and
   `forget`; alpha, if the level forgets, starts at the configured half-life."""
 
   def scalar(name: str, start: float) -> jax.Array:
     logit = math.log(math.expm1(start))
-    value: Any = module.param(  # not weakly typed, or a step compiles again
-      name + end, lambda key: jnp.full((), logit, jnp.float32)
-    )
-    return jax.nn.softplus(value)
+    return jax.nn.softplus(_scalar(module, name + end, logit, level))
 
   cfg = config.cms
   rate = scalar("learn_rate", cfg.initial_learn_rate)
   log_retention = None
   if cfg.half_life:
     log_retention = -scalar("forget", math.log(2) / cfg.half_life)
-  return cms.Rule(rate, log_retention, chunk_length, cfg.error_clip)
+  length = cfg.chunk_lengths[level]
+  return cms.Rule(rate, log_retention, length, cfg.error_clip)
 
 
-class GivenState(NamedTuple):
+def _scalar(module: nn.Module, name: str, start: float, level: int) -> Any:
+  """A learned number of a level."""
+  # Not weakly typed, or a step compiles again.
+  init = lambda key, shape: jnp.full(shape, start, jnp.float32)
+  return parameter(module, name, init, (), (), role="rate", owner=_owner(level))
+
+
+class GivenLevel(NamedTuple):
   """D of a level that learns elsewhere; which places read it, None: all."""
 
   weight: cms.LevelWeights
   inherits: jax.Array | None
 
 
-def is_given(state: dict[str, Any]) -> bool:
-  """Whether levels learn elsewhere."""
-  return any(isinstance(level, GivenState) for level in state.values())
-
-
-def _given(slow: cms.LevelWeights, n: jax.Array, state: Any) -> jax.Array:
+def _given(
+  slow: cms.LevelWeights, n: jax.Array, level: GivenLevel | None
+) -> jax.Array:
   """y [B, T, D] of a block at given weights; W_0 where none are given."""
-  if not isinstance(state, GivenState):
+  if level is None:
     return cms.feed_forward(slow, n)
   reads = cms.slow_products(slow, n)
-  return cms.forward(slow, state.weight, reads, state.inherits).y
+  return cms.forward(slow, level.weight, reads, level.inherits).y
+
+
+class _Tokens(NamedTuple):
+  """What the levels learn from, [B, T, D], and document numbers [B, T]; keys
+  None: each level's own input."""
+
+  keys: jax.Array | None
+  values: Any
+  segments: jax.Array | None
 
 
 class Scale(nn.Module):
   """The scale of an RMS norm that is applied elsewhere."""
 
   width: int
+  owner: tuple[str, ...]
 
   @nn.compact
   def __call__(self) -> Any:
-    init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-    return self.param("scale", init, (self.width,))
+    return parameter(
+      self,
+      "scale",
+      nn.initializers.ones,
+      (self.width,),
+      ("norm",),
+      role="norm",
+      owner=self.owner,
+    )
 
 
 class FastLevel(nn.Module):
@@ -131,28 +168,35 @@ class FastLevel(nn.Module):
   number: int
 
   @nn.compact
-  def __call__(self, n_BTD, keys_BTD, values_BTD, state, segments):
+  def __call__(
+    self,
+    n_BTD: jax.Array,
+    tokens: _Tokens,
+    state: chunks.ChunkState | None,
+    given: GivenLevel | None,
+  ) -> tuple[jax.Array, chunks.ChunkState | None]:
     cfg, level = self.config, f"cms_{self.number}"
-    slow = _weights(self, cfg, block_hidden(cfg, self.number))
-    rule = _rule(self, cfg, cfg.cms.chunk_lengths[self.number])
+    hidden = block_hidden(cfg, self.number)
+    slow = _weights(self, cfg, hidden, _owner(self.number))
+    rule = _rule(self, cfg, self.number)
     n = n_BTD.astype(jnp.float32)
     if cfg.cms.signal == "next_token":
-      return _given(slow, n, state).astype(n_BTD.dtype), state
+      return _given(slow, n, given).astype(n_BTD.dtype), state
     if not cfg.is_live(level):
       return cms.feed_forward(slow, n).astype(n_BTD.dtype), state
-    y, state, dynamics = cms.run_level(
+    out = cms.run_level(
       slow,
       n,
-      values_BTD,
+      tokens.values,
       rule,
-      keys=keys_BTD,
+      keys=tokens.keys,
       policy=cfg.memory.remat,
       state=state,
-      segments=segments,
+      segments=tokens.segments,
       with_dynamics=layers.wants_dynamics(self),
     )
-    layers.sow_dynamics(self, level, dynamics)
-    return y.astype(n_BTD.dtype), state
+    layers.sow_dynamics(self, level, out.dynamics)
+    return out.outputs.astype(n_BTD.dtype), out.state
 
 
 class NestedLevels(nn.Module):
@@ -165,45 +209,45 @@ class NestedLevels(nn.Module):
     self,
     x_BTD: jax.Array,
     scales: list[jax.Array],
-    keys_BTD: jax.Array | None,
-    values_BTD: Any,
+    tokens: _Tokens,
     state: dict[str, Any] | None,
-    segments: jax.Array | None,
+    given: dict[str, GivenLevel] | None,
   ) -> tuple[jax.Array, dict[str, Any] | None]:
     cfg, fast = self.config, self.config.cms.fast_lengths
-    slow = _weights(self, cfg, block_hidden(cfg, 0))
+    slow = _weights(self, cfg, block_hidden(cfg, 0), SHARED)
     levels = [
       cms.NestedLevel(
         scale,
-        _rule(self, cfg, length, f"_{i}"),
+        _rule(self, cfg, i, f"_{i}"),
         cfg.is_live(f"cms_{i}"),
         cfg.norm_eps,
       )
-      for i, (length, scale) in enumerate(zip(fast, scales, strict=False))
+      for i, (_, scale) in enumerate(zip(fast, scales, strict=False))
     ]
     x = x_BTD.astype(jnp.float32)
     if cfg.cms.signal == "next_token":
-      given = list((state or {}).values())
-      for at, scale in zip(given, scales, strict=False):
+      learned = list((given or {}).values())
+      for level, scale in zip(learned, scales, strict=False):
         n = rms_normalize(x, cfg.norm_eps) * scale[None, None]
-        x = x + _given(slow, n, at)
-      scales = scales[len(given) :]
+        x = x + _given(slow, n, level)
+      scales = scales[len(learned) :]
     elif any(level.live for level in levels):
-      x, new_state, dynamics = cms.run_nested(
+      out = cms.run_nested(
         slow,
         x,
-        values_BTD,
+        tokens.values,
         levels,
-        keys=keys_BTD,
+        keys=tokens.keys,
         policy=cfg.memory.remat,
         state=list(state.values()) if state else None,
-        segments=segments,
+        segments=tokens.segments,
         with_dynamics=layers.wants_dynamics(self),
       )
-      for i, values in enumerate(dynamics):
-        layers.sow_dynamics(self, f"cms_{i}", values)
-      if state and new_state:
-        state = {f"cms_{i}": level for i, level in enumerate(new_state)}
+      x = out.outputs
+      for name, values in (out.dynamics or {}).items():
+        layers.sow_dynamics(self, name, values)
+      if state and out.state:
+        state = {f"cms_{i}": level for i, level in enumerate(out.state)}
       scales = scales[len(fast) :]
     for scale in scales:
       n = rms_normalize(x, cfg.norm_eps) * scale[None, None]
@@ -221,36 +265,58 @@ class ContinuumMemory(nn.Module):
     self,
     x_BTD: jax.Array,
     mixed: MixerOutput | None,
-    state: dict[str, Any] | None = None,
+    state: BlockState | None = None,
     segments: jax.Array | None = None,
-  ) -> tuple[jax.Array, dict[str, Any] | None]:
-    cfg = self.config
-    keys, values = self._signal(mixed)
-    count = cfg.cms.levels
+  ) -> tuple[jax.Array, BlockState | None]:
+    cfg, input_BTD = self.config, x_BTD
+    tokens = _Tokens(*self._signal(mixed), segments)
+    fast = state.cms if state else None
+    given = state.given if state else None
     if cfg.cms.connection == "nested":
-      scales = [Scale(cfg.width, name=f"norm_{i}")() for i in range(count)]
-      return NestedLevels(cfg, name="levels")(
-        x_BTD, scales, keys, values, state, segments
+      scales = [
+        Scale(cfg.width, _owner(i), name=f"norm_{i}")()
+        for i in range(cfg.cms.levels)
+      ]
+      nested = NestedLevels(cfg, name="levels")
+      x_BTD, fast = nested(x_BTD, scales, tokens, fast, given)
+    else:
+      x_BTD, fast = self._one_by_one(x_BTD, tokens, fast, given)
+    if state is not None:
+      stream = input_BTD if given else None
+      state = dataclasses.replace(state, cms=fast, given=None, stream=stream)
+    return x_BTD, state
+
+  def _one_by_one(
+    self,
+    x_BTD: jax.Array,
+    tokens: _Tokens,
+    state: dict[str, Any] | None,
+    given: dict[str, GivenLevel] | None,
+  ) -> tuple[jax.Array, dict[str, Any]]:
+    """Levels in sequence, or side by side: x after them, their states."""
+    cfg, input_BTD, after = self.config, x_BTD, {}
+    is_chain = cfg.cms.connection == "sequential"
+    for i in range(cfg.cms.levels):
+      n = layers.rms_norm(cfg, f"norm_{i}", _owner(i))(
+        x_BTD if is_chain else input_BTD
       )
-    new_state = {}
-    input_BTD = x_BTD
-    for i in range(count):
-      is_chain = cfg.cms.connection == "sequential"
-      n = layers.rms_norm(cfg, f"norm_{i}")(x_BTD if is_chain else input_BTD)
       if i >= len(cfg.cms.fast_lengths):
-        y = layers.SwiGLU(cfg, cfg.cms.hidden[i], name=f"level_{i}")(n)
+        hidden = cfg.cms.hidden[i]
+        y = layers.SwiGLU(cfg, hidden, _owner(i), name=f"level_{i}")(n)
       else:
         level = f"cms_{i}"
-        y, new_state[level] = FastLevel(cfg, i, name=f"level_{i}")(
-          n, keys, values, state[level] if state else None, segments
+        y, fast = FastLevel(cfg, i, name=f"level_{i}")(
+          n,
+          tokens,
+          state.get(level) if state else None,
+          given[level] if given else None,
         )
+        if fast is not None:
+          after[level] = fast
       if not is_chain:
-        share: Any = self.param(
-          f"share_{i}", lambda key: jnp.ones((), jnp.float32)
-        )
-        y = y * share.astype(y.dtype)
+        y = y * _scalar(self, f"share_{i}", 1.0, i).astype(y.dtype)
       x_BTD = x_BTD + y
-    return x_BTD, new_state if state is not None else None
+    return x_BTD, after
 
   def _signal(self, mixed: MixerOutput | None) -> tuple[Any, Any]:
     """Keys (None: each level's own input) and values of all levels."""
@@ -260,9 +326,50 @@ class ContinuumMemory(nn.Module):
     assert mixed is not None
     values = mixed.values
     if cfg.cms.value == "mixer_linear":
-      values = layers.dense(cfg.width, cfg, ("embed", "heads"), "value")(
-        mixed.y
-      )
+      values = layers.dense(
+        cfg.width, cfg, ("embed", "heads"), "value", owner=SHARED
+      )(mixed.y)
     is_pair = cfg.cms.value == "mixer_pair"
     keys = rms_normalize(mixed.keys) if is_pair else None
     return keys, rms_normalize(values)
+
+
+_PAIRS = {  # what a level learns: key -> value
+  "next_token": ("token", "next token"),
+  "mixer_linear": ("n", "RMS(y W)"),
+  "mixer_value": ("n", "RMS(v)"),
+  "mixer_pair": ("RMS(k)", "RMS(v)"),
+}
+
+
+def describe(config: ModelConfig) -> list[Problem]:
+  """The fast levels, fastest first; see `models/interface.py`."""
+  return [_level(config, i) for i in range(len(config.cms.fast_lengths))]
+
+
+def _level(config: ModelConfig, level: int) -> Problem:
+  """A fast level of the continuum memory system (eq. 70-74)."""
+  cfg = config.cms
+  length = cfg.fast_lengths[level]
+  key, value = _PAIRS.get(cfg.signal) or _PAIRS[cfg.value]
+  objective = f"associative: 1/2 ‖MLP({key}) - {value}‖²"
+  rate = f"proximal step / {length}"
+  if cfg.signal == "next_token":
+    objective, rate = OUTER_LOSS, f"step, mean of {length} tokens"
+  nested = f"restarts from cms_{level + 1} when that one's chunk ends"
+  is_last = level + 1 == len(cfg.fast_lengths)
+  transfer = {
+    "sequential": "backpropagation through the chain of levels (eq. 73)",
+    "nested": f"{'never restarts' if is_last else nested} (eq. 72)",
+    "independent": "learned weighted sum of the levels (eq. 74)",
+  }
+  retention = f"start, half-life {h:g}" if (h := cfg.half_life) else "none"
+  return Problem(
+    name=f"cms_{level}",
+    frequency=Fraction(1, length),
+    context=f"({key}, {value}) of the last {length} tokens",
+    objective=objective,
+    rule=f"GD; {rate}; momentum: none; retention:"
+    f" {retention}; error clip: {cfg.error_clip:g}; read: chunk",
+    transfer=f"{META_LEARNED}; {transfer[cfg.connection]}",
+  )

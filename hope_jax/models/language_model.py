@@ -14,13 +14,14 @@ import jax.numpy as jnp
 from hope_jax.config import ModelConfig
 from hope_jax.memory import products
 from hope_jax.models import (
-  block,
   cms,
   layers,
   next_token,
   next_token_levels,
-  rwkv7,
+  registry,
 )
+from hope_jax.models.fast_state import BlockState
+from hope_jax.models.parameters import boxed
 
 
 class ModelOutput(NamedTuple):
@@ -31,19 +32,19 @@ class ModelOutput(NamedTuple):
 
 
 def init_state(
-  config: ModelConfig, batch_size: int, piece_length: int | None = None
+  config: ModelConfig, batch_size: int, read_size: int | None = None
 ) -> Any:
   """Fast state of all layers before the first token, layers on axis 0.
 
-  With a `piece_length` every call must bring so many tokens; memories whose
+  With a `read_size` every call must bring so many tokens; memories whose
   chunks divide it then learn as fast as without a state.
   """
   learns = next_token_levels.is_on(config)
-  if piece_length and learns and next_token_levels.learning_layers(config) > 1:
+  if read_size and learns and next_token_levels.learning_layers(config) > 1:
     # The sequence layers above the first that learns read chunk by chunk.
-    piece_length = min(piece_length, config.cms.fast_lengths[0])
-  one = block.init_state(config, batch_size, piece_length)
-  turns = config.num_layers // len(config.pattern)
+    read_size = min(read_size, config.cms.fast_lengths[0])
+  one = registry.init_state(config, batch_size, read_size)
+  turns = config.num_layers // len(config.blocks)
   state = jax.tree.map(
     lambda x: jnp.broadcast_to(x[None], (turns, *x.shape)), one
   )
@@ -119,10 +120,10 @@ def _begin(
       mixer_below = jax.tree.map(lambda x: x[:count], mixer)
     x_BTD, after = _read_layers(config, below, x_BTD, mixer_below, {}, segments)
   of_first = lambda x: x[count]
-  one: Any = block.Block(config, half=True)
+  one: Any = registry.make_block(config, half=True)
   state = None
   if mixer is not None:
-    state = block.BlockState(jax.tree.map(of_first, mixer), {})
+    state = BlockState(jax.tree.map(of_first, mixer), {})
   x_BTD, state = one.apply(
     {"params": jax.tree.map(of_first, params["blocks"])}, x_BTD, state, segments
   )
@@ -146,8 +147,10 @@ def _read_layers(
 
   def layer(x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
     params, mixer, levels = xs
-    state = None if mixer is None else block.BlockState(mixer, levels)
-    apply: Any = block.Block(config).apply
+    state = None
+    if mixer is not None:
+      state = BlockState(mixer, {}, given=levels)
+    apply: Any = registry.make_block(config).apply
     x_BTD, state = apply({"params": params}, x_BTD, state, segments)
     return x_BTD, state and state.mixer
 
@@ -176,14 +179,18 @@ def _finish(
   Args:
     top: parameters, from `_top`.
     x_BTD: the residual stream there.
-    levels: `GivenState`s of these layers, K first.
+    levels: `GivenLevel`s of these layers, K first.
     mixer: fast state of the sequence layers after it, K - 1 first.
   """
   first = jax.tree.map(lambda x: x[0], (top["blocks"], levels))
   rest = jax.tree.map(lambda x: x[1:], (top["blocks"], levels))
   levels_of_first: Any = cms.ContinuumMemory(config)
   x_BTD, _ = levels_of_first.apply(
-    {"params": first[0]["cms"]}, x_BTD, None, first[1], segments
+    {"params": first[0]["cms"]},
+    x_BTD,
+    None,
+    BlockState(None, {}, given=first[1]),
+    segments,
   )
   if mixer is not None:
     params, levels = rest
@@ -208,9 +215,7 @@ def _embed(
   table_VD = nn.with_logical_constraint(
     table_VD.astype(jnp.dtype(config.dtype)), ("vocab", None)
   )
-  return nn.with_logical_constraint(
-    jnp.take(table_VD, tokens_BT, axis=0), ("batch", "length", "act")
-  )
+  return layers.residual(jnp.take(table_VD, tokens_BT, axis=0))
 
 
 def _remat(
@@ -262,31 +267,27 @@ class LanguageModel(nn.Module):
       cfg.vocab_size,
       cfg.width,
       dtype=jnp.dtype(cfg.dtype),
-      embedding_init=nn.with_logical_partitioning(
+      embedding_init=boxed(
         nn.initializers.normal(layers.INIT_STD), ("vocab", "embed")
       ),
       name="embed",
     )
     x_BTD = _embed(cfg, embed.embedding, tokens_BT)
-    blocks = len(cfg.pattern)
-    layer: Any = block.Turn if blocks > 1 else block.Block
-    layer = _remat(cfg, layer, nn.remat)
+    block, arguments = registry.stack(cfg)
+    layer = _remat(cfg, block, nn.remat)
     scan: Any = nn.scan  # its annotations know no tuple of axes
     layer = scan(
       layer,
       variable_axes={"params": 0, "dynamics": 0},
       split_rngs={"params": True},
       in_axes=(0, nn.broadcast),
-      length=cfg.num_layers // blocks,
+      length=cfg.num_layers // len(cfg.blocks),
       metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    stream: Any = x_BTD
-    if cfg.is_rwkv7:
-      x_BTD = layers.norm(cfg, "norm_in")(x_BTD)
-      stream = x_BTD, rwkv7.first_depth(x_BTD)
-    stream, state = layer(cfg, name="blocks")(stream, state, segments)
-    x_BTD = stream[0] if cfg.is_rwkv7 else stream
-    x_BTD = layers.norm(cfg, "norm_out")(x_BTD)
+    ends = registry.layer_of(cfg)
+    blocks = layer(*arguments, name="blocks")
+    stream, state = blocks(ends.begin(cfg, x_BTD), state, segments)
+    x_BTD = ends.end(cfg, stream)
     if cfg.tied_embeddings:
       logits = _tied_logits(cfg, embed.embedding, x_BTD)
     else:

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 
 from hope_jax.config import ModelConfig
 from hope_jax.memory import products
+from hope_jax.models.parameters import boxed, parameter
+from hope_jax.optim.roles import Role
 
 INIT_STD = 0.02
 
@@ -33,7 +35,7 @@ def initializer(config: ModelConfig, *, is_output: bool) -> Any:
   `is_output`: it ends on the residual stream, to which a block adds r times.
 
     config   inner map          output map
-    normal   N(0, 0.02)         N(0, 0.02) / sqrt(2 L)       GPT-2; spec 02
+    normal   N(0, 0.02)         N(0, 0.02) / sqrt(2 L)       GPT-2
     uniform  U(+-1 / sqrt(n))   U(+-1 / sqrt(n)) / sqrt(r L)  Mamba's code
     small    N(0, sqrt(0.4/D))  N(0, 1 / (L sqrt(D)))         GPT-NeoX's code
   """
@@ -65,44 +67,72 @@ def dense(
   *,
   is_output: bool = False,
   kernel_init: Any = None,
+  role: Role = "weight",
+  owner: tuple[str, ...] = (),
 ) -> nn.Dense:
   """A linear map without bias; `axes` are its kernel's logical axes.
 
-  `kernel_init`: a published start in place of the config's.
+  Args:
+    is_output: it ends on the residual stream, see `initializer`.
+    kernel_init: a published start in place of the config's.
+    role, owner: of the kernel, `models/parameters.py`.
   """
   kernel_init = kernel_init or initializer(config, is_output=is_output)
   return nn.Dense(
     features,
     use_bias=False,
     dtype=jnp.dtype(config.dtype),
-    kernel_init=nn.with_logical_partitioning(kernel_init, axes),
+    kernel_init=boxed(kernel_init, axes, role, owner),
     dot_general=_dot_general,
     name=name,
   )
 
 
-def rms_norm(config: ModelConfig, name: str) -> nn.RMSNorm:
+class Matrix(nn.Module):
+  """A linear map of the model's width whose matrix others use: (x W, W)."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    width, dtype = self.config.width, jnp.dtype(self.config.dtype)
+    init = initializer(self.config, is_output=False)
+    axes = "embed", "heads"
+    weight = parameter(self, "kernel", init, (width, width), axes)
+    return products.matmul(x_BTD.astype(dtype), weight.astype(dtype)), weight
+
+
+def rms_norm(
+  config: ModelConfig, name: str, owner: tuple[str, ...] = ()
+) -> nn.RMSNorm:
   """x / rms(x) * scale, in float32."""
   return nn.RMSNorm(
     dtype=jnp.dtype(config.dtype),
     epsilon=config.norm_eps,
-    scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+    scale_init=boxed(nn.initializers.ones, ("norm",), "norm", owner),
     name=name,
   )
 
 
-def norm(config: ModelConfig, name: str) -> nn.Module:
-  """The norm of the residual stream: RMS, in RWKV-7 LayerNorm with a bias."""
-  if not config.is_rwkv7:
-    return rms_norm(config, name)
-  make = nn.with_logical_partitioning
-  return nn.LayerNorm(
-    dtype=jnp.dtype(config.dtype),
-    epsilon=1e-5,
-    scale_init=make(nn.initializers.ones, ("norm",)),
-    bias_init=make(nn.initializers.zeros, ("norm",)),
-    name=name,
-  )
+def residual(x_BTD: jax.Array) -> jax.Array:
+  """The residual stream, laid out on the mesh as between blocks."""
+  return nn.with_logical_constraint(x_BTD, ("batch", "length", "act"))
+
+
+def document_starts(segments: jax.Array) -> jax.Array:
+  """Whether a token is the first of a document: numbers [B, T] -> bool.
+
+  Document 0 is the one that a given state belongs to.
+  """
+  before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
+  return segments != before
+
+
+def step_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """a of Mamba: softplus(a) log-uniform in 0.001 .. 0.1."""
+  low, high = jnp.log(1e-3), jnp.log(0.1)
+  step = jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high))
+  return step + jnp.log(-jnp.expm1(-step))
 
 
 class ShortConv(nn.Module):
@@ -135,9 +165,14 @@ class ShortConv(nn.Module):
     of_bias = init
     if self.is_normal:
       init, of_bias = nn.initializers.lecun_normal(), nn.initializers.zeros
-    box = nn.with_logical_partitioning(init, ("window", "heads"))
-    kernel: Any = self.param("kernel", box, (self.window, width))
-    kernel_WD = kernel.astype(self.dtype)
+    kernel_WD = parameter(
+      self,
+      "kernel",
+      init,
+      (self.window, width),
+      ("window", "heads"),
+      role="conv",
+    ).astype(self.dtype)
     if state is None:
       state = jnp.zeros((batch, self.window - 1, width), x_BTD.dtype)
     padded = jnp.concatenate([state.astype(x_BTD.dtype), x_BTD], axis=1)
@@ -153,8 +188,7 @@ class ShortConv(nn.Module):
         tap_BTD = jnp.where(same[:, :, None], tap_BTD, 0)
       y_BTD = y_BTD + tap_BTD * kernel_WD[back][None, None]
     if self.use_bias:
-      box = nn.with_logical_partitioning(of_bias, ("heads",))
-      bias: Any = self.param("bias", box, (width,))
+      bias = parameter(self, "bias", of_bias, (width,), ("heads",), role="conv")
       y_BTD = y_BTD + bias.astype(self.dtype)[None, None]
     last = padded[:, length:]
     if number is not None:
@@ -182,16 +216,33 @@ def projections(
 
   Returns the projections [B, T, width] and the convolutions' new states.
   """
-  projected, new_state = {}, {}
-  for name, width in widths.items():
-    axes = "embed", "heads"
-    p = dense(width, config, axes, name, kernel_init=kernel_init)(x_BTD)
-    if config.conv_window:
-      p, new_state[name] = ShortConv(
-        config.conv_window, p.dtype, use_bias, name=f"conv_{name}"
-      )(p, state[name] if state else None, segments)
-    projected[name] = p
-  return projected, new_state
+  axes = "embed", "heads"
+  projected = {
+    name: dense(width, config, axes, name, kernel_init=kernel_init)(x_BTD)
+    for name, width in widths.items()
+  }
+  return convolve(projected, config, state, segments, use_bias=use_bias)
+
+
+def convolve(
+  projected: Mapping[str, jax.Array],
+  config: ModelConfig,
+  state: Mapping[str, jax.Array] | None,
+  segments: jax.Array | None,
+  *,
+  use_bias: bool = False,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+  """A causal convolution of each projection, where configured, and the
+  convolutions' new states."""
+  if not config.conv_window:
+    return dict(projected), {}
+  convolved, new_state = {}, {}
+  for name, p in projected.items():
+    conv = ShortConv(config.conv_window, p.dtype, use_bias, name=f"conv_{name}")
+    convolved[name], new_state[name] = conv(
+      p, state[name] if state else None, segments
+    )
+  return convolved, new_state
 
 
 def init_conv_state(
@@ -230,10 +281,11 @@ class SwiGLU(nn.Module):
 
   config: ModelConfig
   hidden: int
+  owner: tuple[str, ...] = ()
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    make = functools.partial(dense, config=self.config)
+    make = functools.partial(dense, config=self.config, owner=self.owner)
     gate = make(self.hidden, axes=("embed", "mlp"), name="gate")(x_BTD)
     up = make(self.hidden, axes=("embed", "mlp"), name="up")(x_BTD)
     hidden = nn.with_logical_constraint(

@@ -3,136 +3,109 @@
   S_t = S_{t-1} (alpha_t I - delta_t k_t k_t^T) + eta_t v_t k_t^T
   y_t = W_o (norm(S_t q_t) * gate(n_t))
 
-  name            alpha         eta  delta    q and k         gate
-  retnet          1 - 2^(-5-h)  1    -        rotary          swish
-  deltanet        1             b    b        conv, l2        none
-  gated_deltanet  exp(-e^A s)   b    alpha b  conv, l2        swish
-  comba           exp(-e^A s)   b    c b      conv, l2        sigmoid
-  mamba2          exp(-e^A s)   s    -        conv, no heads  swish, then norm
+  name            alpha         eta  delta    q and k    gate
+  retnet          1 - 2^(-5-h)  1    -        rotary     swish
+  deltanet        1             b    b        conv, l2   none
+  gated_deltanet  exp(-e^A s)   b    alpha b  conv, l2   swish
+  comba           exp(-e^A s)   b    c b      conv, l2   sigmoid
 
 with b = sigmoid(n w_b), s = softplus(n w_s + a), and A, a, c learned per head;
-"conv": SiLU of a causal convolution, v too.  Queries carry K^-1/2, but for
-Mamba2's; Comba's are corrected, q <- l2norm(q - d c k).  Mamba2 (SSD) calls q,
-k, v, s C, B, x, dt and adds D x to what it reads, D learned per head.
+"conv": SiLU of a causal convolution, v too.  Queries are scaled by K^-1/2;
+Comba first subtracts from them, q <- l2norm(q - d c k).  `VARIANTS` is the
+table; Mamba2 uses the same rule (`models/mamba2.py`).
 
 Sources: RetNet 2307.08621, DeltaNet 2406.06484, Gated DeltaNet 2412.06464,
-Comba 2506.02475, Mamba2 2405.21060.  Layouts as published: values twice as wide
-as keys in RetNet, Gated DeltaNet and Comba, the last two with 3/4 of the heads;
-Mamba2 has heads of 64, states of 128, twice the width, and no FFN.
+Comba 2506.02475.  Layouts as published: values twice as wide as keys in RetNet,
+Gated DeltaNet and Comba, the last two with 3/4 of the heads.
 
-Initial values are of the authors' code: A uniform in 1 .. 16 in Mamba2, in
-0 .. 16 in Gated DeltaNet and Comba; softplus(a) log-uniform in 0.001 .. 0.1;
-c = sigmoid(1); d = 0.02, from a width of 2048 on 1 (Comba at 340M and 1.3B).
-RetNet's and DeltaNet's maps here begin Xavier-uniform with gain 2^-5/2, but W_o
-with 1 in RetNet and divided by sqrt(2 L) in DeltaNet; those of the FFN, and all
-of the others, as the config's `initializer` says.
+Initial values are those of the authors' code: A uniform in 0 .. 16 in Gated
+DeltaNet and Comba; softplus(a) log-uniform in 0.001 .. 0.1; c = sigmoid(1); d =
+0.02, from a width of 2048 on 1 (Comba at 340M and 1.3B).  RetNet's and
+DeltaNet's maps begin Xavier-uniform with gain 2^-5/2, but W_o with 1 in RetNet
+and divided by sqrt(2 L) in DeltaNet; those of the FFN, and all of the others,
+as the config's `initializer` says.
 
 All are choices of `pallas_kernels.linear_rule`, exact for any chunk length.
 
 Legend: B batch, T tokens, D model, H heads, K head dim, E value dim of a head.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from hope_jax.config import ModelConfig
 from hope_jax.memory import devices
-from hope_jax.memory.architectures import l2_normalize, rms_normalize
-from hope_jax.models import attention, layers
-from hope_jax.models.interface import MixerOutput
+from hope_jax.memory.norms import l2_normalize, rms_normalize
+from hope_jax.models import layers, problems, rotary
+from hope_jax.models.interface import FastState, MixerOutput, Problem, owned
+from hope_jax.models.parameters import parameter
 from pallas_kernels.linear_rule import linear_rule
 
 
 class Layout(NamedTuple):
-  """Heads, key dim K and value dim E of a head, what gates the output."""
+  """Heads, key dim K and value dim E of a head."""
 
   heads: int
   key_dim: int
   value_dim: int
-  gate: str
-  is_shared: bool = False  # one q and k for all heads
-
-
-def layout(config: ModelConfig) -> Layout:
-  """The published layout at the config's width and heads."""
-  heads, dim = config.num_heads, config.head_dim
-  fewer, small = max(1, 3 * heads // 4), max(1, 2 * config.width // 64)
-  return {
-    "retnet": Layout(heads, dim, 2 * dim, "swish"),
-    "deltanet": Layout(heads, dim, dim, "none"),
-    "gated_deltanet": Layout(fewer, dim, 2 * dim, "swish"),
-    "comba": Layout(fewer, dim, 2 * dim, "sigmoid"),
-    "mamba2": Layout(small, 128, 2 * config.width // small, "swish", True),
-  }[config.sequence_layer]
-
-
-def _widths(config: ModelConfig) -> dict[str, int]:
-  """Width H K or H E of each projection."""
-  shape = layout(config)
-  keys = shape.key_dim * (1 if shape.is_shared else shape.heads)
-  values = shape.heads * shape.value_dim
-  return {"query": keys, "key": keys, "value": values}
-
-
-def init_state(
-  config: ModelConfig, batch_size: int, piece_length: int | None = None
-) -> dict[str, Any]:
-  """S = 0, no token read."""
-  del piece_length
-  shape = layout(config)
-  matrix = batch_size, shape.heads, shape.value_dim, shape.key_dim
-  return {
-    "memory": {
-      "weight": jnp.zeros(matrix, jnp.float32),
-      "position": jnp.zeros((), jnp.int32),
-    },
-    "conv": layers.init_conv_state(config, batch_size, _widths(config)),
-  }
-
-
-def document_starts(segments: jax.Array) -> jax.Array:
-  """Whether a token is the first of a document: numbers [B, T] -> bool.
-
-  Document 0 is the one that a given state belongs to.
-  """
-  before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
-  return segments != before
 
 
 class Rule(NamedTuple):
-  """alpha, eta and delta (None: no erase) of the rule, [B, H, T]."""
+  """alpha, eta and delta (None: no erase) of the rule, [B, H, T]; what of the
+  key is subtracted from the query, [1, H, 1], or None."""
 
   retention: jax.Array
   learn_rate: jax.Array
   erase: jax.Array | None
+  correction: jax.Array | None = None
 
 
-def _kernel_init(config: ModelConfig, *, is_output: bool = False) -> Any:
-  """The start of RetNet's and DeltaNet's maps; None: the config's."""
-  if config.sequence_layer not in ("retnet", "deltanet"):
-    return None
-  gain = 2**-2.5
-  if is_output:
-    is_retnet = config.sequence_layer == "retnet"
-    gain = 1.0 if is_retnet else gain / (2 * config.num_layers) ** 0.5
-  return layers.uniform(gain**2, "fan_avg")
+class GateInputs(NamedTuple):
+  """What a variant's gates are made of.
+
+  Attributes:
+    ones: [B, H, T].
+    per_token: name -> a map of the layer's input, [B, H, T].
+    per_head: (name, initializer) -> a learned number per head, [1, H, 1].
+    config: the model's.
+  """
+
+  ones: jax.Array
+  per_token: Callable[[str], jax.Array]
+  per_head: Callable[[str, Any], jax.Array]
+  config: ModelConfig
 
 
-def _dense(
-  features: int, config: ModelConfig, name: str, *, is_output: bool = False
-) -> nn.Dense:
-  """A map from the model's width to the heads, or from them to it."""
-  axes = ("heads", "embed") if is_output else ("embed", "heads")
-  init = _kernel_init(config, is_output=is_output)
-  return layers.dense(
-    features, config, axes, name, is_output=is_output, kernel_init=init
-  )
+class Variant(NamedTuple):
+  """A row of the module's table.
+
+  Attributes:
+    layout: (heads, head width) -> the published layout.
+    rule: the gates of a token.
+    problem: its objective and rule in words.
+    gate: what opens the output, None: nothing does.
+    is_rotary: q and k are turned by their position, in place of a norm.
+    is_centered: the norm of the output is a group norm (RMS otherwise).
+    gain: of the Xavier-uniform start of all maps, and of W_o in a model of L
+      blocks; None: the config's `initializer`.
+  """
+
+  layout: Callable[[int, int], Layout]
+  rule: Callable[[GateInputs], Rule]
+  problem: tuple[str, str]
+  gate: Callable[[jax.Array], jax.Array] | None = None
+  is_rotary: bool = False
+  is_centered: bool = False
+  gain: Callable[[int], tuple[float, float]] | None = None
 
 
-def _log_decay_rate(lowest: float) -> Any:
+def log_decay_rate(lowest: float) -> Any:
   """A: log of uniform(lowest, 16), where 0 means a little more."""
   low = max(lowest, 1e-4)
   return lambda key, shape: jnp.log(
@@ -140,59 +113,182 @@ def _log_decay_rate(lowest: float) -> Any:
   )
 
 
-def step_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """a of Mamba2: softplus(a) log-uniform in 0.001 .. 0.1."""
-  low, high = jnp.log(1e-3), jnp.log(0.1)
-  step = jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high))
-  return step + jnp.log(-jnp.expm1(-step))
-
-
-class LinearGates(nn.Module):
-  """The rule's scalars per token and head, and Comba's c and d per head."""
-
-  config: ModelConfig
-
-  @nn.compact
-  def __call__(self, x_BTD: jax.Array) -> tuple[Rule, Any]:
-    cfg, name = self.config, self.config.sequence_layer
-    heads = layout(cfg).heads
-    shape = x_BTD.shape[0], heads, x_BTD.shape[1]
-    ones = jnp.ones(shape, jnp.float32)
-    if name == "retnet":
-      gamma_H = 1.0 - 2.0 ** (-5.0 - jnp.arange(heads))
-      return Rule(ones * gamma_H[None, :, None], ones, None), None
-
-    def per_token(name: str) -> jax.Array:
-      dense = _dense(heads, cfg, name)
-      return dense(x_BTD).swapaxes(1, 2).astype(jnp.float32)
-
-    if name == "deltanet":
-      rate = nn.sigmoid(per_token("rate"))
-      return Rule(ones, rate, rate), None
-    init = _log_decay_rate(1.0 if name == "mamba2" else 0.0)
-    speed = jnp.exp(self._per_head("log_decay_rate", init))
-    step = per_token("step") + self._per_head("step_bias", step_bias)
-    step = nn.softplus(step)
-    alpha = jnp.exp(-speed * step)
-    if name == "mamba2":
-      return Rule(alpha, step, None), None
-    rate = nn.sigmoid(per_token("rate"))
-    if name == "gated_deltanet":
-      return Rule(alpha, rate, alpha * rate), None
-    feedback = nn.sigmoid(self._per_head("feedback", _constant(1.0)))
-    correction = 0.02 if cfg.width < 2048 else 1.0
-    correction = self._per_head("correction", _constant(correction))
-    return Rule(alpha, rate, feedback * rate), correction * feedback
-
-  def _per_head(self, name: str, init: Any) -> jax.Array:
-    """A learned number per head, [1, H, 1]."""
-    box = nn.with_logical_partitioning(init, ("heads",))
-    value: Any = self.param(name, box, (layout(self.config).heads,))
-    return value[None, :, None]
-
-
 def _constant(value: float) -> Any:
   return lambda key, shape: jnp.full(shape, value, jnp.float32)
+
+
+def decay(gates: GateInputs, lowest: float) -> tuple[jax.Array, jax.Array]:
+  """exp(-e^A s) and s, A from `log_decay_rate(lowest)`."""
+  speed = jnp.exp(gates.per_head("log_decay_rate", log_decay_rate(lowest)))
+  step = gates.per_token("step")
+  step = nn.softplus(step + gates.per_head("step_bias", layers.step_bias))
+  return jnp.exp(-speed * step), step
+
+
+def _retnet(gates: GateInputs) -> Rule:
+  gamma_H = 1.0 - 2.0 ** (-5.0 - jnp.arange(gates.ones.shape[1]))
+  return Rule(gates.ones * gamma_H[None, :, None], gates.ones, None)
+
+
+def _deltanet(gates: GateInputs) -> Rule:
+  rate = nn.sigmoid(gates.per_token("rate"))
+  return Rule(gates.ones, rate, rate)
+
+
+def _gated_deltanet(gates: GateInputs) -> Rule:
+  alpha, _ = decay(gates, 0.0)
+  rate = nn.sigmoid(gates.per_token("rate"))
+  return Rule(alpha, rate, alpha * rate)
+
+
+def _comba(gates: GateInputs) -> Rule:
+  alpha, _ = decay(gates, 0.0)
+  rate = nn.sigmoid(gates.per_token("rate"))
+  feedback = nn.sigmoid(gates.per_head("feedback", _constant(1.0)))
+  correction = 0.02 if gates.config.width < 2048 else 1.0
+  correction = gates.per_head("correction", _constant(correction))
+  return Rule(alpha, rate, feedback * rate, correction * feedback)
+
+
+def _fewer_heads(heads: int, dim: int) -> Layout:
+  return Layout(max(1, 3 * heads // 4), dim, 2 * dim)
+
+
+VARIANTS = {
+  "retnet": Variant(
+    lambda heads, dim: Layout(heads, dim, 2 * dim),
+    _retnet,
+    (problems.DOT, "GD, step 1, decay per head"),
+    nn.silu,
+    is_rotary=True,
+    is_centered=True,
+    gain=lambda blocks: (2**-2.5, 1.0),
+  ),
+  "deltanet": Variant(
+    lambda heads, dim: Layout(heads, dim, dim),
+    _deltanet,
+    (problems.L2, "GD, step b"),
+    gain=lambda blocks: (2**-2.5, 2**-2.5 / (2 * blocks) ** 0.5),
+  ),
+  "gated_deltanet": Variant(
+    _fewer_heads,
+    _gated_deltanet,
+    (problems.L2, "GD, step b, on the decayed state"),
+    nn.silu,
+  ),
+  "comba": Variant(
+    _fewer_heads,
+    _comba,
+    (problems.L2, "GD, step b, decay; erases c b"),
+    nn.sigmoid,
+  ),
+}
+
+
+def _variant(config: ModelConfig) -> Variant:
+  return VARIANTS[config.sequence_layer]
+
+
+def layout(config: ModelConfig) -> Layout:
+  """The published layout at the config's width and heads."""
+  return _variant(config).layout(config.num_heads, config.head_dim)
+
+
+def _widths(config: ModelConfig) -> dict[str, int]:
+  """Width H K or H E of each projection."""
+  shape = layout(config)
+  keys = shape.heads * shape.key_dim
+  values = shape.heads * shape.value_dim
+  return {"query": keys, "key": keys, "value": values}
+
+
+@flax.struct.dataclass
+class Matrix:
+  """S [B, H, E, K], and the number of tokens that it has read."""
+
+  weight: jax.Array
+  position: jax.Array
+
+
+@flax.struct.dataclass
+class LinearState(FastState):
+  """The memory, and the last inputs of the convolutions."""
+
+  memory: Matrix = owned("memory")
+  conv: dict[str, jax.Array] = owned("projections")
+
+
+def zero_state(
+  config: ModelConfig, batch_size: int, shape: Layout, widths: dict[str, int]
+) -> LinearState:
+  """S = 0, no token read."""
+  matrix = batch_size, shape.heads, shape.value_dim, shape.key_dim
+  return LinearState(
+    Matrix(jnp.zeros(matrix, jnp.float32), jnp.zeros((), jnp.int32)),
+    layers.init_conv_state(config, batch_size, widths),
+  )
+
+
+def init_state(
+  config: ModelConfig, batch_size: int, read_size: int | None = None
+) -> LinearState:
+  """S = 0, no token read."""
+  del read_size
+  return zero_state(config, batch_size, layout(config), _widths(config))
+
+
+def _kernel_init(config: ModelConfig, *, is_output: bool = False) -> Any:
+  """The published start of the maps; None: the config's."""
+  gain = _variant(config).gain
+  if gain is None:
+    return None
+  return layers.uniform(gain(config.num_layers)[is_output] ** 2, "fan_avg")
+
+
+class Gates(nn.Module):
+  """A `Rule` of the layer's input: scalars per token and head.
+
+  Attributes:
+    rule: of a `Variant`.
+    heads: H.
+    kernel_init: of the maps, None: the config's.
+  """
+
+  config: ModelConfig
+  rule: Callable[[GateInputs], Rule]
+  heads: int
+  kernel_init: Any = None
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array) -> Rule:
+    shape = x_BTD.shape[0], self.heads, x_BTD.shape[1]
+    ones = jnp.ones(shape, jnp.float32)
+    per_token = functools.partial(self._per_token, x_BTD)
+    return self.rule(GateInputs(ones, per_token, self._per_head, self.config))
+
+  def _per_token(self, x_BTD: jax.Array, name: str) -> jax.Array:
+    dense = layers.dense(
+      self.heads,
+      self.config,
+      ("embed", "heads"),
+      name,
+      kernel_init=self.kernel_init,
+      role="gate",
+      owner=("memory",),
+    )
+    return dense(x_BTD).swapaxes(1, 2).astype(jnp.float32)
+
+  def _per_head(self, name: str, init: Any) -> jax.Array:
+    value = parameter(
+      self,
+      name,
+      init,
+      (self.heads,),
+      ("heads",),
+      role="gate",
+      owner=("memory",),
+    )
+    return value[None, :, None]
 
 
 class LinearMemory(nn.Module):
@@ -204,94 +300,84 @@ class LinearMemory(nn.Module):
   def __call__(
     self,
     x_BTD: jax.Array,
-    state: dict[str, Any] | None = None,
+    state: LinearState | None = None,
     segments: jax.Array | None = None,
   ) -> MixerOutput:
-    cfg = self.config
-    shape, is_mamba = layout(cfg), cfg.sequence_layer == "mamba2"
-    start = state or init_state(cfg, x_BTD.shape[0])
-    before = start["memory"]
+    cfg, variant = self.config, _variant(self.config)
+    shape = layout(cfg)
+    before = state or init_state(cfg, x_BTD.shape[0])
     projected, conv = layers.projections(
       x_BTD,
       _widths(cfg),
       cfg,
-      start["conv"],
+      before.conv,
       segments,
-      use_bias=is_mamba,
       kernel_init=_kernel_init(cfg),
     )
     if cfg.conv_window:
       projected = {name: nn.silu(p) for name, p in projected.items()}
-    rule, correction = LinearGates(cfg, name="gates")(x_BTD)
-    q, k = (
-      self._heads(projected[name], is_shared=shape.is_shared)
-      for name in ("query", "key")
+    rule = Gates(
+      cfg, variant.rule, shape.heads, _kernel_init(cfg), name="gates"
+    )(x_BTD)
+    q, k, v = (
+      layers.split_heads(projected[name], shape.heads)
+      for name in ("query", "key", "value")
     )
-    v = self._heads(projected["value"])
-    if cfg.sequence_layer == "retnet":
-      position = before["position"] + jnp.arange(x_BTD.shape[1])
-      q, k = (self._rotate(p, position) for p in (q, k))
-    elif not is_mamba:
+    if variant.is_rotary:
+      position = before.memory.position + jnp.arange(x_BTD.shape[1])
+      turn = lambda x: rotary.rotate(
+        x.swapaxes(1, 2), position, cfg.rope_base
+      ).swapaxes(1, 2)
+      q, k = turn(q), turn(k)
+    else:
       q, k = l2_normalize(q), l2_normalize(k)
-    if correction is not None:
-      q = l2_normalize(q - correction[..., None] * k)
-    reset = None
-    if segments is not None:
-      reset = document_starts(segments)[:, None].repeat(shape.heads, 1)
-    out = run_rule(
-      cfg,
-      k,
-      v,
-      q if is_mamba else q * shape.key_dim**-0.5,
-      rule,
-      before["weight"],
-      reset,
-    )
+    if rule.correction is not None:
+      q = l2_normalize(q - rule.correction[..., None] * k)
+    tokens = Tokens(k, v, q * shape.key_dim**-0.5, rule)
+    o, after = run_rule(tokens, before.memory, segments, cfg)
     if state is not None:
-      end = before["position"] + x_BTD.shape[1]
-      memory = {"weight": out.weight, "position": end}
-      state = {"memory": memory, "conv": conv}
-    y_BTD = LinearReadOut(cfg, name="readout")(x_BTD, out.outputs, v)
+      state = LinearState(after, conv)
+    y_BTD = ReadOut(cfg, name="readout")(x_BTD, o)
     return MixerOutput(y_BTD, projected["key"], projected["value"], state)
 
-  def _heads(self, p: jax.Array, *, is_shared: bool = False) -> jax.Array:
-    """[B, T, H K], or [B, T, K] for all heads, -> [B, H, T, K] in float32."""
-    heads = layout(self.config).heads
-    if not is_shared:
-      return layers.split_heads(p, heads)
-    return layers.split_heads(p, 1).repeat(heads, 1)
 
-  def _rotate(self, x: jax.Array, position: jax.Array) -> jax.Array:
-    base = self.config.rope_base
-    return attention.rotate(x.swapaxes(1, 2), position, base).swapaxes(1, 2)
+class Tokens(NamedTuple):
+  """Keys, queries [B, H, T, K], values [B, H, T, E] and their rule."""
+
+  keys: jax.Array
+  values: jax.Array
+  queries: jax.Array
+  rule: Rule
 
 
 IMPLEMENTATIONS = {"auto": None, "xla": "chunked", "pallas_tpu": "pallas_tpu"}
 
 
 def run_rule(
+  tokens: Tokens,
+  before: Matrix,
+  segments: jax.Array | None,
   config: ModelConfig,
-  keys: jax.Array,
-  values: jax.Array,
-  queries: jax.Array,
-  rule: Rule,
-  weight: jax.Array,
-  reset: jax.Array | None,
-) -> Any:
-  """`linear_rule` from state `weight` [B, H, E, K], on every device's heads."""
+) -> tuple[jax.Array, Matrix]:
+  """(o [B, H, T, E], the memory after) by `linear_rule`, on every device's
+  heads."""
   implementation: Any = IMPLEMENTATIONS[config.memory.implementation]
+  heads, length = tokens.keys.shape[1:3]
+  reset = None
+  if segments is not None:
+    reset = layers.document_starts(segments)[:, None].repeat(heads, 1)
 
-  def run(keys, values, queries, rule, weight, reset):
+  def run(tokens, weight, reset):
     return linear_rule(
-      keys,
-      -values,
+      tokens.keys,
+      -tokens.values,
       weight=weight,
       momentum=None,
-      retention=rule.retention,
+      retention=tokens.rule.retention,
       momentum_decay=None,
-      learn_rate=rule.learn_rate,
-      erase=rule.erase,
-      queries=queries,
+      learn_rate=tokens.rule.learn_rate,
+      erase=tokens.rule.erase,
+      queries=tokens.queries,
       read="post",
       reset=reset,
       chunk_length=config.memory.chunk_length,
@@ -299,42 +385,52 @@ def run_rule(
       checkpoint=config.memory.remat,
     )
 
-  run = devices.by_heads(run, ("BH",) * 6)
+  run = devices.by_heads(run, ("BH",) * 3)
+  rule = tokens.rule._replace(correction=None)
   with jax.named_scope("recurrence"):
-    return run(keys, values, queries, rule, weight, reset)
+    out = run(tokens._replace(rule=rule), before.weight, reset)
+  assert out.outputs is not None
+  return out.outputs, Matrix(out.weight, before.position + length)
 
 
-class LinearReadOut(nn.Module):
-  """W_o (norm(o) * gate(n)): RetNet's norm is a group norm, the others' RMS.
-
-  Mamba2: W_o norm((o + D v) * gate(n)), the norm over all heads together.
-  """
+class ReadOut(nn.Module):
+  """W_o (norm(o) * gate(n))."""
 
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, o: jax.Array, v: jax.Array) -> jax.Array:
-    cfg, shape = self.config, layout(self.config)
-    is_mamba = cfg.sequence_layer == "mamba2"
-    width = shape.heads * shape.value_dim
-    if is_mamba:
-      init = nn.with_logical_partitioning(nn.initializers.ones, ("heads",))
-      skip: Any = self.param("norm_skip", init, (shape.heads,))
-      o = o + skip[None, :, None, None] * v
-    else:
-      if cfg.sequence_layer == "retnet":
-        o = o - jnp.mean(o, axis=-1, keepdims=True)
-      scale = self._scale(shape.value_dim)[None, None, None]
-      o = rms_normalize(o, cfg.norm_eps) * scale
-    y = layers.merge_heads(o)
-    if shape.gate != "none":
-      activate = {"swish": nn.silu, "sigmoid": nn.sigmoid}[shape.gate]
-      dense = _dense(width, cfg, "gate")
-      y = y * activate(dense(x_BTD)).astype(y.dtype)
-    if is_mamba:
-      y = rms_normalize(y, cfg.norm_eps) * self._scale(width)[None, None]
-    return _dense(cfg.width, cfg, "output", is_output=True)(y)
+  def __call__(self, x_BTD: jax.Array, o: jax.Array) -> jax.Array:
+    cfg, variant = self.config, _variant(self.config)
+    shape = layout(cfg)
+    if variant.is_centered:
+      o = o - jnp.mean(o, axis=-1, keepdims=True)
+    scale = norm_scale(self, shape.value_dim)[None, None, None]
+    y = layers.merge_heads(rms_normalize(o, cfg.norm_eps) * scale)
+    if variant.gate is not None:
+      gate = layers.dense(
+        shape.heads * shape.value_dim,
+        cfg,
+        ("embed", "heads"),
+        "gate",
+        kernel_init=_kernel_init(cfg),
+      )
+      y = y * variant.gate(gate(x_BTD)).astype(y.dtype)
+    return layers.dense(
+      cfg.width,
+      cfg,
+      ("heads", "embed"),
+      "output",
+      is_output=True,
+      kernel_init=_kernel_init(cfg, is_output=True),
+    )(y)
 
-  def _scale(self, size: int) -> Any:
-    init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-    return self.param("norm_scale", init, (size,))
+
+def norm_scale(module: nn.Module, size: int) -> Any:
+  """The scale of a norm, a parameter of `module`."""
+  ones = nn.initializers.ones
+  return parameter(module, "norm_scale", ones, (size,), ("norm",), role="norm")
+
+
+def describe(config: ModelConfig) -> list[Problem]:
+  """See `models/interface.py`."""
+  return [problems.linear(*_variant(config).problem)]

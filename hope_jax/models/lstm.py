@@ -13,25 +13,42 @@ n W, the loop has only h U.
 Legend: B batch, T tokens, D model.
 """
 
+from fractions import Fraction
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from hope_jax.config import ModelConfig
 from hope_jax.models import layers
-from hope_jax.models.interface import MixerOutput
-from hope_jax.models.linear import document_starts
+from hope_jax.models.interface import FastState, MixerOutput, Problem, owned
+from hope_jax.models.parameters import parameter
+
+
+@flax.struct.dataclass
+class Cell:
+  """c and h, [B, D]."""
+
+  cell: jax.Array
+  hidden: jax.Array
+
+
+@flax.struct.dataclass
+class LSTMState(FastState):
+  """The recurrence after the last token."""
+
+  memory: Cell = owned("memory")
 
 
 def init_state(
-  config: ModelConfig, batch_size: int, piece_length: int | None = None
-) -> dict[str, Any]:
+  config: ModelConfig, batch_size: int, read_size: int | None = None
+) -> LSTMState:
   """c = h = 0, [B, D]."""
-  del piece_length
+  del read_size
   zero = jnp.zeros((batch_size, config.width), jnp.float32)
-  return {"memory": {"cell": zero, "hidden": zero}}
+  return LSTMState(Cell(zero, zero))
 
 
 def _bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -49,19 +66,18 @@ class LSTM(nn.Module):
   def __call__(
     self,
     x_BTD: jax.Array,
-    state: dict[str, Any] | None = None,
+    state: LSTMState | None = None,
     segments: jax.Array | None = None,
   ) -> MixerOutput:
     cfg, width = self.config, self.config.width
-    box = nn.with_logical_partitioning
-    recurrent: Any = self.param(
+    recurrent = parameter(
+      self,
       "recurrent_kernel",
-      box(nn.initializers.orthogonal(), ("embed", "heads")),
+      nn.initializers.orthogonal(),
       (width, 4 * width),
+      ("embed", "heads"),
     )
-    bias: Any = self.param(
-      "recurrent_bias", box(_bias, ("heads",)), (4 * width,)
-    )
+    bias = parameter(self, "recurrent_bias", _bias, (4 * width,), ("heads",))
     projected = layers.dense(
       4 * width,
       cfg,
@@ -71,21 +87,21 @@ class LSTM(nn.Module):
     )(x_BTD)
     recurrent = recurrent.astype(projected.dtype)
 
-    def step(state: dict[str, Any], token: Any) -> tuple[Any, jax.Array]:
+    def step(state: Cell, token: Any) -> tuple[Cell, jax.Array]:
       x, is_new = token
       if is_new is not None:
         state = jax.tree.map(lambda s: jnp.where(is_new[:, None], 0, s), state)
-      z = x + jnp.dot(state["hidden"].astype(x.dtype), recurrent)
+      z = x + jnp.dot(state.hidden.astype(x.dtype), recurrent)
       z = z.astype(jnp.float32) + bias[None]
       # Left to the compiler, gradients are wrong on a mesh of all three axes.
       z = nn.with_logical_constraint(z, ("batch", "gates"))
       i, f, g, o = jnp.split(z, 4, axis=-1)
-      cell = nn.sigmoid(f) * state["cell"] + nn.sigmoid(i) * jnp.tanh(g)
+      cell = nn.sigmoid(f) * state.cell + nn.sigmoid(i) * jnp.tanh(g)
       hidden = nn.sigmoid(o) * jnp.tanh(cell)
-      return {"cell": cell, "hidden": hidden}, hidden.astype(x.dtype)
+      return Cell(cell, hidden), hidden.astype(x.dtype)
 
-    start = (state or init_state(cfg, x_BTD.shape[0]))["memory"]
-    reset = None if segments is None else document_starts(segments)
+    start = (state or init_state(cfg, x_BTD.shape[0])).memory
+    reset = None if segments is None else layers.document_starts(segments)
     by_token = lambda x: x.swapaxes(0, 1)
     with jax.named_scope("recurrence"):
       end, y = jax.lax.scan(
@@ -93,4 +109,18 @@ class LSTM(nn.Module):
       )
     y_BTD = by_token(y)
     # There are no pairs for a CMS, which the config refuses.
-    return MixerOutput(y_BTD, y_BTD, y_BTD, state and {"memory": end})
+    return MixerOutput(y_BTD, y_BTD, y_BTD, state and LSTMState(end))
+
+
+def describe(config: ModelConfig) -> list[Problem]:
+  """See `models/interface.py`."""
+  del config
+  problem = Problem(
+    name="memory",
+    frequency=Fraction(1),
+    context="n, h of the last token",
+    objective="none: a gated recurrence",
+    rule="c <- f c + i tanh(g); h <- o tanh(c)",
+    transfer="starts at zero; gates by slow projections of n and h",
+  )
+  return [problem]

@@ -12,17 +12,19 @@ R = D / 16, that starts log-uniform in 0.001 .. 0.1; W_2 starts uniform in
 Legend: B batch, T tokens, D model, E channels, K state of a channel, R rank.
 """
 
-from typing import Any
+import functools
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from hope_jax.config import ModelConfig
 from hope_jax.memory import devices
 from hope_jax.memory.selective_scan import ScanOutput, selective_scan
-from hope_jax.models import layers, linear
-from hope_jax.models.interface import MixerOutput
+from hope_jax.models import layers, problems
+from hope_jax.models.interface import FastState, MixerOutput, Problem, owned
+from hope_jax.models.parameters import boxed, parameter
 
 KEY_DIM = 16
 
@@ -32,16 +34,24 @@ def _widths(config: ModelConfig) -> dict[str, int]:
   return {"value": 2 * config.width}
 
 
+@flax.struct.dataclass
+class MambaState(FastState):
+  """h [B, E, K], and the last inputs of the convolution."""
+
+  memory: jax.Array = owned("memory")
+  conv: dict[str, jax.Array] = owned("projections")
+
+
 def init_state(
-  config: ModelConfig, batch_size: int, piece_length: int | None = None
-) -> dict[str, Any]:
+  config: ModelConfig, batch_size: int, read_size: int | None = None
+) -> MambaState:
   """h = 0, no token read."""
-  del piece_length
+  del read_size
   widths = _widths(config)
-  return {
-    "memory": jnp.zeros((batch_size, widths["value"], KEY_DIM), jnp.float32),
-    "conv": layers.init_conv_state(config, batch_size, widths),
-  }
+  return MambaState(
+    jnp.zeros((batch_size, widths["value"], KEY_DIM), jnp.float32),
+    layers.init_conv_state(config, batch_size, widths),
+  )
 
 
 def _log_decay_rate(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -59,22 +69,30 @@ class Gates(nn.Module):
   def __call__(self, v_BTE: jax.Array) -> tuple[jax.Array, jax.Array]:
     cfg, width = self.config, v_BTE.shape[-1]
     rank = -(-cfg.width // 16)
-    boxed = nn.with_logical_partitioning
-    low_BTR = layers.dense(rank, cfg, ("heads", "rank"), "step_low")(v_BTE)
+    low_BTR = layers.dense(
+      rank,
+      cfg,
+      ("heads", "rank"),
+      "step_low",
+      role="gate",
+      owner=("memory",),
+    )(v_BTE)
     step_BTE = nn.Dense(
       width,
       use_bias=False,
       dtype=jnp.dtype(cfg.dtype),
-      kernel_init=boxed(layers.uniform(1 / 3), ("rank", "heads")),
+      kernel_init=boxed(
+        layers.uniform(1 / 3), ("rank", "heads"), "gate", ("memory",)
+      ),
       name="step",
     )(low_BTR)
-    bias: Any = self.param(
-      "step_bias", boxed(linear.step_bias, ("heads",)), (width,)
-    )
-    rate: Any = self.param(
+    gate = functools.partial(parameter, self, role="gate", owner=("memory",))
+    bias = gate("step_bias", layers.step_bias, (width,), ("heads",))
+    rate = gate(
       "log_decay_rate",
-      boxed(_log_decay_rate, ("heads", "state")),
+      _log_decay_rate,
       (width, KEY_DIM),
+      ("heads", "state"),
     )
     step_BTE = nn.softplus(step_BTE.astype(jnp.float32) + bias[None, None])
     return step_BTE, jnp.exp(rate)
@@ -122,8 +140,8 @@ class ReadOut(nn.Module):
     self, x_BTD: jax.Array, o_BTE: jax.Array, v_BTE: jax.Array
   ) -> jax.Array:
     cfg, width = self.config, o_BTE.shape[-1]
-    init = nn.with_logical_partitioning(nn.initializers.ones, ("heads",))
-    skip: Any = self.param("norm_skip", init, (width,))
+    ones = nn.initializers.ones
+    skip = parameter(self, "norm_skip", ones, (width,), ("heads",))
     y_BTE = o_BTE + skip[None, None] * v_BTE
     gate = layers.dense(width, cfg, ("embed", "heads"), "gate")(x_BTD)
     y_BTE = y_BTE * nn.silu(gate).astype(y_BTE.dtype)
@@ -141,13 +159,13 @@ class Mamba(nn.Module):
   def __call__(
     self,
     x_BTD: jax.Array,
-    state: dict[str, Any] | None = None,
+    state: MambaState | None = None,
     segments: jax.Array | None = None,
   ) -> MixerOutput:
     cfg = self.config
     before = state or init_state(cfg, x_BTD.shape[0])
     projected, conv = layers.projections(
-      x_BTD, _widths(cfg), cfg, before["conv"], segments, use_bias=True
+      x_BTD, _widths(cfg), cfg, before.conv, segments, use_bias=True
     )
     v_BTE = nn.silu(projected["value"])
     k_BTK, q_BTK = (
@@ -155,11 +173,18 @@ class Mamba(nn.Module):
       for name in ("key", "query")
     )
     step_BTE, rate_EK = Gates(cfg, name="gates")(v_BTE)
-    reset = None if segments is None else linear.document_starts(segments)
+    reset = None if segments is None else layers.document_starts(segments)
     o_BTE, memory = run_scan(
-      cfg, v_BTE, step_BTE, k_BTK, q_BTK, rate_EK, before["memory"], reset
+      cfg, v_BTE, step_BTE, k_BTK, q_BTK, rate_EK, before.memory, reset
     )
     y_BTD = ReadOut(cfg, name="readout")(x_BTD, o_BTE, v_BTE)
     if state is not None:
-      state = {"memory": memory, "conv": conv}
+      state = MambaState(memory, conv)
     return MixerOutput(y_BTD, k_BTK, v_BTE, state)
+
+
+def describe(config: ModelConfig) -> list[Problem]:
+  """See `models/interface.py`."""
+  del config
+  rule = "GD, step dt per channel, decay exp(-dt A) per number"
+  return [problems.linear(problems.DOT, rule)]

@@ -43,7 +43,7 @@ from hope_jax.config import ModelConfig
 from hope_jax.memory import chunks, devices
 from hope_jax.memory.cms import LevelWeights
 from hope_jax.models import cms as cms_layer
-from hope_jax.models.block import BlockState
+from hope_jax.models.fast_state import BlockState
 from hope_jax.models.next_token_levels import (
   Level,
   NextTokenState,
@@ -137,7 +137,7 @@ def _read(
   insert = jax.lax.dynamic_update_slice_in_dim
   before = layers_above(state.mixer, config)
   first_layer = config.num_layers - learning_layers(config)
-  stream = output.state.cms[first_layer][None]
+  stream = output.state.stream[first_layer][None]
   state = dataclasses.replace(
     state,
     mixer=output.state.mixer,
@@ -220,7 +220,7 @@ class _Top(NamedTuple):
     if inherits is not None:
       count = learning_layers(self.config)
       inherits = jnp.broadcast_to(inherits, (count, *inherits.shape))
-    levels = {n: cms_layer.GivenState(w, inherits) for n, w in weights.items()}
+    levels = {n: cms_layer.GivenLevel(w, inherits) for n, w in weights.items()}
     return self.finish(self.params, chunk.stream, levels, mixer, chunk.segments)
 
   def gradients(
@@ -399,8 +399,8 @@ def blocks(
   missing = layers - learning_layers(config)
   pad = lambda x: jnp.pad(x, ((missing, 0), *((0, 0),) * (x.ndim - 1)))
   inherits = jnp.broadcast_to(inherits[None], (layers, *inherits.shape))
-  cms = {
-    name: cms_layer.GivenState(jax.tree.map(pad, weight), inherits)
+  given = {
+    name: cms_layer.GivenLevel(jax.tree.map(pad, weight), inherits)
     for name, weight in weights.items()
   }
-  return BlockState(mixer=mixer, cms=cms)
+  return BlockState(mixer, {}, given=given)

@@ -7,6 +7,8 @@ Legend: B batch, T tokens, C shortest chunk length, D model, L layers, K
 learning layers.
 """
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -17,6 +19,7 @@ from hope_jax.config import ModelConfig
 from hope_jax.memory import chunks
 from hope_jax.memory.cms import LevelWeights
 from hope_jax.models import cms as cms_layer
+from hope_jax.models.interface import FastState, owned
 
 
 class Level(NamedTuple):
@@ -28,14 +31,14 @@ class Level(NamedTuple):
 
 
 @flax.struct.dataclass
-class NextTokenState:
+class NextTokenState(FastState):
   """What is kept of a sequence.
 
   Attributes:
     mixer: the sequence layers' fast state, L first.
     start: that of the last K - 1 layers before the pending chunk; None: K is 1.
     levels: `Level` by name.
-    tokens: [B, C] the pending chunk; `pending` of them are there.
+    tokens: [B, C] the current chunk's tokens; the first `pending` are valid.
     stream: [1, B, C, D] what the first learning layer's levels read of it.
     position: tokens that were learned from since the slowest chunk began.
     document, first_document: [B] numbers of the last token's document, and of
@@ -43,15 +46,33 @@ class NextTokenState:
   """
 
   mixer: Any
-  start: Any
   levels: dict[str, Level]
-  tokens: jax.Array
-  stream: jax.Array
-  pending: jax.Array
-  position: jax.Array
-  document: jax.Array
-  first_document: jax.Array
-  begins: jax.Array
+  start: Any = owned("cms_0")
+  tokens: jax.Array = owned("cms_0")
+  stream: jax.Array = owned("cms_0")
+  pending: jax.Array = owned("cms_0")
+  position: jax.Array = owned("cms_0")
+  document: jax.Array = owned("cms_0")
+  first_document: jax.Array = owned("cms_0")
+  begins: jax.Array = owned("cms_0")
+
+  def parts(self, config: ModelConfig) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """See `FastState`."""
+    for name, level in self.levels.items():
+      yield (name,), level
+    yield from self.mixer.parts(config)
+    for field in dataclasses.fields(self):
+      if field.name not in ("mixer", "levels"):
+        yield (field.metadata["owner"],), getattr(self, field.name)
+
+  def cms_weight(self, name: str) -> LevelWeights:
+    """D of a CMS level in the layers that learn, the last ones."""
+    return self.levels[name].weight
+
+  def reset_cms(self, name: str) -> "NextTokenState":
+    """The state in which a CMS level is as at the start."""
+    zero = jax.tree.map(jnp.zeros_like, self.levels[name])
+    return dataclasses.replace(self, levels=self.levels | {name: zero})
 
 
 def is_on(config: ModelConfig) -> bool:

@@ -24,17 +24,23 @@ stacked; the authors' steps for the decay's base are twice as long.
 Legend: B batch, T tokens, D model, H heads, K head dim, F hidden.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from hope_jax.config import ModelConfig
-from hope_jax.memory.architectures import l2_normalize
-from hope_jax.models import layers
-from hope_jax.models.interface import MixerOutput
-from hope_jax.models.linear import document_starts
+from hope_jax.memory import chunks
+from hope_jax.memory.norms import l2_normalize
+from hope_jax.models import layers, problems
+from hope_jax.models.block import Block
+from hope_jax.models.fast_state import BlockState
+from hope_jax.models.interface import FastState, MixerOutput, Problem, owned
+from hope_jax.models.parameters import boxed, parameter
+from hope_jax.optim.roles import Role
 from pallas_kernels import generalized_delta_rule as rule
 from pallas_kernels.generalized_delta_rule import chunked
 
@@ -70,17 +76,23 @@ def num_heads(config: ModelConfig) -> int:
   return max(1, config.width // HEAD_DIM)
 
 
+@flax.struct.dataclass
+class RWKV7State(FastState):
+  """S [B, H, K, K], and the last token that the time mix read [B, D]."""
+
+  memory: chunks.Fast = owned("memory")
+  shift: jax.Array = owned("projections")
+
+
 def init_state(
-  config: ModelConfig, batch_size: int, piece_length: int | None = None
-) -> dict[str, Any]:
+  config: ModelConfig, batch_size: int, read_size: int | None = None
+) -> RWKV7State:
   """S = 0; the token before the first is 0."""
-  del piece_length
+  del read_size
   heads = num_heads(config)
   dim = config.width // heads
-  return {
-    "memory": {"weight": jnp.zeros((batch_size, heads, dim, dim), jnp.float32)},
-    "shift": init_shift(config, batch_size),
-  }
+  zero = jnp.zeros((batch_size, heads, dim, dim), jnp.float32)
+  return RWKV7State(chunks.Fast(zero), init_shift(config, batch_size))
 
 
 def init_shift(config: ModelConfig, batch_size: int) -> jax.Array:
@@ -98,7 +110,7 @@ def token_shift(
   before = before[:, :-1]
   if segments is None:
     return before
-  return jnp.where(document_starts(segments)[..., None], 0, before)
+  return jnp.where(layers.document_starts(segments)[..., None], 0, before)
 
 
 def lerp(x: jax.Array, y: jax.Array, share: jax.Array) -> jax.Array:
@@ -122,15 +134,18 @@ class _Layer(nn.Module):
   """A module with learned numbers per channel."""
 
   config: ModelConfig
+  role: Role = "weight"
+  owner: tuple[str, ...] = ()
 
   def channels(self, name: str, init: Any, axis: str = "heads") -> Any:
     """[1, 1, D]; `init` makes the start from the channels' i / D."""
     width = self.config.width
-    start = lambda key: jnp.broadcast_to(
-      jnp.asarray(init(jnp.arange(width) / width), jnp.float32), (width,)
+    start = lambda key, shape: jnp.broadcast_to(
+      jnp.asarray(init(jnp.arange(width) / width), jnp.float32), shape
     )
-    box = nn.with_logical_partitioning(start, (axis,))
-    value: Any = self.param(name, box)
+    value = parameter(
+      self, name, start, (width,), (axis,), role=self.role, owner=self.owner
+    )
     return value[None, None]
 
 
@@ -207,7 +222,13 @@ class Gates(_Layer):
       ("up", cfg.width, (None, "heads"), nn.initializers.orthogonal(scale)),
     ):
       x_BTD = layers.dense(
-        width, cfg, axes, f"{name}_{part}", kernel_init=init
+        width,
+        cfg,
+        axes,
+        f"{name}_{part}",
+        kernel_init=init,
+        role=self.role,
+        owner=self.owner,
       )(x_BTD)
       x_BTD = f(x_BTD) if part == "down" else x_BTD
     return x_BTD.astype(jnp.float32)
@@ -248,18 +269,18 @@ class TimeMix(nn.Module):
   def __call__(
     self,
     x_BTD: jax.Array,
-    state: dict[str, Any] | None,
+    state: RWKV7State | None,
     segments: jax.Array | None,
     depth: Depth,
   ) -> MixerOutput:
     cfg, heads = self.config, num_heads(self.config)
     layer = depth.layer.astype(jnp.float32)
     start = state or init_state(cfg, x_BTD.shape[0])
-    before_BTD = token_shift(x_BTD, start["shift"], segments)
+    before_BTD = token_shift(x_BTD, start.shift, segments)
     shifted, (r, k, v) = Projections(cfg, name="projections")(
       x_BTD, before_BTD, layer
     )
-    gates = Gates(cfg, name="gates")(shifted, layer)
+    gates = Gates(cfg, "gate", ("memory",), name="gates")(shifted, layer)
     v = lerp(v, depth.first(v), gates["share"])
     split = lambda x: layers.split_heads(x, heads)
     kappa = l2_normalize(split(k * gates["key_scale"]))
@@ -267,7 +288,7 @@ class TimeMix(nn.Module):
     rkv = split(r), split(k), split(v)
     reset = None
     if segments is not None:
-      reset = document_starts(segments)[:, None].repeat(heads, 1)
+      reset = layers.document_starts(segments)[:, None].repeat(heads, 1)
     with jax.named_scope("recurrence"):
       out = rule.generalized_delta_rule(
         rkv[1],
@@ -276,14 +297,14 @@ class TimeMix(nn.Module):
         log_decay=split(gates["log_decay"]),
         erase_read=-kappa,
         erase_write=kappa * split(gates["rate"]),
-        weight=start["memory"]["weight"],
+        weight=start.memory.weight,
         reset=reset,
         chunk_length=min(cfg.memory.chunk_length, chunked.MAX_CHUNK_LENGTH),
         checkpoint=cfg.memory.remat,
       )
     y_BTD = ReadOut(cfg, name="readout")(out.outputs, rkv, gates["gate"], layer)
     if state is not None:
-      state = {"memory": {"weight": out.weight}, "shift": x_BTD[:, -1]}
+      state = RWKV7State(chunks.Fast(out.weight), x_BTD[:, -1])
     return MixerOutput(y_BTD, k, v, state)
 
 
@@ -316,3 +337,61 @@ class ChannelMix(_Layer):
       kernel_init=nn.initializers.zeros,
     )(jnp.square(nn.relu(hidden)))
     return y_BTD, x_BTD[:, -1]
+
+
+class RWKV7Block(Block):
+  """The block, with LayerNorms, a channel mix in the FFN's place and a `Depth`
+  beside the residual stream: (x, depth) -> (x, depth)."""
+
+  @nn.compact
+  def __call__(
+    self,
+    stream: tuple[jax.Array, Depth],
+    state: BlockState | None,
+    segments: jax.Array | None,
+  ) -> tuple[tuple[jax.Array, Depth], BlockState | None]:
+    cfg, (x_BTD, depth) = self.config, stream
+    normed = _layer_norm(cfg, "norm_mixer")(x_BTD)
+    mixed = TimeMix(cfg, name="mixer")(
+      normed, state.mixer if state else None, segments, depth
+    )
+    x_BTD = x_BTD + mixed.y
+    last_BD = state.ffn if state else None
+    if cfg.ffn_hidden:
+      normed = _layer_norm(cfg, "norm_ffn")(x_BTD)
+      y_BTD, last_BD = ChannelMix(cfg, name="ffn")(
+        normed, last_BD, segments, depth.layer
+      )
+      x_BTD = x_BTD + y_BTD
+    if state is not None:
+      state = dataclasses.replace(state, mixer=mixed.state, ffn=last_BD)
+    return (layers.residual(x_BTD), depth.after(mixed.values)), state
+
+
+def _layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
+  """(x - mean) / std * scale + bias, in float32."""
+  return nn.LayerNorm(
+    dtype=jnp.dtype(config.dtype),
+    epsilon=1e-5,
+    scale_init=boxed(nn.initializers.ones, ("norm",), "norm"),
+    bias_init=boxed(nn.initializers.zeros, ("norm",), "norm"),
+    name=name,
+  )
+
+
+def begin(config: ModelConfig, x_BTD: jax.Array) -> tuple[jax.Array, Depth]:
+  """The stream that the first block reads, of the embeddings."""
+  x_BTD = _layer_norm(config, "norm_in")(x_BTD)
+  return x_BTD, first_depth(x_BTD)
+
+
+def end(config: ModelConfig, stream: tuple[jax.Array, Depth]) -> jax.Array:
+  """What the logits read."""
+  return _layer_norm(config, "norm_out")(stream[0])
+
+
+def describe(config: ModelConfig) -> list[Problem]:
+  """See `models/interface.py`."""
+  del config
+  rule = "GD, step a, decay w, both per channel; erases along kappa"
+  return [problems.linear(problems.L2, rule)]

@@ -17,18 +17,29 @@ tokens, whose backward pass recomputes (`pallas_kernels/scan.py`).
 Legend: B batch, T tokens, D model, H heads, K head dim, R = 3 K + 4 rows.
 """
 
+from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from hope_jax.config import ModelConfig
-from hope_jax.memory import deep
+from hope_jax.memory import chunks
+from hope_jax.memory import dynamics as dynamics_lib
 from hope_jax.memory.architectures import Weights
 from hope_jax.models import layers
-from hope_jax.models.interface import MixerOutput
-from hope_jax.models.linear import document_starts
+from hope_jax.models.interface import (
+  META_LEARNED,
+  FastState,
+  Level,
+  MixerOutput,
+  Problem,
+  owned,
+)
+from hope_jax.models.parameters import parameter
 from pallas_kernels.scan import checkpointed_scan
 
 
@@ -37,17 +48,38 @@ def num_rows(config: ModelConfig) -> int:
   return 3 * config.head_dim + 4
 
 
+@flax.struct.dataclass
+class SRWMState(FastState):
+  """D = W - W_0, [B, H, R, K]."""
+
+  memory: chunks.Fast = owned("memory")
+
+  def fast_levels(
+    self, initial: Mapping[str, Any], config: ModelConfig
+  ) -> dict[str, Level]:
+    """See `FastState`."""
+    del config
+    start = Weights(None, initial["memory_output"])
+    return {"memory": Level(start, self.memory.weight, None)}
+
+  def reset(self, level: str, config: ModelConfig) -> "SRWMState":
+    """See `FastState`."""
+    if level != "memory":
+      return super().reset(level, config)
+    return SRWMState(jax.tree.map(jnp.zeros_like, self.memory))
+
+
 def init_state(
-  config: ModelConfig, batch_size: int, piece_length: int | None = None
-) -> dict[str, Any]:
+  config: ModelConfig, batch_size: int, read_size: int | None = None
+) -> SRWMState:
   """D = W - W_0 = 0; it is written at every token, whatever the piece."""
-  del piece_length
+  del read_size
   shape = batch_size, config.num_heads, num_rows(config), config.head_dim
   return _state(jnp.zeros(shape, jnp.float32))
 
 
-def _state(difference: jax.Array) -> dict[str, Any]:
-  return {"memory": {"weight": Weights(None, difference)}}
+def _state(difference: jax.Array) -> SRWMState:
+  return SRWMState(chunks.Fast(Weights(None, difference)))
 
 
 class InitialMatrix(nn.Module):
@@ -65,11 +97,15 @@ class InitialMatrix(nn.Module):
       std = jnp.where(makes_query, 0.01, 1.0) * dim**-0.5
       return jax.random.normal(key, shape) * std[None, :, None]
 
-    box = nn.with_logical_partitioning(
-      init, ("heads", "memory_out", "memory_in")
+    return parameter(
+      self,
+      "memory_output",
+      init,
+      (self.config.num_heads, rows, dim),
+      ("heads", "memory_out", "memory_in"),
+      role="initial",
+      owner=("memory",),
     )
-    shape = self.config.num_heads, rows, dim
-    return self.param("memory_output", box, shape)
 
 
 class SelfReferentialMatrix(nn.Module):
@@ -81,16 +117,16 @@ class SelfReferentialMatrix(nn.Module):
   def __call__(
     self,
     x_BTD: jax.Array,
-    state: dict[str, Any] | None = None,
+    state: SRWMState | None = None,
     segments: jax.Array | None = None,
   ) -> MixerOutput:
     cfg = self.config
     initial = InitialMatrix(cfg, name="initial")()
     start = state or init_state(cfg, x_BTD.shape[0])
-    difference = start["memory"]["weight"].output
+    difference = start.memory.weight.output
     x = nn.softmax(layers.split_heads(x_BTD, cfg.num_heads))
     if cfg.is_live("memory"):
-      reset = None if segments is None else document_starts(segments)
+      reset = None if segments is None else layers.document_starts(segments)
       difference, y = checkpointed_scan(
         _step(initial, cfg.head_dim),
         difference,
@@ -102,7 +138,7 @@ class SelfReferentialMatrix(nn.Module):
       y = jnp.einsum("BHTK,HRK->BHTR", x, initial[:, : cfg.head_dim])
     if layers.wants_dynamics(self):
       weights = Weights(None, initial), Weights(None, difference)
-      change = {"relative_change": deep.relative_change(*weights)}
+      change = {"relative_change": dynamics_lib.relative_change(*weights)}
       layers.sow_dynamics(self, "memory", change)
     y = layers.merge_heads(y)
     y_BTD = layers.dense(
@@ -138,3 +174,19 @@ def _step(initial: jax.Array, dim: int) -> Any:
     return d_BHRK + write_BHRK, y_BHK
 
   return step
+
+
+def describe(config: ModelConfig) -> list[Problem]:
+  """See `models/interface.py`."""
+  del config
+  problem = Problem(
+    name="memory",
+    frequency=Fraction(1),
+    context="(k, q) = W phi(n), its own, of the last token",
+    objective="1/2 ‖W phi(k) - W phi(q)‖²",
+    rule="GD, four steps sigmoid(b), its own, one per part of W; momentum:"
+    " none; retention: none; read: token_pre",
+    transfer=f"{META_LEARNED}; makes its own keys, targets and rates"
+    " (self-modifying)",
+  )
+  return [problem]

@@ -15,19 +15,25 @@ Legend: B batch, T tokens, D model, H heads, K head dim, F memory hidden,
 G memories side by side.
 """
 
+import dataclasses
+import functools
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
-from hope_jax.config import ModelConfig
+from hope_jax.config import MemoryConfig, ModelConfig
 from hope_jax.memory import chunks, deep, memora, rules, self_modifying
-from hope_jax.memory.architectures import Weights, rms_normalize
+from hope_jax.memory.architectures import Weights
+from hope_jax.memory.norms import rms_normalize
 from hope_jax.memory.self_modifying import Boxes
 from hope_jax.models import layers
-from hope_jax.models.interface import MixerOutput
+from hope_jax.models.interface import FastState, Level, MixerOutput, owned
+from hope_jax.models.parameters import parameter
 
 
 class SlowProjections(nn.Module):
@@ -36,7 +42,12 @@ class SlowProjections(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BTD, conv_state, segments):
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    conv_state: dict[str, jax.Array] | None,
+    segments: jax.Array | None,
+  ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     cfg = self.config
     projected, new_state = layers.projections(
       x_BTD, layers.full_widths(cfg), cfg, conv_state, segments
@@ -61,7 +72,7 @@ class Gates(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BTD):
+  def __call__(self, x_BTD: jax.Array) -> dict[str, jax.Array]:
     cfg = self.config.memory
     heads = self.config.num_heads
     half_lives = jnp.exp(
@@ -82,18 +93,24 @@ class Gates(nn.Module):
       del starts["beta"]
     gates = {}
     for name, start in starts.items():
-      bias: Any = self.param(
+      # A gate that is a memory itself owns what is slow of it.
+      owner = (name if name in cfg.adaptive else "memory",)
+      bias = parameter(
+        self,
         f"{name}_bias",
-        nn.with_logical_partitioning(
-          # Not weakly typed, or the second step would compile again.
-          lambda key, start=start: start.astype(jnp.float32),
-          ("heads",),
-        ),
+        # Not weakly typed, or the second step would compile again.
+        lambda key, shape, start=start: start.astype(jnp.float32),
+        (heads,),
+        ("heads",),
+        role="gate",
+        owner=owner,
       )
       logit = jnp.broadcast_to(
         bias[None, :, None], (x_BTD.shape[0], heads, x_BTD.shape[1])
       )
-      slope = layers.dense(heads, self.config, ("embed", "heads"), name)
+      slope = layers.dense(
+        heads, self.config, ("embed", "heads"), name, role="gate", owner=owner
+      )
       logit = logit + slope(x_BTD).swapaxes(1, 2).astype(jnp.float32)
       gates[name] = nn.sigmoid(logit) if name == "beta" else logit
     return gates
@@ -146,12 +163,17 @@ class InitialWeights(nn.Module):
 
     return weights("memory", memory, output_std), weights("boxes", boxes, 0.02)
 
-  def _weight(self, name, std, shape) -> Any:
+  def _weight(self, name: str, std: float, shape: tuple[int, ...]) -> Any:
     axes = ("heads", *("boxes",) * (len(shape) - 3), "memory_out", "memory_in")
-    return self.param(
+    kind = name.removeprefix("boxes_")
+    return parameter(
+      self,
       name,
-      nn.with_logical_partitioning(nn.initializers.normal(std), axes),
+      nn.initializers.normal(std),
       shape,
+      axes,
+      role="initial",
+      owner=_members(self.config.memory).get(kind, ("memory",)),
     )
 
 
@@ -161,12 +183,15 @@ class ReadOut(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BTD, o_BHTK):
+  def __call__(self, x_BTD: jax.Array, o_BHTK: jax.Array) -> jax.Array:
     cfg = self.config
-    scale: Any = self.param(
+    scale = parameter(
+      self,
       "norm_scale",
-      nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+      nn.initializers.ones,
       (cfg.head_dim,),
+      ("norm",),
+      role="norm",
     )
     normed = rms_normalize(o_BHTK, cfg.norm_eps)
     normed = normed * scale[None, None, None]
@@ -178,28 +203,98 @@ class ReadOut(nn.Module):
     )(o_BTD)
 
 
+@flax.struct.dataclass
+class TitansState(FastState):
+  """Main memory, adaptive projections, last inputs of the convolutions."""
+
+  memory: chunks.ChunkState = owned("memory")
+  boxes: chunks.ChunkState = owned("boxes")
+  conv: dict[str, jax.Array] = owned("projections")
+
+  def parts(self, config: ModelConfig) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """See `FastState`; boxes of a kind share their arrays."""
+    for owner, part in super().parts(config):
+      if owner != ("boxes",):
+        yield owner, part
+        continue
+      for name, kind in _members(config.memory).items():
+        of_kind = lambda boxes, name=name: boxes and getattr(boxes, name)
+        now, start = part.now, part.start
+        yield kind, (of_kind(now.weight), of_kind(now.momentum), of_kind(start))
+      yield config.memory.adaptive or ("memory",), part.position
+
+  def fast_levels(
+    self, initial: Mapping[str, Any], config: ModelConfig
+  ) -> dict[str, Level]:
+    """See `FastState`."""
+    found = {"memory": memory_level(initial, self.memory)}
+    boxes = Boxes(*(initial.get(f"boxes_{name}") for name in Boxes._fields))
+    now = self.boxes.now
+    for box in config.memory.adaptive:
+      pick = functools.partial(_only_box, box=box, config=config)
+      found[box] = Level(pick(boxes), pick(now.weight), pick(now.momentum))
+    return found
+
+  def reset(self, level: str, config: ModelConfig) -> "TitansState":
+    """See `FastState`."""
+    if level == "memory":
+      return dataclasses.replace(self, memory=self.memory.reset())
+    if level not in config.memory.adaptive:
+      return super().reset(level, config)
+    without = lambda boxes: (
+      boxes and self_modifying.without_box(boxes, level, config.memory)
+    )
+    now, start = self.boxes.now, self.boxes.start
+    now = dataclasses.replace(
+      now, weight=without(now.weight), momentum=without(now.momentum)
+    )
+    boxes = chunks.ChunkState(now, without(start), self.boxes.position)
+    return dataclasses.replace(self, boxes=boxes)
+
+
+def memory_level(initial: Mapping[str, Any], state: chunks.ChunkState) -> Level:
+  """The main memory of a state."""
+  start = Weights(*(initial.get(f"memory_{name}") for name in Weights._fields))
+  return Level(start, state.now.weight, state.now.momentum)
+
+
+def _only_box(boxes: Boxes | None, box: str, config: ModelConfig) -> Any:
+  """The weights of one box; None without momenta."""
+  return boxes and self_modifying.only_box(boxes, box, config.memory)
+
+
+def _members(cfg: MemoryConfig) -> dict[str, tuple[str, ...]]:
+  """The boxes that share each array of `Boxes`."""
+  return {
+    "hidden": cfg.adaptive,
+    "projection": self_modifying.members(cfg, self_modifying.PROJECTIONS),
+    "gate": self_modifying.members(cfg, self_modifying.GATES),
+  }
+
+
 def init_state(
-  config: ModelConfig, batch_size: int, piece_length: int | None = None
-) -> dict[str, Any]:
+  config: ModelConfig, batch_size: int, read_size: int | None = None
+) -> TitansState:
   """Fast state before the first token: D = 0, S = 0 of all memories."""
   cfg = config.memory
   memory, boxes = (
     type(shapes)(*(shape and jnp.zeros(shape) for shape in shapes))
     for shapes in initial_shapes(config)
   )
-  zero = lambda tree, chunk_length: chunks.fresh(
-    deep.zero_state(tree, batch_size, cfg), chunk_length, piece_length
+  has_momentum = cfg.momentum != "none"
+
+  def zero(tree: Any, chunk_length: int) -> chunks.ChunkState:
+    now = chunks.zero_state(tree, batch_size, has_momentum=has_momentum)
+    return chunks.fresh(now, chunk_length, read_size)
+
+  return TitansState(
+    zero(memory, cfg.chunk_length),
+    zero(boxes, cfg.projection_chunk_length),
+    layers.init_conv_state(config, batch_size, layers.full_widths(config)),
   )
-  return {
-    "memory": zero(memory, cfg.chunk_length),
-    "boxes": zero(boxes, cfg.projection_chunk_length),
-    "conv": layers.init_conv_state(
-      config, batch_size, layers.full_widths(config)
-    ),
-  }
 
 
-class SelfModifyingTitans(nn.Module):
+class DeepMemory(nn.Module):
   """The memory layer: Titans without, Hope with adaptive projections."""
 
   config: ModelConfig
@@ -208,50 +303,60 @@ class SelfModifyingTitans(nn.Module):
   def __call__(
     self,
     x_BTD: jax.Array,
-    state: dict[str, Any] | None = None,
+    state: TitansState | None = None,
     segments: jax.Array | None = None,
   ) -> MixerOutput:
-    cfg = self.config
-    with_dynamics = layers.wants_dynamics(self)
-    projected, conv = SlowProjections(cfg, name="projections")(
-      x_BTD, state["conv"] if state else None, segments
+    return read(self, x_BTD, state, segments)
+
+
+def read(
+  module: nn.Module,
+  x_BTD: jax.Array,
+  state: TitansState | None,
+  segments: jax.Array | None,
+) -> MixerOutput:
+  """The memory layer, with its parts as submodules of `module`."""
+  cfg: ModelConfig = getattr(module, "config")  # noqa: B009
+  with_dynamics = layers.wants_dynamics(module)
+  projected, conv = SlowProjections(cfg, name="projections")(
+    x_BTD, state.conv if state else None, segments
+  )
+  gates = Gates(cfg, name="gates")(x_BTD)
+  memory, boxes = InitialWeights(cfg, name="initial")()
+  made = self_modifying.run_projections(
+    boxes,
+    self_modifying.Slow(
+      k=projected["key"],
+      v=projected["value"],
+      q=projected["query"],
+      eta=gates["eta"],
+      alpha=gates["alpha"],
+      beta=gates.get("beta"),
+    ),
+    cfg.memory,
+    state=state.boxes if state else None,
+    segments=segments,
+    frozen=tuple(b for b in cfg.memory.adaptive if not cfg.is_live(b)),
+    with_dynamics=with_dynamics,
+  )
+  for name, values in (made.dynamics or {}).items():
+    layers.sow_dynamics(module, name, values)
+  k, v, q, opened = made.outputs
+  rule = memora if cfg.sequence_layer == "memora" else deep
+  out = rule.run_memory(
+    memory,
+    deep.Tokens(k, v, q, opened),
+    cfg.memory,
+    state=state.memory if state else None,
+    segments=segments,
+    live=cfg.is_live("memory"),
+    with_dynamics=with_dynamics,
+  )
+  layers.sow_dynamics(module, "memory", out.dynamics)
+  y_BTD = ReadOut(cfg, name="readout")(x_BTD, out.outputs)
+  keys, values = layers.merge_heads(k), layers.merge_heads(v)
+  if state is not None:
+    state = dataclasses.replace(
+      state, memory=out.state, boxes=made.state, conv=conv
     )
-    gates = Gates(cfg, name="gates")(x_BTD)
-    memory, boxes = InitialWeights(cfg, name="initial")()
-    made, boxes_state, dynamics = self_modifying.run_projections(
-      boxes,
-      self_modifying.Slow(
-        k=projected["key"],
-        v=projected["value"],
-        q=projected["query"],
-        eta=gates["eta"],
-        alpha=gates["alpha"],
-        beta=gates.get("beta"),
-      ),
-      cfg.memory,
-      state=state["boxes"] if state else None,
-      segments=segments,
-      frozen=tuple(b for b in cfg.memory.adaptive if not cfg.is_live(b)),
-      with_dynamics=with_dynamics,
-    )
-    for name, values in (dynamics or {}).items():
-      layers.sow_dynamics(self, name, values)
-    is_memora = cfg.sequence_layer == "memora"
-    out = (memora if is_memora else deep).run_memory(
-      memory,
-      made.k,
-      made.v,
-      made.q,
-      made.gates,
-      cfg.memory,
-      state=state["memory"] if state else None,
-      segments=segments,
-      live=cfg.is_live("memory"),
-      with_dynamics=with_dynamics,
-    )
-    layers.sow_dynamics(self, "memory", out.dynamics)
-    y_BTD = ReadOut(cfg, name="readout")(x_BTD, out.outputs)
-    keys, values = layers.merge_heads(made.k), layers.merge_heads(made.v)
-    if state is not None:
-      state = {"memory": out.state, "boxes": boxes_state, "conv": conv}
-    return MixerOutput(y_BTD, keys, values, state)
+  return MixerOutput(y_BTD, keys, values, state)

@@ -22,74 +22,115 @@ Legend: B batch, T tokens, N segments, C segment length, D model, H heads,
 K head dim, P persistent tokens.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from hope_jax.config import ModelConfig
 from hope_jax.memory import architectures, chunks, deep, rules, self_modifying
-from hope_jax.memory.architectures import l2_normalize, rms_normalize
-from hope_jax.models import attention, layers, titans
-from hope_jax.models.interface import MixerOutput
+from hope_jax.memory.norms import l2_normalize, rms_normalize
+from hope_jax.models import attention, layers, problems, rotary, titans
+from hope_jax.models.attention import AttentionState
+from hope_jax.models.interface import (
+  FastState,
+  Level,
+  MixerOutput,
+  Problem,
+  owned,
+)
+from hope_jax.models.parameters import parameter
+
+
+@flax.struct.dataclass
+class BesideState(titans.TitansState):
+  """MAG and MAL: the memory's state and attention's."""
+
+  attention: AttentionState = owned("attention")
 
 
 def init_state(
-  config: ModelConfig, batch_size: int, piece_length: int | None = None
-) -> dict[str, Any]:
+  config: ModelConfig, batch_size: int, read_size: int | None = None
+) -> BesideState:
   """MAG and MAL: the memory's state and attention's."""
-  return {
-    **titans.init_state(config, batch_size, piece_length),
-    "attention": attention.init_state(config, batch_size),
-  }
+  memory = titans.init_state(config, batch_size, read_size)
+  return BesideState(
+    memory.memory,
+    memory.boxes,
+    memory.conv,
+    attention.init_state(config, batch_size),
+  )
 
 
-class MemoryAndAttention(titans.SelfModifyingTitans):
+class MemoryAndAttention(nn.Module):
   """MAG and MAL."""
+
+  config: ModelConfig
 
   @nn.compact
   def __call__(
     self,
     x_BTD: jax.Array,
-    state: dict[str, Any] | None = None,
+    state: BesideState | None = None,
     segments: jax.Array | None = None,
   ) -> MixerOutput:
     cfg = self.config
-    read = super().__call__(x_BTD, state, segments)
+    read = titans.read(self, x_BTD, state, segments)
     normed = layers.rms_norm(cfg, "norm_memory")(read.y)
     is_gate = cfg.sequence_layer == "titans_mag"
     attended = attention.Attention(cfg, name="attention")(
       x_BTD if is_gate else normed,
-      state["attention"] if state else None,
+      state.attention if state else None,
       segments,
     )
     y_BTD = attended.y
     if is_gate:
       y_BTD = y_BTD * nn.sigmoid(normed)
+    state = read.state
     if state is not None:
-      state = {**read.state, "attention": attended.state}
+      state = dataclasses.replace(state, attention=attended.state)
     return MixerOutput(y_BTD, read.keys, read.values, state)
 
 
+@flax.struct.dataclass
+class ContextState(FastState):
+  """MAC: the memory, with its segment's keys and values if it may be cut, and
+  the convolutions' last inputs."""
+
+  memory: chunks.ChunkState = owned("memory")
+  conv: dict[str, jax.Array] = owned("projections")
+
+  def fast_levels(
+    self, initial: Mapping[str, Any], config: ModelConfig
+  ) -> dict[str, Level]:
+    """See `FastState`."""
+    del config
+    return {"memory": titans.memory_level(initial, self.memory)}
+
+  def reset(self, level: str, config: ModelConfig) -> "ContextState":
+    """See `FastState`."""
+    if level != "memory":
+      return super().reset(level, config)
+    return dataclasses.replace(self, memory=self.memory.reset())
+
+
 def init_context_state(
-  config: ModelConfig, batch_size: int, piece_length: int | None = None
-) -> dict[str, Any]:
-  """MAC: the memory; its segment's keys and values, if it may be cut."""
-  state = titans.init_state(config, batch_size, piece_length)
-  memory, length = state["memory"], config.memory.chunk_length
+  config: ModelConfig, batch_size: int, read_size: int | None = None
+) -> ContextState:
+  """MAC: D = 0, an empty segment."""
+  state = titans.init_state(config, batch_size, read_size)
+  memory, length = state.memory, config.memory.chunk_length
   if memory.position is not None:
     heads = config.num_heads, config.head_dim
     empty = jnp.zeros((batch_size, 2, length, *heads), jnp.float32)
     filled = jnp.zeros((batch_size, length), jnp.float32)
-    now = {**memory.now, "segment": Segment(empty, empty, filled)}
-    memory = memory.replace(now=now)
-  conv = layers.full_widths(config)
-  return {
-    "memory": memory,
-    "conv": layers.init_conv_state(config, batch_size, conv),
-  }
+    now = dataclasses.replace(memory.now, segment=Segment(empty, empty, filled))
+    memory = dataclasses.replace(memory, now=now)
+  return ContextState(memory, state.conv)
 
 
 class Segment(NamedTuple):
@@ -126,28 +167,28 @@ class MemoryAsContext(nn.Module):
   def __call__(
     self,
     x_BTD: jax.Array,
-    state: dict[str, Any] | None = None,
+    state: ContextState | None = None,
     segments: jax.Array | None = None,
   ) -> MixerOutput:
     cfg, shape = self.config, x_BTD.shape
-    before = state["memory"] if state else None
-    projected, conv = layers.projections(
-      x_BTD,
-      layers.full_widths(cfg),
+    made = {
+      name: layers.Matrix(cfg, name=name)(x_BTD)
+      for name in ("query", "key", "value")
+    }
+    projected, conv = layers.convolve(
+      {name: p for name, (p, _) in made.items()},
       cfg,
-      state["conv"] if state else None,
+      state.conv if state else None,
       segments,
     )
     kernels = _Kernels(
-      key=self._kernel_of("key"),
-      value=self._kernel_of("value"),
+      key=made["key"][1],
+      value=made["value"][1],
       memory_q=self._kernel("memory_q"),
       memory_k=self._kernel("memory_k"),
       memory_v=self._kernel("memory_v"),
     )
-    by_head = lambda x: x.astype(jnp.float32).reshape(
-      *shape[:2], cfg.num_heads, -1
-    )
+    by_head = lambda x: layers.split_heads(x, cfg.num_heads)
     tokens = _Tokens(
       query=by_head(projected["query"]),
       key=by_head(projected["key"]),
@@ -157,22 +198,22 @@ class MemoryAsContext(nn.Module):
     )
     initial, _ = titans.InitialWeights(cfg, name="initial")()
     persistent = attention.PersistentTokens(cfg, name="persistent")()
-    out = run_segments(
-      tokens,
-      kernels,
+    out = chunks.run(
+      _memory(initial, _Slow(kernels, persistent), cfg),
       initial,
-      persistent,
-      cfg,
-      state=before,
+      tokens,
+      axis=2,
+      state=state.memory if state else None,
       segments=segments,
-      with_dynamics=layers.wants_dynamics(self),
+      with_dynamics=layers.wants_dynamics(self) and cfg.is_live("memory"),
     )
     layers.sow_dynamics(self, "memory", out.dynamics)
     if state is not None:
-      state = {"memory": out.state, "conv": conv}
+      state = ContextState(out.state, conv)
+    o_BTD = layers.merge_heads(out.outputs)
     y_BTD = layers.dense(
       cfg.width, cfg, ("heads", "embed"), "output", is_output=True
-    )(out.outputs.reshape(shape).astype(x_BTD.dtype))
+    )(o_BTD.reshape(shape).astype(x_BTD.dtype))
     return MixerOutput(y_BTD, projected["key"], projected["value"], state)
 
   def _gates(self, x_BTD: jax.Array) -> rules.Gates:
@@ -181,17 +222,12 @@ class MemoryAsContext(nn.Module):
     gates = self_modifying.open_gates(
       made["eta"], made["alpha"], made.get("beta"), cfg
     )
-    return gates._replace(retention=rules.retained(gates.retention, cfg))
-
-  def _kernel_of(self, name: str) -> jax.Array:
-    """The matrix of a projection that was made before."""
-    return nn.unbox(self.variables["params"][name]["kernel"])
+    return rules.retained(gates, cfg)
 
   def _kernel(self, name: str) -> Any:
-    init = nn.with_logical_partitioning(
-      nn.initializers.normal(layers.INIT_STD), ("embed", "heads")
-    )
-    return self.param(name, init, (self.config.width, self.config.width))
+    shape = self.config.width, self.config.width
+    init = nn.initializers.normal(layers.INIT_STD)
+    return parameter(self, name, init, shape, ("embed", "heads"))
 
 
 class _Kernels(NamedTuple):
@@ -220,148 +256,131 @@ class _Kernels(NamedTuple):
     return y if name == "memory_v" else l2_normalize(y)
 
 
+class _Slow(NamedTuple):
+  """What all segments share: the matrices, the persistent tokens."""
+
+  kernels: _Kernels
+  persistent: attention.Persistent | None
+
+
 class _Tokens(NamedTuple):
-  """What a segment's tokens bring along: attention's query, key and value
-  [B, T, H, K], not rotated; q(n_i) for h_i [B, H, T, K]; gates [B, H, T]."""
+  """What a segment's tokens bring along: attention's query, key and value, not
+  rotated, and q(n_i) for h_i, [B, H, T, K] each; gates [B, H, T]."""
 
-  query: Any
-  key: Any
-  value: Any
-  retrieval: Any
-  gates: Any
-
-
-def run_segments(
-  tokens: _Tokens,
-  kernels: _Kernels,
-  initial: Any,
-  persistent: attention.Persistent | None,
-  config: ModelConfig,
-  *,
-  state: chunks.ChunkState | None,
-  segments: jax.Array | None,
-  with_dynamics: bool = False,
-) -> deep.MemoryOutput:
-  """o [B, T, H, K] of all tokens, and the state after them."""
-  cfg = config.memory
-  batch, length = tokens.query.shape[:2]
-  continued = state is not None
-  layout = chunks.plan(length, cfg.chunk_length, state)
-  if state is None:
-    state = chunks.fresh(deep.zero_state(initial, batch, cfg))
-  place = jnp.arange(layout.length)
-  if state.position is not None and layout.length < cfg.chunk_length:
-    place = state.position[None]  # one token
-  slow, state, origin = deep.anchored(initial, state, cfg)
-  base = chunks.per_sequence(slow, batch, ("heads",))
-  split = lambda tree, axis: jax.tree.map(lambda x: layout.split(x, axis), tree)
-  xs = _Tokens(*split(tokens[:3], 1), *split(tokens[3:], 2))
-  decays = rules.piece_decays(xs.gates, layout.live, rules.rule_read(cfg))
-  weights = initial, base
-  (outputs, dynamics), after = chunks.scan_chunks(
-    _segment_step(weights, kernels, persistent, place, config, with_dynamics),
-    state,
-    (xs, decays),
-    layout,
-    chunk_length=cfg.chunk_length,
-    policy=cfg.remat,
-    continued=continued,
-    docs=chunks.documents(segments, layout, origin),
-  )
-  return deep.MemoryOutput(
-    layout.merge(outputs, axis=1),
-    deep.difference(initial, after, cfg),
-    None if dynamics is None else deep.summarize(dynamics),
-  )
+  query: jax.Array
+  key: jax.Array
+  value: jax.Array
+  retrieval: jax.Array
+  gates: rules.Gates
 
 
-def _segment_step(
-  weights: tuple[Any, Any],
-  kernels: _Kernels,
-  persistent: attention.Persistent | None,
-  place: jax.Array,
-  config: ModelConfig,
-  with_dynamics: bool,
-) -> Callable:
-  """What `chunks.scan_chunks` does with a segment -> (o, dynamics).
+class _Inputs(NamedTuple):
+  """A segment's tokens, and the decays of its gates."""
 
-  `weights`: M_0, and the same per sequence."""
-  cfg, (initial, base) = config.memory, weights
+  tokens: _Tokens
+  decays: Any
 
-  def step(start, now, inputs, is_token):
-    tokens, decays = inputs
+
+def _memory(initial: Any, slow: _Slow, config: ModelConfig) -> chunks.Memory:
+  """The memory between the attention of segments, as functions of one."""
+  cfg, is_live = config.memory, config.is_live("memory")
+
+  def prepare(base, tokens, live):
+    del base
+    read = rules.rule_read(cfg)
+    return _Inputs(tokens, rules.subchunk_decays(tokens.gates, live, read))
+
+  def step(base, start, now, x, places):
+    tokens = x.tokens
     whole = architectures.whole(base, start)
     read = architectures.forward(whole, tokens.retrieval, cfg.activation)
     h_BTD = layers.merge_heads(rms_normalize(read.outputs))
-    y_BTHK, segment = _attend(
-      tokens, h_BTD, kernels, persistent, place, is_token, now, config
-    )
+    y_BTHK, segment = _attend(tokens, h_BTD, slow, now.segment, places, config)
     y_BTD = y_BTHK.reshape(h_BTD.shape)
     q, k, v = (
-      kernels.vectors(y_BTD, f"memory_{x}", config) for x in ("q", "k", "v")
+      slow.kernels.vectors(y_BTD, f"memory_{x}", config)
+      for x in ("q", "k", "v")
     )
-    after = {x: now[x] for x in ("weight", "momentum")}
-    query = q, deep.slow_hidden(base, q)
-    dynamics = None
-    if config.is_live("memory"):
+    after, learned = now, None
+    if is_live:
       loss = deep.inner_loss(start, base, k, v, cfg)
-      after, read = deep.learn_chunk(
-        start, now, loss, k, query, tokens.gates, decays, cfg
+      chunk = deep.Chunk(
+        deep.Tokens(k, v, q, tokens.gates), deep.slow_hidden(base, q), x.decays
       )
+      after, read = deep.learn_chunk(start, now, loss, chunk, cfg)
       o = deep.read_out(base, q, read)
-      if with_dynamics:
-        dynamics = deep.dynamics_of(
-          initial, after, tokens.gates, k, cfg, base, loss
-        )
+      learned = loss, k
     else:
       o = architectures.forward(whole, q, cfg.activation).outputs
-    if segment is not None:
-      after["segment"] = segment
-    return after, (y_BTHK * rms_normalize(o).swapaxes(1, 2), dynamics)
+    after = dataclasses.replace(after, segment=segment)
+    return after, y_BTHK.swapaxes(1, 2) * rms_normalize(o), learned
 
-  return step
+  def dynamics(base, after, learned, x, places):
+    loss, keys = learned
+    chunk = deep.Learned(after, x.tokens.gates, keys, loss)
+    return deep.dynamics_of(initial, base, chunk, cfg)
+
+  return chunks.Memory(
+    cfg.chunk_length,
+    cfg.remat,
+    step,
+    prepare=prepare,
+    dynamics=dynamics,
+    has_momentum=cfg.momentum != "none",
+    acts_on_whole=cfg.retention == "zero",
+  )
 
 
 def _attend(
   tokens: _Tokens,
   h_BTD: jax.Array,
-  kernels: _Kernels,
-  persistent: attention.Persistent | None,
-  place: jax.Array,
-  is_token: jax.Array | None,
-  now: dict[str, Any],
+  slow: _Slow,
+  before: Segment | None,
+  places: chunks.Places,
   config: ModelConfig,
 ) -> tuple[jax.Array, Segment | None]:
-  """y [B, C, H, K] of a segment's tokens at `place` [C], and the segment as it
+  """y [B, C, H, K] of a segment's tokens at their places, and the segment as it
   is kept for the next ones.  The h_i lie C places before the tokens."""
-  batch, count = tokens.query.shape[:2]
-  length = config.memory.chunk_length
-  turn = lambda x, place: attention.turned(x, place, config)
+  query, key, value = (
+    x.swapaxes(1, 2) for x in (tokens.query, tokens.key, tokens.value)
+  )
+  batch, count = query.shape[:2]
+  length, place = config.memory.chunk_length, places.index
+  assert place is not None
+  turn = lambda x, place: rotary.rotate_positions(x, place, config)
   h_key, h_value = (
-    kernels.heads(h_BTD, x, config).swapaxes(1, 2) for x in ("key", "value")
+    slow.kernels.heads(h_BTD, x, config).swapaxes(1, 2)
+    for x in ("key", "value")
   )
-  keys = turn(h_key, place), turn(tokens.key, length + place)
+  keys = turn(h_key, place), turn(key, length + place)
   filled = jnp.ones((batch, count), jnp.float32)
-  if is_token is not None:
-    filled = filled * is_token[None]
-  segment = Segment(
-    jnp.stack(keys, 1), jnp.stack([h_value, tokens.value], 1), filled
-  )
-  kept, places = None, place
-  if "segment" in now:
-    segment = kept = now["segment"].insert(segment, place)
-    places = jnp.arange(length)
-  seen = places[None] <= place[:, None]
+  if places.live is not None:
+    filled = filled * places.live[None]
+  segment = Segment(jnp.stack(keys, 1), jnp.stack([h_value, value], 1), filled)
+  kept, seen_places = None, place
+  if before is not None:
+    segment = kept = before.insert(segment, place)
+    seen_places = jnp.arange(length)
+  seen = seen_places[None] <= place[:, None]
   seen = seen[None] & (segment.filled[:, None] > 0)
   y = attention.attend(
-    turn(tokens.query, length + place),
+    turn(query, length + place),
     _joined(segment.keys),
     _joined(segment.values),
     jnp.concatenate([seen, seen], axis=-1)[:, None],
-    tokens.query,
-    persistent,
+    query,
+    slow.persistent,
   )
   return y, kept
+
+
+def describe(config: ModelConfig) -> list[Problem]:
+  """Attention and the memory beside it; see `models/interface.py`."""
+  found = attention.describe(config)
+  if config.sequence_layer == "titans_mac":
+    length = config.memory.chunk_length
+    found = [problems.attention(f"segment's tokens, {length:,}, and of M")]
+  return found + problems.deep_memories(config)
 
 
 def _joined(x: jax.Array) -> jax.Array:

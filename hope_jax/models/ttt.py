@@ -16,17 +16,31 @@ the mini-batch.  In the config `memory.chunk_length` is the mini-batch
 Legend: B batch, T tokens, D model, H heads, K head dim, F memory hidden.
 """
 
+import dataclasses
+from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from hope_jax.config import ModelConfig
 from hope_jax.memory import chunks, ttt
-from hope_jax.memory.architectures import Weights, layer_normalize
-from hope_jax.models import attention, layers
-from hope_jax.models.interface import MixerOutput
+from hope_jax.memory.architectures import Weights
+from hope_jax.memory.norms import layer_normalize
+from hope_jax.models import layers, rotary
+from hope_jax.models.block import Block
+from hope_jax.models.interface import (
+  META_LEARNED,
+  FastState,
+  Level,
+  MixerOutput,
+  Problem,
+  owned,
+)
+from hope_jax.models.parameters import boxed, parameter
 
 
 def initial_shapes(config: ModelConfig) -> Weights:
@@ -45,20 +59,43 @@ def _conv_widths(config: ModelConfig) -> dict[str, int]:
   return dict.fromkeys(("block", "query", "key"), config.width)
 
 
+@flax.struct.dataclass
+class TTTState(FastState):
+  """The memory, and the last inputs of the convolutions."""
+
+  memory: chunks.ChunkState = owned("memory")
+  conv: dict[str, jax.Array] = owned("projections")
+
+  def fast_levels(
+    self, initial: Mapping[str, Any], config: ModelConfig
+  ) -> dict[str, Level]:
+    """See `FastState`; without the biases."""
+    del config
+    start = Weights(initial.get("memory_hidden"), initial["memory_output"])
+    weight = ttt.matrices(self.memory.now.weight)
+    return {"memory": Level(start, weight, None)}
+
+  def reset(self, level: str, config: ModelConfig) -> "TTTState":
+    """See `FastState`."""
+    if level != "memory":
+      return super().reset(level, config)
+    return dataclasses.replace(self, memory=self.memory.reset())
+
+
 def init_state(
-  config: ModelConfig, batch_size: int, piece_length: int | None = None
-) -> dict[str, Any]:
+  config: ModelConfig, batch_size: int, read_size: int | None = None
+) -> TTTState:
   """Fast state before the first token: W_t = W_0."""
   is_shape = lambda x: isinstance(x, tuple) and isinstance(x[0], int)
   initial = jax.tree.map(jnp.zeros, initial_shapes(config), is_leaf=is_shape)
-  return {
-    "memory": chunks.fresh(
-      {"weight": chunks.zeros(initial, batch_size)},
+  return TTTState(
+    chunks.fresh(
+      chunks.zero_state(initial, batch_size),
       config.memory.chunk_length,
-      piece_length,
+      read_size,
     ),
-    "conv": layers.init_conv_state(config, batch_size, _conv_widths(config)),
-  }
+    layers.init_conv_state(config, batch_size, _conv_widths(config)),
+  )
 
 
 class Initial(nn.Module):
@@ -96,7 +133,9 @@ class Initial(nn.Module):
     return weights, norm, position
 
   def _parameter(self, name: str, init: Any, shape: Any, axes: Any) -> Any:
-    return self.param(name, nn.with_logical_partitioning(init, axes), shape)
+    return parameter(
+      self, name, init, shape, axes, role="initial", owner=("memory",)
+    )
 
 
 _zeros = nn.initializers.zeros
@@ -111,7 +150,7 @@ class TestTimeTraining(nn.Module):
   def __call__(
     self,
     x_BTD: jax.Array,
-    state: dict[str, Any] | None = None,
+    state: TTTState | None = None,
     segments: jax.Array | None = None,
     stream_BTD: jax.Array | None = None,
   ) -> MixerOutput:
@@ -126,17 +165,17 @@ class TestTimeTraining(nn.Module):
         use_bias=True,
         is_normal=True,
         name=f"conv_{name}",
-      )(x, state["conv"][name] if state else None, segments)
+      )(x, state.conv[name] if state else None, segments)
       return x
 
     first_BTD = jnp.zeros_like(x_BTD)
     if cfg.conv_window:
       assert stream_BTD is not None
       first_BTD = convolve("block", x_BTD)
-      x_BTD = layers.norm(cfg, "norm")(stream_BTD + first_BTD)
+      x_BTD = layers.rms_norm(cfg, "norm")(stream_BTD + first_BTD)
     dense = lambda name: layers.dense(cfg.width, cfg, ("embed", "heads"), name)
     shared, value = dense("query_key")(x_BTD), dense("value")(x_BTD)
-    before = state["memory"] if state else None
+    before = state.memory if state else None
     place = ttt.position(x_BTD.shape[1], before, cfg.memory)
     q, k = (
       self._rotate(convolve(name, shared), place) for name in ("query", "key")
@@ -165,7 +204,7 @@ class TestTimeTraining(nn.Module):
     )
     layers.sow_dynamics(self, "memory", out.dynamics)
     if state is not None:
-      state = {"memory": out.state, "conv": conv}
+      state = TTTState(out.state, conv)
     y_BTD = first_BTD + ReadOut(cfg, name="readout")(x_BTD, out.outputs)
     keys = layers.merge_heads(k)
     return MixerOutput(y_BTD, keys, value, state)
@@ -173,17 +212,20 @@ class TestTimeTraining(nn.Module):
   def _rotate(self, x_BTD: jax.Array, place: jax.Array) -> jax.Array:
     """[B, T, D] -> [B, H, T, K], turned by the place in the mini-batch."""
     x = layers.split_heads(x_BTD, self.config.num_heads).swapaxes(1, 2)
-    return attention.rotate(x, place, self.config.rope_base).swapaxes(1, 2)
+    return rotary.rotate(x, place, self.config.rope_base).swapaxes(1, 2)
 
   def _learn_rate(self, x_BTD: jax.Array) -> jax.Array:
     """eta, [B, H, T]."""
     cfg = self.config
     logits = nn.Dense(
       cfg.num_heads,
-      kernel_init=nn.with_logical_partitioning(
-        nn.initializers.normal(layers.INIT_STD), ("embed", "heads")
+      kernel_init=boxed(
+        nn.initializers.normal(layers.INIT_STD),
+        ("embed", "heads"),
+        "gate",
+        ("memory",),
       ),
-      bias_init=nn.with_logical_partitioning(_zeros, ("heads",)),
+      bias_init=boxed(_zeros, ("heads",), "gate", ("memory",)),
       name="gates",
     )(x_BTD.astype(jnp.float32))
     rate = cfg.memory.initial_learn_rate / cfg.head_dim
@@ -199,13 +241,40 @@ class ReadOut(nn.Module):
   def __call__(self, x_BTD: jax.Array, o_BHTK: jax.Array) -> jax.Array:
     cfg = self.config
     o_BTD = layer_normalize(layers.merge_heads(o_BHTK))
-    of_norm = lambda name, init: self.param(
-      name, nn.with_logical_partitioning(init, ("norm",)), (cfg.width,)
+    of_norm = lambda name, init: parameter(
+      self, name, init, (cfg.width,), ("norm",), role="norm"
     )
-    scale: Any = of_norm("norm_scale", nn.initializers.ones)
-    bias: Any = of_norm("norm_bias", _zeros)
+    scale = of_norm("norm_scale", nn.initializers.ones)
+    bias = of_norm("norm_bias", _zeros)
     o_BTD = o_BTD * scale[None, None] + bias[None, None]
     gate = layers.dense(cfg.width, cfg, ("embed", "heads"), "gate")(x_BTD)
     return layers.dense(
       cfg.width, cfg, ("heads", "embed"), "output", is_output=True
     )(o_BTD.astype(gate.dtype) * nn.gelu(gate))
+
+
+class TTTBlock(Block):
+  """The block, whose sequence layer reads the residual stream, too."""
+
+  def mix(
+    self, x_BTD: jax.Array, state: Any, segments: jax.Array | None
+  ) -> MixerOutput:
+    """What the sequence layer reads."""
+    normed = layers.rms_norm(self.config, "norm_mixer")(x_BTD)
+    mixer = TestTimeTraining(self.config, name="mixer")
+    return mixer(normed, state, segments, x_BTD)
+
+
+def describe(config: ModelConfig) -> list[Problem]:
+  """See `models/interface.py`."""
+  length = config.memory.chunk_length
+  problem = Problem(
+    name="memory",
+    frequency=Fraction(1, length),
+    context=f"(k, v) of the last {length} tokens",
+    objective="1/2 ‖k + LN(M(k)) - v‖²",
+    rule="GD, step eta by position; momentum: none; retention: none; error"
+    " clip: 0; read: token_post",
+    transfer=f"{META_LEARNED}; q, k, v and eta by slow projections",
+  )
+  return [problem]

@@ -17,9 +17,9 @@ import optax
 from jax.sharding import Mesh
 
 from hope_jax.config import Config
-from hope_jax.models import language_model
+from hope_jax.models import language_model, parameters
 from hope_jax.models.language_model import LanguageModel
-from hope_jax.optim import adamw
+from hope_jax.optim import registry as optimizers
 from hope_jax.training import sharding
 
 Batch = dict[str, jax.Array]
@@ -193,14 +193,20 @@ def build(config: Config, mesh: Mesh) -> Compiled:
   that no device or host ever holds all of it.
   """
   model = LanguageModel(config.model)
-  optimizer = adamw.make(
-    config.opt, config.train.steps, config.model.cms.periods
-  )
   # Parameters do not depend on how many tokens there are; tracing does.
   tokens = jnp.zeros((1, min(2, config.data.sequence_length)), jnp.int32)
 
   def init_params(key: jax.Array) -> Any:
     return model.init(key, tokens)["params"]
+
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  boxed = jax.eval_shape(init_params, key)
+  optimizer = optimizers.make(
+    config.opt,
+    config.train.steps,
+    parameters.kinds(boxed),
+    config.model.cms.periods,
+  )
 
   def first_state(boxed: Any) -> TrainState:
     params = nn.unbox(boxed)
@@ -216,15 +222,13 @@ def build(config: Config, mesh: Mesh) -> Compiled:
   def init(key: jax.Array) -> TrainState:
     return first_state(init_params(key))
 
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  boxed = jax.eval_shape(init_params, key)
   abstract = jax.eval_shape(first_state, boxed)
   everywhere = sharding.replicated(mesh)
   of_params = sharding.param_shardings(boxed, abstract.params, mesh)
   shardings = TrainState(
     step=everywhere,
     params=of_params,
-    opt_state=adamw.state_shardings(
+    opt_state=optimizers.state_shardings(
       optimizer, abstract.opt_state, of_params, everywhere
     ),
     fast=jax.tree.map(lambda x: sharding.fast_sharding(x, mesh), abstract.fast),
@@ -241,7 +245,7 @@ def build(config: Config, mesh: Mesh) -> Compiled:
     _train_step,
     model=model,
     optimizer=optimizer,
-    rate=adamw.schedule(config.opt, config.train.steps),
+    rate=optimizers.schedule(config.opt, config.train.steps),
     accumulate=config.train.accumulate,
   )
   rows = sharding.batch_sharding(mesh)

@@ -25,6 +25,7 @@ import jax
 from configs import _paper
 from hope_jax.analysis import flops
 from hope_jax.config import Config, from_config_dict
+from hope_jax.models import linear
 from hope_jax.training import sharding, step
 from scripts import benchmark
 from scripts.gpu_check.plan import Row, first_line
@@ -70,7 +71,7 @@ def rows(
   config = make_config(model, length, 1, tiny)
   if config.model.has_attention:
     row["attention"] = ATTENTION[model.endswith("_cudnn")]
-  if config.model.is_linear and name != "samba":
+  if name in linear.VARIANTS or name == "mamba2":
     row["linear rule"] = config.model.memory.implementation
   if row["attention"] == CUDNN and jax.default_backend() != "gpu":
     yield {**row, "note": "left out: cuDNN is for GPUs"}

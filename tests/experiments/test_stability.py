@@ -15,7 +15,8 @@ from etils import epath
 from experiments.stability import battery, rates, reading, run
 from hope_jax import config as config_lib
 from hope_jax.config import ConfigError, ModelConfig
-from hope_jax.models import language_model
+from hope_jax.memory import chunks
+from hope_jax.models import fast_state, language_model
 from hope_jax.runs import checkpoints
 from hope_jax.runs import workdir as workdir_lib
 
@@ -153,16 +154,16 @@ def test_levels_hold_every_fast_weight_once():
   variables, state = jax.tree.map(
     lambda x: rng.normal(size=x.shape).astype(np.float32), shapes
   )
-  found = reading.levels(variables["params"], state, config)
+  found = fast_state.levels(variables["params"], state, config)
   assert tuple(found) == config.fast_levels
 
   def squares(trees) -> float:
     return sum(np.sum(np.square(x)) for x in jax.tree.leaves(trees))
 
-  levels = [state.mixer["memory"].now, state.mixer["boxes"].now]
-  levels += [{"weight": level.weight} for level in state.levels.values()]
+  levels = [state.mixer.memory.now, state.mixer.boxes.now]
+  levels += [chunks.Fast(level.weight) for level in state.levels.values()]
   for name in ("weight", "momentum"):
-    expected = squares([level.get(name) for level in levels])
+    expected = squares([getattr(level, name) for level in levels])
     total = squares([getattr(level, name) for level in found.values()])
     np.testing.assert_allclose(total, expected, rtol=1e-5)
   for level in found.values():

@@ -13,10 +13,10 @@ from etils import epath
 from hypothesis import strategies as st
 
 from hope_jax.config import CMSConfig, ConfigError, ModelConfig
-from hope_jax.config.model import PATTERNS
+from hope_jax.config.layers import LAYERS
 from hope_jax.data.tokenizer import Bytes
 from hope_jax.inference import reading, streaming
-from hope_jax.models import language_model
+from hope_jax.models import fast_state, language_model
 from tests.models.test_models import B, make
 from tests.pallas_kernels.testing import fast_jit
 
@@ -50,7 +50,7 @@ NAMES = {
 @pytest.fixture(scope="module", params=NAMES)
 def model(request):
   layer, cms = NAMES[request.param]
-  blocks = len(PATTERNS.get(layer, (layer,)))
+  blocks = len(LAYERS[layer].blocks or (layer,))
   config = make(layer, num_layers=blocks, context_length=T, cms=cms)
   network = language_model.LanguageModel(config)
   rng = np.random.default_rng(0)
@@ -194,7 +194,7 @@ def written(model):
 
 def test_reset_of_one_level_leaves_the_others(model, written):
   config, params, *_ = model
-  measure = lambda state: streaming.relative_change(params, state, config)
+  measure = lambda state: fast_state.relative_change(params, state.fast, config)
   taken = lambda levels: jax.tree.map(
     jnp.subtract, written.fast, streaming.reset(written, levels, config).fast
   )
@@ -231,7 +231,7 @@ def test_relative_change_of_a_memory_is_a_ratio_of_norms(model, written):
   config, params, *_ = model
   if config.sequence_layer != "titans":
     return
-  weight = written.fast.mixer["memory"].now["weight"]
+  weight = written.fast.mixer.memory.now.weight
   slow = params["blocks"]["mixer"]["initial"]
 
   def norm(*parts):
@@ -241,7 +241,7 @@ def test_relative_change_of_a_memory_is_a_ratio_of_norms(model, written):
   ratio = norm(weight.hidden, weight.output) / norm(
     slow["memory_hidden"][:, None], slow["memory_output"][:, None]
   )
-  found = streaming.relative_change(params, written, config)["memory"]
+  found = fast_state.relative_change(params, written.fast, config)["memory"]
   np.testing.assert_allclose(found, np.median(ratio), rtol=1e-5)
 
 
@@ -270,7 +270,7 @@ def test_relative_change_of_levels_is_of_the_layers_that_learn():
   cms = dataclasses.replace(CMS, signal="next_token", learning_share=0.5)
   config = make("titans", num_layers=4, context_length=T, cms=cms)
   params, state = random_state(config)
-  found = streaming.relative_change(params, state, config)
+  found = fast_state.relative_change(params, state.fast, config)
   for level in ("cms_0", "cms_1"):
     slow = params["blocks"]["cms"][f"level_{level[-1]}"]
     fast = state.fast.levels[level].weight
@@ -285,9 +285,9 @@ def test_relative_change_of_levels_is_of_the_layers_that_learn():
 def test_relative_change_of_projections_is_of_each_alone():
   config = make("hope", num_layers=3, context_length=T, cms=CMS)
   params, state = random_state(config)
-  found = streaming.relative_change(params, state, config)
+  found = fast_state.relative_change(params, state.fast, config)
   slow = params["blocks"]["mixer"]["initial"]
-  fast = state.fast.mixer["boxes"].now["weight"]
+  fast = state.fast.mixer.boxes.now.weight
   for number, (level, kind, index) in enumerate(
     [
       ("k", "projection", 0),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hope_jax.config import MemoryConfig
-from hope_jax.memory import chunks, memora, ttt
+from hope_jax.memory import chunks, deep, memora, ttt
 from hope_jax.memory.architectures import Weights
 from hope_jax.memory.rules import Gates
 from tests.memory import baselines
@@ -73,7 +73,9 @@ def test_memora_equals_token_loop(read, retention):
   def run(piece, state):
     k, v, q, eta, alpha = (x[:, :, piece] for x in tokens)
     gates = Gates(eta, alpha, None)
-    return memora.run_memory(initial, k, v, q, gates, cfg, state=state)
+    return memora.run_memory(
+      initial, deep.Tokens(k, v, q, gates), cfg, state=state
+    )
 
   expected = over_heads(
     lambda w, x: baselines.run_memora(w, *x[:3], x[3:], cfg),
@@ -82,7 +84,7 @@ def test_memora_equals_token_loop(read, retention):
   )
   whole = fast_jit(lambda: run(slice(T), None).outputs)()
   np.testing.assert_allclose(whole, expected, atol=1e-10)
-  nothing = {"weight": chunks.zeros(initial, B), "momentum": None}
+  nothing = chunks.zero_state(initial, B)
   pieces = in_pieces(run, chunks.fresh(nothing))
   np.testing.assert_allclose(pieces, expected, atol=1e-10)
 
@@ -103,10 +105,12 @@ def test_memora_mean_step_is_of_a_whole_chunk_in_every_piece():
     eta = eta if step_scale == "mean" else eta / cfg.chunk_length
     how = dataclasses.replace(cfg, step_scale=step_scale)
     gates = Gates(eta, alpha, None)
-    return memora.run_memory(initial, k, v, q, gates, how, state=state)
+    return memora.run_memory(
+      initial, deep.Tokens(k, v, q, gates), how, state=state
+    )
 
   expected = fast_jit(lambda: run(slice(T), None, "sum").outputs)()
-  nothing = {"weight": chunks.zeros(initial, B), "momentum": None}
+  nothing = chunks.zero_state(initial, B)
   pieces = in_pieces(run, chunks.fresh(nothing))
   np.testing.assert_allclose(pieces, expected, atol=1e-10)
 
@@ -127,12 +131,11 @@ def test_memora_logs_what_it_did(retention):
   )
   initial = Weights(normal(4, H, F, K), normal(5, H, K, F))
   eta, alpha = (jax.nn.sigmoid(normal(seed, B, H, T)) for seed in (6, 7))
-  nothing = {"weight": chunks.zeros(initial, B), "momentum": None}
+  nothing = chunks.zero_state(initial, B)
   out = fast_jit(
     lambda *tokens: memora.run_memory(
       initial,
-      *tokens,
-      Gates(eta, alpha, None),
+      deep.Tokens(*tokens, Gates(eta, alpha, None)),
       cfg,
       state=chunks.fresh(nothing),
       with_dynamics=True,
@@ -141,7 +144,7 @@ def test_memora_logs_what_it_did(retention):
   wanted = {
     "learn_rate": np.mean(eta),
     "half_life": np.median(np.log(0.5) / np.log(alpha)),
-    "relative_change": changes(initial, out.state.now["weight"]),
+    "relative_change": changes(initial, out.state.now.weight),
   }
   assert out.dynamics.keys() == wanted.keys()
   for name, value in wanted.items():
@@ -179,7 +182,7 @@ def test_ttt_equals_token_loop(is_mlp):
     tokens,
   )
   assert jnp.sum(1 / jnp.arange(1, 6) + learned < 0) == 1
-  nothing = chunks.fresh({"weight": chunks.zeros(initial, B)})
+  nothing = chunks.fresh(chunks.zero_state(initial, B))
   whole = fast_jit(lambda: run(slice(T), nothing))()
   np.testing.assert_allclose(whole.outputs, expected, atol=1e-10)
   fresh = fast_jit(lambda: run(slice(T), None))()
@@ -188,7 +191,7 @@ def test_ttt_equals_token_loop(is_mlp):
   matrices = lambda tree: [layer.weight for layer in tree if layer]
   np.testing.assert_allclose(
     whole.dynamics["relative_change"],
-    changes(matrices(initial), matrices(whole.state.now["weight"])),
+    changes(matrices(initial), matrices(whole.state.now.weight)),
   )
   pieces = in_pieces(run, nothing)
   np.testing.assert_allclose(pieces, expected, atol=1e-10)

@@ -85,7 +85,7 @@ def test_unclipped_write_is_the_gradient_of_the_loss():
   gradient = jax.grad(loss)(slow)
   square = n[0, 0] @ n[0, 0]
   np.testing.assert_allclose(
-    state.now["weight"].up[0], -0.3 / (1 + 0.3 * square) * gradient.up
+    state.now.weight.up[0], -0.3 / (1 + 0.3 * square) * gradient.up
   )
 
 
@@ -233,7 +233,7 @@ def test_nested_levels_equal_their_token_loop(frozen):
     now = jax.tree.map(jnp.zeros_like, now) if i in frozen else now
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a[1], b, atol=1e-12),
-      tuple(state.now["weight"]),
+      tuple(state.now.weight),
       now,
     )
   alone, _, _ = run_nested(slow, x, value, frozen=frozen)

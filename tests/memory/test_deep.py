@@ -84,7 +84,7 @@ def loop(initial, sequence, gates, cfg):
 def run_memory(initial, sequence, gates, cfg, **kwargs):
   if cfg.momentum == "none":
     gates = gates._replace(momentum_decay=None)
-  return deep.run_memory(initial, *sequence, gates, cfg, **kwargs)
+  return deep.run_memory(initial, deep.Tokens(*sequence, gates), cfg, **kwargs)
 
 
 def chunked(initial, sequence, gates, cfg, **kwargs):
@@ -159,7 +159,7 @@ def test_errors_of_the_hidden_layer_are_clipped():
 def test_memory_in_pieces_of_chunks_equals_token_loop(
   options, chunk_length, monkeypatch
 ):
-  monkeypatch.setattr(rules, "PIECE_LENGTH", 4)
+  monkeypatch.setattr(rules, "SUBCHUNK_LENGTH", 4)
   cfg = MemoryConfig(chunk_length=chunk_length, **options)
   case = random_memory()
   ours = compiled(chunked, *case, cfg=cfg)
@@ -235,10 +235,12 @@ def test_memory_tracks_parity(setting, is_exact):
     learn_rate = 2.0 * jnp.asarray(bits, jnp.float32)[None, None]
     out = deep.run_memory(
       Weights(None, jnp.outer(jnp.array([1.0, 0.0]), key)[None]),
-      keys,
-      jnp.zeros_like(keys),
-      keys,
-      Gates(learn_rate, jnp.ones_like(learn_rate), None),
+      deep.Tokens(
+        keys,
+        jnp.zeros_like(keys),
+        keys,
+        Gates(learn_rate, jnp.ones_like(learn_rate), None),
+      ),
       cfg,
     )
   parity = 1 - 2 * (np.cumsum(bits) % 2)
@@ -329,7 +331,9 @@ def test_memory_without_writes_is_the_slow_model():
 
 def test_state_for_pieces_that_end_inside_a_chunk_knows_its_place():
   """Also where they are longer than a chunk; only whole chunks need none."""
-  now = deep.zero_state(random_memory()[0], B, MemoryConfig())
+  now = chunks.zero_state(
+    random_memory()[0], B, has_momentum=MemoryConfig().momentum != "none"
+  )
   for piece, is_known in ((8, False), (6, True), (2, True), (None, True)):
     state = chunks.fresh(now, 4, piece)
     assert (state.position is not None) == is_known
@@ -338,7 +342,9 @@ def test_state_for_pieces_that_end_inside_a_chunk_knows_its_place():
 def test_memory_without_writes_keeps_its_state():
   cfg = MemoryConfig(chunk_length=4)
   initial, sequence, gates = random_memory(length=3)
-  state = chunks.fresh(deep.zero_state(initial, B, cfg))
+  state = chunks.fresh(
+    chunks.zero_state(initial, B, has_momentum=cfg.momentum != "none")
+  )
   out = run_memory(initial, sequence, gates, cfg, state=state, live=False)
   assert out.state is state
 
@@ -349,7 +355,9 @@ def test_memory_in_pieces_equals_one_pass(retention, pieces):
   cfg = MemoryConfig(chunk_length=4, retention=retention)
   initial, sequence, gates = random_memory()
   whole = compiled(chunked, initial, sequence, gates, cfg=cfg)
-  state = chunks.fresh(deep.zero_state(initial, B, cfg))
+  state = chunks.fresh(
+    chunks.zero_state(initial, B, has_momentum=cfg.momentum != "none")
+  )
   step = fast_jit(
     lambda initial, sequence, gates, state: run_memory(
       initial, sequence, gates, cfg, state=state
@@ -441,7 +449,9 @@ def test_exact_memory_with_its_own_targets_stays_bounded(
   )
   initial, (keys, values, queries), _ = random_memory(length=256)
   gates = Gates(*(jnp.full((B, H, 256), g) for g in (4.0, 0.999, 0.88)))
-  state = chunks.fresh(deep.zero_state(initial, B, cfg))
+  state = chunks.fresh(
+    chunks.zero_state(initial, B, has_momentum=cfg.momentum != "none")
+  )
   out = run_memory(
     initial, (keys, 8 * values, queries), gates, cfg, state=state
   )
@@ -457,6 +467,8 @@ def test_memory_changes_by_a_percent_in_4k_tokens():
       lambda x: x.astype(jnp.float32), random_memory(length=4096)
     )
     gates = Gates(*(jnp.full((B, H, 4096), g) for g in (0.7, 0.9999, 0.88)))
-    out = deep.run_memory(initial, *sequence, gates, cfg, with_dynamics=True)
+    out = deep.run_memory(
+      initial, deep.Tokens(*sequence, gates), cfg, with_dynamics=True
+    )
     assert out.dynamics["relative_change"] > 0.01
     assert jnp.isfinite(out.outputs).all()

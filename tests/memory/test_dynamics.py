@@ -99,8 +99,10 @@ def test_dynamics_of_a_memory_are_those_of_its_token_loop(options):
   initial, sequence, gates = test_deep.random_memory(
     architecture=cfg.architecture
   )
-  run = lambda *a: deep.run_memory(*a, cfg, with_dynamics=True).dynamics
-  found = fast_jit(run)(initial, *sequence, gates)
+  run = lambda initial, tokens: (
+    deep.run_memory(initial, tokens, cfg, with_dynamics=True).dynamics
+  )
+  found = fast_jit(run)(initial, deep.Tokens(*sequence, gates))
   heads = jax.vmap(lambda w, s, g: oracle.run_memory(w, *s, g, cfg)[2])
   paths = fast_jit(jax.vmap(heads, (None, 0, 0)))(
     test_deep.by_name(initial), sequence, tuple(gates)

@@ -53,7 +53,11 @@ def _memory(cfg, segments=None):
   def run(initial, sequence, gates, now):
     state = chunks.ChunkState(now, None, None)
     out = deep.run_memory(
-      initial, *sequence, gates, cfg, state=state, segments=segments
+      initial,
+      deep.Tokens(*sequence, gates),
+      cfg,
+      state=state,
+      segments=segments,
     )
     return out.outputs, out.state.now
 
@@ -83,7 +87,7 @@ def _check(make, cfg, inputs, segments=None):
 def _moved(initial, cfg):
   """A state after an earlier piece."""
   rng = np.random.default_rng(1)
-  zero = deep.zero_state(initial, B, cfg)
+  zero = chunks.zero_state(initial, B, has_momentum=cfg.momentum != "none")
   return jax.tree.map(lambda x: x + rng.normal(size=x.shape) / 9, zero)
 
 
@@ -135,7 +139,7 @@ def test_projections_in_kernels_equal_xla_values_and_vjps(options):
 
 def test_projections_in_kernels_in_pieces(monkeypatch):
   """A long chunk's rule is solved in pieces, of two tokens here."""
-  monkeypatch.setattr(rules, "PIECE_LENGTH", 2)
+  monkeypatch.setattr(rules, "SUBCHUNK_LENGTH", 2)
   cfg = MemoryConfig(**KERNELS, adaptive=("k", "eta"))
   initial, p = random_boxes(cfg)
   p = jax.tree.map(lambda x: x[:, :, :8], p)
@@ -159,7 +163,8 @@ initial, sequence, gates = test_deep.random_memory(length=12)
 segments = np.repeat([[0, 0, 1], [0, 1, 1], [0, 1, 2], [1, 1, 1]], 4, 1)
 
 def loss(initial, sequence, gates):
-  out = deep.run_memory(initial, *sequence, gates, cfg, segments=segments)
+  tokens = deep.Tokens(*sequence, gates)
+  out = deep.run_memory(initial, tokens, cfg, segments=segments)
   return out.outputs.sum()
 
 def gradients(data, fsdp, tensor, count):
@@ -197,7 +202,7 @@ def test_kernels_with_an_incomplete_last_chunk():
 
   def make(cfg, _):
     def run(initial, sequence, gates):
-      out = deep.run_memory(initial, *sequence, gates, cfg)
+      out = deep.run_memory(initial, deep.Tokens(*sequence, gates), cfg)
       assert out.state is None
       return out.outputs
 
@@ -214,7 +219,7 @@ def test_pieces_of_chunks_are_xlas():
   for implementation in ("pallas_tpu", "xla"):
     used = dataclasses.replace(cfg, implementation=implementation)
     out = deep.run_memory(
-      initial, *sequence, gates, used, state=chunks.fresh(now)
+      initial, deep.Tokens(*sequence, gates), used, state=chunks.fresh(now)
     )
     results.append((out.outputs, out.state.now))
   assert_close(*results, 1e-14)
@@ -247,9 +252,9 @@ def test_dynamics_are_xlas():
   for implementation in ("pallas_tpu", "xla"):
     used = dataclasses.replace(cfg, implementation=implementation)
     how = dict(with_dynamics=True)
-    out = deep.run_memory(initial, *sequence, gates, used, **how)
+    out = deep.run_memory(initial, deep.Tokens(*sequence, gates), used, **how)
     made = self_modifying.run_projections(boxes, p, used, **how)
-    found.append((out.dynamics, made[2]))
+    found.append((out.dynamics, made.dynamics))
   assert found[0][0] and found[0][1]
   assert_close(*found, 1e-14)
 
@@ -265,7 +270,7 @@ def test_kernels_raise_without_a_tpu(monkeypatch):
   cfg = MemoryConfig(**KERNELS)
   initial, sequence, gates, _ = _inputs(cfg, 8)
   with pytest.raises(ValueError, match="interpret mode"):
-    deep.run_memory(initial, *sequence, gates, cfg)
+    deep.run_memory(initial, deep.Tokens(*sequence, gates), cfg)
 
 
 HEADS, TOKENS, DIM = 8, 4096, 128  # of a layer of 340M
@@ -295,7 +300,7 @@ def test_memory_compiles_for_tpus(topology, monkeypatch):
   cfg = MemoryConfig(implementation="pallas_tpu", chunk_length=64)
   compiled = _compile_with_vjp(
     topology,
-    lambda *x: deep.run_memory(x[0], *x[1], x[2], cfg).outputs,
+    lambda *x: deep.run_memory(x[0], deep.Tokens(*x[1], x[2]), cfg).outputs,
     deep.Weights(_array(HEADS, DIM, DIM), _array(HEADS, DIM, DIM)),
     (_array(1, HEADS, TOKENS, DIM),) * 3,
     deep.Gates(*(_array(1, HEADS, TOKENS),) * 3),
@@ -312,7 +317,7 @@ def test_projections_compile_for_tpus(topology, monkeypatch):
   cfg = MemoryConfig(implementation="pallas_tpu", projection_chunk_length=256)
   compiled = _compile_with_vjp(
     topology,
-    lambda *x: self_modifying.run_projections(*x, cfg)[0],
+    lambda *x: self_modifying.run_projections(*x, cfg).outputs,
     self_modifying.Boxes(
       _array(HEADS, 4 * DIM, DIM),
       _array(HEADS, 2, DIM, DIM),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hope_jax.config import MemoryConfig
-from hope_jax.memory import chunks, deep, rules, self_modifying
+from hope_jax.memory import chunks, rules, self_modifying
 from hope_jax.memory.self_modifying import Boxes, Slow
 from tests.memory import oracle
 from tests.memory.test_deep import LITERAL
@@ -89,7 +89,7 @@ def test_projections_in_pieces_of_chunks_equal_whole_chunks(monkeypatch):
   cfg = MemoryConfig(projection_chunk_length=16)
   initial, slow = random_boxes(cfg)
   whole = run(initial, slow, cfg)
-  monkeypatch.setattr(rules, "PIECE_LENGTH", 4)
+  monkeypatch.setattr(rules, "SUBCHUNK_LENGTH", 4)
   for a, b in zip(run(initial, slow, cfg), whole, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-12)
 
@@ -113,7 +113,9 @@ def test_frozen_box_stays_and_the_others_learn(retention):
   """Its momentum, too, which would write when it is frozen no longer."""
   cfg = MemoryConfig(projection_chunk_length=4, retention=retention)
   initial, slow = random_boxes(cfg)
-  state = chunks.fresh(deep.zero_state(initial, B, cfg))
+  state = chunks.fresh(
+    chunks.zero_state(initial, B, has_momentum=cfg.momentum != "none")
+  )
   _, state, _ = self_modifying.run_projections(
     initial, slow, cfg, state=state, frozen=("v", "alpha")
   )
@@ -133,7 +135,9 @@ def test_projections_in_pieces_equal_one_pass(retention):
   cfg = MemoryConfig(projection_chunk_length=4, retention=retention)
   initial, slow = random_boxes(cfg)
   whole = run(initial, slow, cfg)
-  state = chunks.fresh(deep.zero_state(initial, B, cfg))
+  state = chunks.fresh(
+    chunks.zero_state(initial, B, has_momentum=cfg.momentum != "none")
+  )
   step = fast_jit(
     lambda slow, state: self_modifying.run_projections(
       initial, slow, cfg, state=state

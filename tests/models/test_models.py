@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from hope_jax.config import CMSConfig, MemoryConfig, ModelConfig, RopeScaling
-from hope_jax.config.model import PATTERNS
+from hope_jax.config.layers import LAYERS
 from hope_jax.models import language_model, layers
-from hope_jax.models.block import SEQUENCE_LAYERS
 from tests.pallas_kernels.testing import fast_jit
 from tests.tiers import slow_case
 
@@ -49,7 +48,7 @@ MOSTLY_MEMORIES = [
   for name in MEMORIES
 ]
 WINDOWS = {"titans_mag": 6, "titans_mal": 6, "samba": 13}
-NAMES = (*SEQUENCE_LAYERS, *PATTERNS)
+NAMES = tuple(LAYERS)
 
 
 def make(name, **fields):

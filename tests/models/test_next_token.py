@@ -17,7 +17,7 @@ from hope_jax.models import (
   next_token,
   next_token_levels,
 )
-from hope_jax.models.block import BlockState
+from hope_jax.models.fast_state import BlockState
 from tests.pallas_kernels.testing import fast_jit
 from tests.tiers import slow_case
 
@@ -93,7 +93,7 @@ def given(fast):
       )
       for w in weights
     ]
-    levels[f"cms_{i}"] = cms.GivenState(cms.cms.LevelWeights(*padded), None)
+    levels[f"cms_{i}"] = cms.GivenLevel(cms.cms.LevelWeights(*padded), None)
   return levels
 
 
@@ -126,7 +126,7 @@ def loop(config, model, params, tokens):
   sums = jax.tree.map(jnp.zeros_like, fast)
 
   def read(params, fast, mixer, part):
-    state = BlockState(mixer, given(fast))
+    state = BlockState(mixer, {}, given=given(fast))
     output = model.apply({"params": params}, part, state=state)
     return output.logits, output.state.mixer
 

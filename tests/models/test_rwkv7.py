@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hope_jax.config import ConfigError
-from hope_jax.models import block, language_model
+from hope_jax.models import fast_state, language_model
 from tests.models.test_models import B, T, init, make
 from tests.pallas_kernels.testing import fast_jit
 
@@ -139,7 +139,7 @@ def test_first_document_continues_the_state(case):
     state = out.state
   logits = jnp.concatenate(parts, axis=1)
   np.testing.assert_allclose(logits, expected, atol=3e-5)
-  assert isinstance(state, block.BlockState)
+  assert isinstance(state, fast_state.BlockState)
   np.testing.assert_array_equal(state.ffn.shape, (3, B, 128))
 
 

@@ -96,7 +96,7 @@ def test_dynamics_and_state_say_how_far_the_matrix_moved():
     params, x, srwm.init_state(config, B), mutable=["dynamics"]
   )
   (found,) = jax.tree.leaves(sown)
-  difference = out.state["memory"]["weight"].output
+  difference = out.state.memory.weight.output
   (start,) = jax.tree.leaves(params["params"]["initial"])
   norm = lambda w: jnp.linalg.norm(w, axis=(-2, -1))
   ratio = norm(difference) / norm(start)[None]

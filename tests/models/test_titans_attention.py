@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hope_jax.config import ConfigError
-from hope_jax.models import block
+from hope_jax.models import registry
 from tests.memory import oracle
 from tests.models.test_equations import (
   memory_layer,
@@ -136,7 +136,7 @@ def context(p, n, config):
 @pytest.mark.parametrize("name", ["titans_mac", "titans_mag", "titans_mal"])
 def test_layer_equals_its_equations(name):
   config = make(name)
-  layer, _ = block.SEQUENCE_LAYERS[name]
+  layer = registry.LAYERS[name].module
   oracle_of = context if name == "titans_mac" else gate_or_layer
   with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
     x = jax.random.normal(jax.random.key(0), (2, TOKENS, config.width), float)

@@ -50,7 +50,9 @@ def test_traffic_counts_blocks_where_they_change():
 def test_memory_moves_little_more_than_its_arrays():
   cfg = MemoryConfig(implementation="pallas_tpu", chunk_length=64)
   found = traffic.of_kernels(
-    _with_vjp(lambda *x: deep.run_memory(x[0], *x[1], x[2], cfg).outputs),
+    _with_vjp(
+      lambda *x: deep.run_memory(x[0], deep.Tokens(*x[1], x[2]), cfg).outputs
+    ),
     deep.Weights(_array(HEADS, DIM, DIM), _array(HEADS, DIM, DIM)),
     (_array(BATCH, HEADS, TOKENS, DIM),) * 3,
     deep.Gates(*(_array(BATCH, HEADS, TOKENS),) * 3),
@@ -63,7 +65,7 @@ def test_memory_moves_little_more_than_its_arrays():
 def test_projections_move_little_more_than_their_arrays():
   cfg = MemoryConfig(implementation="pallas_tpu", projection_chunk_length=256)
   found = traffic.of_kernels(
-    _with_vjp(lambda *x: self_modifying.run_projections(*x, cfg)[0]),
+    _with_vjp(lambda *x: self_modifying.run_projections(*x, cfg).outputs),
     self_modifying.Boxes(
       _array(HEADS, 4 * DIM, DIM),
       _array(HEADS, 2, DIM, DIM),

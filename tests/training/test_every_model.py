@@ -8,8 +8,7 @@ import pytest
 
 from configs import _base, _models
 from hope_jax import config as config_lib
-from hope_jax.config.model import PATTERNS
-from hope_jax.models.block import SEQUENCE_LAYERS
+from hope_jax.config.layers import LAYERS
 from tests.tiers import slow_case
 from tests.training.test_sharding import child
 
@@ -121,7 +120,7 @@ def tiny(name):
     cms_chunks=(8, 16, 0),
     vocab_size=256,
     width=16,
-    num_layers=len(PATTERNS.get(name, (name,))),
+    num_layers=len(LAYERS[name].blocks or (name,)),
   )
   group["memory"]["chunk_length"] = 8
   if group["memory"]["hidden"]:
@@ -160,7 +159,7 @@ REST = tuple(name for name in _models.NAMES if name not in VARIANTS)
 
 def test_models_are_all_sequence_layers():
   layers = {tiny(name)["model"]["sequence_layer"] for name in _models.NAMES}
-  assert layers == {*SEQUENCE_LAYERS, *PATTERNS}
+  assert layers == {*LAYERS}
 
 
 @pytest.mark.parametrize("names", [REST, slow_case(VARIANTS)])

@@ -7,12 +7,7 @@ import pytest
 from etils import epath
 
 from hope_jax.config import ConfigError, from_config_dict
-from hope_jax.config.model import (
-  LINEAR_LAYERS,
-  PATTERNS,
-  RECURRENT_LAYERS,
-  STATE_SPACE_LAYERS,
-)
+from hope_jax.config.layers import LAYERS
 from hope_jax.inference import texts as texts_lib
 from hope_jax.inference.generation import Sampling
 from hope_jax.training import loop, metrics
@@ -51,7 +46,7 @@ def draw(rng):
     "remat": pick(["none", "chunk", "sqrt"]),
   }
   layers = ["transformer", "titans", "hope", "hope", "hope_attention"]
-  layers += (*LINEAR_LAYERS, *RECURRENT_LAYERS, *STATE_SPACE_LAYERS, *PATTERNS)
+  layers += [name for name, traits in LAYERS.items() if not traits.pairs]
   layer = pick(layers)
   model = {
     "sequence_layer": layer,

@@ -18,7 +18,6 @@ from hope_jax.config import (
 )
 from hope_jax.data import pipeline
 from hope_jax.models import language_model
-from hope_jax.optim import adamw
 from hope_jax.runs import checkpoints
 from hope_jax.training import sharding, step
 from tests.pallas_kernels.testing import fast_compile, fast_jit
@@ -330,7 +329,7 @@ def with_periods(config):
 
 def named(params):
   return {
-    "/".join(adamw.path_names(path)): value
+    jax.tree_util.keystr(path, simple=True, separator="/"): value
     for path, value in jax.tree_util.tree_leaves_with_path(params)
   }
 

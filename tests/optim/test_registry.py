@@ -5,7 +5,8 @@ import optax
 import pytest
 
 from hope_jax.config import OptConfig
-from hope_jax.optim import adamw
+from hope_jax.optim import registry
+from hope_jax.optim.roles import Kind
 
 PARAMS = {
   "embed": {"embedding": jnp.ones((6, 4))},
@@ -22,17 +23,49 @@ PARAMS = {
   },
   "norm_out": {"scale": jnp.ones((4,))},
 }
+ROLES = {
+  "norm_mixer": "norm",
+  "norm": "norm",
+  "norm_out": "norm",
+  "conv_query": "conv",
+  "initial": "initial",
+  "gates": "gate",
+  "learn_rate": "rate",
+  "share": "rate",
+}
+
+
+def kinds(params):
+  """`Kind`s as the model's parameters of these names have them."""
+
+  def kind(path, value):
+    names = path_names(path)
+    words = [name.rstrip("_0123456789") for name in names]
+    role = next((ROLES[word] for word in words if word in ROLES), "weight")
+    levels = [name.rpartition("_")[2] for name in names[1:]]
+    owner = next((f"cms_{i}" for i in levels if i.isdigit()), "projections")
+    return Kind(role, (owner,), value.ndim - ("blocks" in names))
+
+  return jax.tree_util.tree_map_with_path(kind, params)
+
+
+def path_names(path):
+  return tuple(str(getattr(key, "key", key)) for key in path)
+
+
+def make(config, steps, params=PARAMS, periods=None):
+  return registry.make(config, steps, kinds(params), periods or {})
 
 
 def flat(tree):
   return {
-    "/".join(adamw.path_names(path)): value
+    "/".join(path_names(path)): value
     for path, value in jax.tree_util.tree_leaves_with_path(tree)
   }
 
 
 def test_decay_mask_spares_memories_norms_convolutions_vectors():
-  mask = flat(adamw.decay_mask(PARAMS))
+  mask = flat(registry.decay_mask(kinds(PARAMS)))
   assert {name for name, decayed in mask.items() if decayed} == {
     "embed/embedding",
     "blocks/mixer/query/kernel",
@@ -40,7 +73,7 @@ def test_decay_mask_spares_memories_norms_convolutions_vectors():
 
 
 def test_groups_put_initial_states_and_gates_apart():
-  groups = flat(adamw.groups(PARAMS))
+  groups = flat(registry.groups(kinds(PARAMS), {}))
   assert {name for name, group in groups.items() if group == "memory"} == {
     "blocks/mixer/initial/memory_output",
     "blocks/mixer/gates/eta/kernel",
@@ -52,11 +85,14 @@ def test_optimizer_scales_the_memory_group_and_decays_by_mask():
   config = OptConfig(
     peak_lr=0.1, warmup_steps=0, weight_decay=0.5, memory_lr_ratio=0.25
   )
-  optimizer = adamw.make(config, steps=1000)
+  optimizer = make(config, 1000)
   grads = jax.tree.map(jnp.ones_like, PARAMS)
   updates, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
-  rate = adamw.schedule(config, 1000)(0)
-  mask, groups = flat(adamw.decay_mask(PARAMS)), flat(adamw.groups(PARAMS))
+  rate = registry.schedule(config, 1000)(0)
+  mask, groups = (
+    flat(registry.decay_mask(kinds(PARAMS))),
+    flat(registry.groups(kinds(PARAMS), {})),
+  )
   for name, update in flat(updates).items():
     # Adam's first step is the sign of the gradient.
     want = 1.0 + 0.5 * mask[name]
@@ -67,7 +103,7 @@ def test_optimizer_scales_the_memory_group_and_decays_by_mask():
 def test_optimizer_clips_all_groups_by_one_norm():
   config = OptConfig(clip_norm=1.0, warmup_steps=0, weight_decay=0.0)
   grads = jax.tree.map(lambda x: 100.0 * jnp.ones_like(x), PARAMS)
-  optimizer = adamw.make(config, steps=1000)
+  optimizer = make(config, 1000)
   _, state = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
   moments = [
     value / (1 - config.b1)
@@ -88,12 +124,12 @@ LEVELS = {
   }
 }
 SLOW = {"embed": {"embedding": jnp.ones((6, 4))}, "blocks": LEVELS}
-PERIODS = {1: 1, 2: 2, 3: 3}
+PERIODS = {"cms_1": 1, "cms_2": 2, "cms_3": 3}
 
 
 def adamw_by_hand(config, params, gradients, every):
   """One array through all steps: an update ends every `every` of them."""
-  rate = adamw.schedule(config, 20)
+  rate = registry.schedule(config, 20)
   mu = nu = total = np.zeros_like(params)
   found, updates = [], 0
   for step, gradient in enumerate(gradients):
@@ -140,10 +176,10 @@ def test_levels_of_a_period_equal_the_loop_over_summed_gradients():
   gradients = random_gradients(params, 7)
   norms = [float(optax.tree.norm(gradient)) for gradient in gradients]
   assert min(norms) < CLIP < max(norms)
-  found = train(adamw.make(config, 20, PERIODS), params, gradients)
+  found = train(make(config, 20, params, PERIODS), params, gradients)
   for name, start in flat(params).items():
     level = name.split("/")[2].rpartition("_")[2]
-    every = PERIODS.get(int(level), 1) if level.isdigit() else 1
+    every = PERIODS.get(f"cms_{level}", 1)
     clipped = [
       flat(gradient)[name] * min(1.0, CLIP / norm)
       for gradient, norm in zip(gradients, norms, strict=True)
@@ -160,7 +196,8 @@ def test_levels_of_a_period_equal_the_loop_over_summed_gradients():
 
 def test_period_of_one_step_is_the_plain_optimizer():
   config = OptConfig(peak_lr=0.1, warmup_steps=2)
-  plain, other = adamw.make(config, 20), adamw.make(config, 20, {1: 1, 2: 1})
+  plain = make(config, 20, SLOW)
+  other = make(config, 20, SLOW, {"cms_1": 1, "cms_2": 1})
   structure = lambda optimizer: jax.tree.structure(optimizer.init(SLOW))
   assert structure(plain) == structure(other)
   gradients = random_gradients(SLOW, 3)
@@ -174,7 +211,7 @@ def test_period_of_one_step_is_the_plain_optimizer():
 @pytest.mark.parametrize("steps", [20, 1000])
 def test_schedule_warms_up_and_ends_low(steps):
   config = OptConfig(peak_lr=1e-2, end_lr_ratio=0.1, warmup_steps=50)
-  rates = [float(adamw.schedule(config, steps)(i)) for i in range(steps)]
+  rates = [float(registry.schedule(config, steps)(i)) for i in range(steps)]
   warmup = min(50, steps // 2)
   assert rates[0] > 0
   np.testing.assert_allclose(rates[warmup - 1], 1e-2, rtol=1e-5)
@@ -185,12 +222,12 @@ def test_schedule_warms_up_and_ends_low(steps):
 
 @pytest.mark.parametrize(("params", "periods"), [(PARAMS, {}), (SLOW, PERIODS)])
 def test_state_shardings_follow_the_parameters(params, periods):
-  optimizer = adamw.make(OptConfig(), steps=10, periods=periods)
+  optimizer = make(OptConfig(), 10, params, periods)
   state = jax.eval_shape(optimizer.init, params)
   names = jax.tree_util.tree_map_with_path(
-    lambda path, _: "/".join(adamw.path_names(path)), params
+    lambda path, _: "/".join(path_names(path)), params
   )
-  laid = adamw.state_shardings(optimizer, state, names, "rest")
+  laid = registry.state_shardings(optimizer, state, names, "rest")
   assert jax.tree.structure(laid) == jax.tree.structure(state)
   counted = dict.fromkeys(jax.tree.leaves(names), 0)
   for path, where in jax.tree_util.tree_leaves_with_path(laid):
