@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from configs import _models
-from experiments import tables, timing
+from experiments.lib import tables, timing
 from hope_jax.config import Config, from_config_dict
 from hope_jax.model_config import ModelConfig
 from hope_jax.training import flops, sharding, step

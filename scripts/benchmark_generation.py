@@ -21,7 +21,7 @@ import numpy as np
 from flax import linen as nn
 
 from configs import _models
-from experiments import plots, tables
+from experiments.lib import plots, tables
 from hope_jax import generation
 from hope_jax.config import from_config_dict
 from hope_jax.model_config import ModelConfig

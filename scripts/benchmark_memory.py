@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from configs import _models
-from experiments import tables, timing
+from experiments.lib import tables, timing
 from hope_jax.memory import deep, rules, self_modifying
 from hope_jax.memory.architectures import Weights, l2_normalize
 from hope_jax.model_config import MemoryConfig

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from configs import _models
-from experiments import tables, timing
+from experiments.lib import tables, timing
 from hope_jax.config import from_config_dict
 from hope_jax.model_config import ModelConfig
 from hope_jax.models import titans

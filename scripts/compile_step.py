@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import tables
+from experiments.lib import tables
 from hope_jax.config import Config, ConfigError
 from hope_jax.training import command, flops, sharding, topology
 from hope_jax.training import step as step_lib

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments import books, plots, runner, switch_off, tables
-from experiments.trials import Evaluation, Plan, Trial, slug
+from experiments.lib import plots, runner, switch_off, tables
+from experiments.lib.trials import Evaluation, Plan, Trial, slug
+from experiments.texts import books
 
 BOOKS, RECALL = "books, T 4096", "recall, 8 pairs"
 SEEDS = (0, 1, 2)

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from experiments import runner, switch_off, tables
-from experiments.trials import Evaluation, Plan, Trial, slug
+from experiments.lib import runner, switch_off, tables
+from experiments.lib.trials import Evaluation, Plan, Trial, slug
 
 RECALL, TEXT = "recall, 8 pairs", "tiny Shakespeare, T 1024"
 CONFIGS = {

@@ -16,9 +16,10 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 
-from experiments import books, plots, runner, switch_off, tables
 from experiments.ablations import run as ablations
-from experiments.trials import Evaluation, Plan, Trial
+from experiments.lib import plots, runner, switch_off, tables
+from experiments.lib.trials import Evaluation, Plan, Trial
+from experiments.texts import books
 
 LENGTH = books.PASSAGE
 CONTEXT = ("--split=test", f"--length={LENGTH}", "--positions")

@@ -15,9 +15,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from experiments import plots, runner, switch_off, tables
 from experiments.language_modeling import paper, table2
-from experiments.trials import ROOT, Plan, Trial, slug, staged
+from experiments.lib import plots, runner, switch_off, tables
+from experiments.lib.trials import ROOT, Plan, Trial, slug, staged
 from hope_jax.training.evaluation import perplexity
 
 SCALES = ("demo", "cpu", "smoke", *table2.SCALES)

@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 from configs.subwords import CPU, GPU
 from configs.subwords import Scale as Data
-from experiments import plots, runner, subwords, switch_off, tables
 from experiments.language_modeling import paper, reasoning
-from experiments.subwords import Size
-from experiments.trials import Evaluation, Plan, Trial, slug, staged
+from experiments.lib import plots, runner, switch_off, tables
+from experiments.lib.trials import Evaluation, Plan, Trial, slug, staged
+from experiments.texts import subwords
+from experiments.texts.subwords import Size
 from hope_jax.training.evaluation import perplexity
 
 MIN_ROWS = 10  # of a correlation

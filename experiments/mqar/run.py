@@ -11,8 +11,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from experiments import plots, runner, switch_off, tables
-from experiments.trials import Plan, Trial, slug, variant
+from experiments.lib import plots, runner, switch_off, tables
+from experiments.lib.trials import Plan, Trial, slug, variant
 
 # Group -> suffix of the mode; the small one has every switch-off, the others
 # that of all writes only.

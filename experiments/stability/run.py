@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from experiments import tables
-from experiments.runner import read_json
+from experiments.lib import tables
+from experiments.lib.runner import read_json
+from experiments.lib.trials import ROOT
 from experiments.stability import battery, rates, reading
-from experiments.trials import ROOT
 from hope_jax import files
 from hope_jax.config import ConfigError
 

@@ -2,11 +2,11 @@
 
 import pytest
 
-from experiments import books
 from experiments.ablations import run as ablations
 from experiments.context_usage import run as context_usage
-from experiments.runner import DONE, LEFT, Record
-from experiments.trials import resolve
+from experiments.lib.runner import DONE, LEFT, Record
+from experiments.lib.trials import resolve
+from experiments.texts import books
 from hope_jax.config import ConfigError
 
 

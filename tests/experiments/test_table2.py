@@ -9,10 +9,11 @@ import pytest
 from etils import epath
 
 from configs import subwords as config_subwords
-from experiments import books, subwords, switch_off, tables, trials
 from experiments.language_modeling import paper, reasoning, table2
-from experiments.runner import DONE, FAILED, LEFT, Record
-from experiments.subwords import Size
+from experiments.lib import switch_off, tables, trials
+from experiments.lib.runner import DONE, FAILED, LEFT, Record
+from experiments.texts import books, subwords
+from experiments.texts.subwords import Size
 from hope_jax import config as config_lib
 from hope_jax.config import Config, ConfigError
 from hope_jax.data import records, tokenizer

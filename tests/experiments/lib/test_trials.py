@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from experiments import switch_off, trials
 from experiments.language_modeling import run as language_modeling
+from experiments.lib import switch_off, trials
 from experiments.mqar import run as mqar
 from hope_jax import config as config_lib
 

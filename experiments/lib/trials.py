@@ -15,7 +15,7 @@ from typing import Any
 
 from hope_jax.config import Config, ConfigError, MeshConfig, from_config_dict
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 Results = Mapping[str, dict[str, Any] | None]
 

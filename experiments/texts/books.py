@@ -16,7 +16,7 @@ import pathlib
 
 from etils import epath
 
-from experiments.trials import ROOT
+from experiments.lib.trials import ROOT
 from hope_jax.config import ConfigError
 from hope_jax.data import text
 

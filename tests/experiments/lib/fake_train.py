@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 
-from experiments import trials
+from experiments.lib import trials
 from hope_jax import config as config_lib
 
 LOSSES = {0.001: (2.0, 1.9), 0.002: (1.8, 1.7), 0.004: (1.9, 1.5)}

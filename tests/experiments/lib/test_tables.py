@@ -6,11 +6,11 @@ import pathlib
 
 import pytest
 
-from experiments import plots, switch_off, tables
 from experiments.language_modeling import run as language_modeling
+from experiments.lib import plots, switch_off, tables
+from experiments.lib.runner import DONE, FAILED, Record
+from experiments.lib.trials import Evaluation, Trial
 from experiments.mqar import run as mqar
-from experiments.runner import DONE, FAILED, Record
-from experiments.trials import Evaluation, Trial
 from hope_jax import config as config_lib
 
 

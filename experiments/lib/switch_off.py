@@ -9,7 +9,7 @@ memory model's work, so its loss alone proves nothing.  A claim needs the
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from experiments.trials import Evaluation, Trial
+from experiments.lib.trials import Evaluation, Trial
 
 TWIN = {"model.inner_rates": "off"}
 

@@ -15,8 +15,8 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from experiments import switch_off
-from experiments.runner import DONE, FAILED, Record
+from experiments.lib import switch_off
+from experiments.lib.runner import DONE, FAILED, Record
 
 Scores = Mapping[str, Any]
 # Header -> cell from the scores of a row's seeds.

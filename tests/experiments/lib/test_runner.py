@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from experiments import runner
-from experiments.trials import ROOT, Evaluation, Trial, staged
+from experiments.lib import runner
+from experiments.lib.trials import ROOT, Evaluation, Trial, staged
 from hope_jax.config import ConfigError
 
 FAKE = pathlib.Path(__file__).with_name("fake_train.py")
@@ -336,7 +336,7 @@ def _is_alive(pid: int) -> bool:
 def test_interrupt_ends_the_children_and_says_what_is_left(tmp_path, number):
   script = f"""
 import pathlib, sys
-from experiments import runner, trials
+from experiments.lib import runner, trials
 trial = trials.Trial("t", "r", "long", "configs/shakespeare.py", "hope",
                      {{"train.steps": 7}})
 experiment = runner.Runner(lambda _: [trial], pathlib.Path({str(tmp_path)!r}),

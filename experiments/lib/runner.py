@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from experiments.trials import ROOT, Plan, Trial, is_same, resolve
+from experiments.lib.trials import ROOT, Plan, Trial, is_same, resolve
 from hope_jax import files
 from hope_jax.config import Config, ConfigError
 from hope_jax.training import metrics

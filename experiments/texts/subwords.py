@@ -19,8 +19,8 @@ from typing import Any
 from etils import epath
 
 from configs.subwords import Scale
-from experiments import books
-from experiments.trials import ROOT
+from experiments.lib.trials import ROOT
+from experiments.texts import books
 from hope_jax import files
 from hope_jax.data import prepare as prepare_lib
 from hope_jax.data import records, text, tokenizer

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from experiments.runner import Record
+from experiments.lib.runner import Record
 from hope_jax import files
 from hope_jax.config import ConfigError
 from hope_jax.training import metrics
