@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       f"{config}: {data.batch_size} x {data.sequence_length:,} tokens,"
       f" {'packed, ' * flags.packed}{flags.dtype}, median of {flags.rounds}"
       " steps in turn;"
-      f" {tables.machine()}, {jax.devices()[0].device_kind},"
+      f" {timing.machine()}, {jax.devices()[0].device_kind},"
       f" jax {jax.__version__}\n"
     )
     print(tables.markdown(lines), flush=True)

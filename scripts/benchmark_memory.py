@@ -279,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   print(
     f"{flags.heads} heads of {flags.dim}, float32, median of {flags.rounds} in"
     f" turn; product {rates.product / 1e9:,.0f} GFLOP/s, copy"
-    f" {rates.copy / 1e9:,.1f} GB/s; {tables.machine()},"
+    f" {rates.copy / 1e9:,.1f} GB/s; {timing.machine()},"
     f" {jax.devices()[0].device_kind}, jax {jax.__version__}"
   )
 

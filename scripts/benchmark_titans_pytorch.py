@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   print(
     f"{flags.batch} x {flags.length} tokens, width {config.width},"
     f" {config.num_heads} heads, float32, median of {flags.rounds} in turn;"
-    f" {tables.machine()}, {jax.devices()[0].device_kind}, jax"
+    f" {timing.machine()}, {jax.devices()[0].device_kind}, jax"
     f" {jax.__version__}, torch {torch.__version__}"
   )
 

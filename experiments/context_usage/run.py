@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 
 from experiments.ablations import run as ablations
 from experiments.lib import plots, runner, switch_off, tables
+from experiments.lib.results import Record
 from experiments.lib.trials import Evaluation, Plan, Trial
 from experiments.texts import books
 
@@ -67,7 +68,7 @@ PLANS = {
 }
 
 
-def curves(records: Sequence[runner.Record]) -> dict[str, Curve]:
+def curves(records: Sequence[Record]) -> dict[str, Curve]:
   """Mean loss over seeds by the end of each bin of positions."""
   found = {}
   for row, trials in tables.by_row(records, ablations.BOOKS).items():
@@ -84,11 +85,8 @@ def curves(records: Sequence[runner.Record]) -> dict[str, Curve]:
   return found
 
 
-def report(
-  records: Sequence[runner.Record], folder: pathlib.Path, scale: str
-) -> None:
+def report(records: Sequence[Record], folder: pathlib.Path, scale: str) -> None:
   """Writes and prints the table, and the figure."""
-  folder.mkdir(parents=True, exist_ok=True)
   found = curves(records)
   lines = [
     {
@@ -99,7 +97,6 @@ def report(
   ]
   text = f"Perplexity by position\n\n{tables.markdown(lines)}\n"
   text += tables.caption(records)
-  (folder / "context.md").write_text(text)
   plots.lines(
     folder / "context.png",
     {
@@ -110,10 +107,7 @@ def report(
     xlabel="position (end of bin)",
     ylabel="perplexity per byte",
   )
-  tables.write_results(
-    folder / "context.json", "context_usage", records, scale=scale, table=text
-  )
-  print(f"\n{text}\nwritten to {folder}: context.json, context.md, context.png")
+  tables.publish(folder, "context_usage", records, text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.lib import tables
-from experiments.lib.runner import Record
+from experiments.lib.results import Record
 from experiments.lib.trials import ROOT, Evaluation
 from hope_jax.config import ConfigError
 from hope_jax.harness_tasks import Line

@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 
-from experiments.lib.runner import Record
+from experiments.lib.results import TRAIN, VALID, Record
 from hope_jax import files
 from hope_jax.config import ConfigError
-from hope_jax.training import metrics
 
 
 def output(name: str) -> pathlib.Path:
@@ -47,15 +45,14 @@ def _smooth(values: np.ndarray, window: int) -> np.ndarray:
 def _curve(
   records: Sequence[Record], kind: str
 ) -> tuple[np.ndarray, np.ndarray]:
-  """(tokens in millions, mean loss over the records) of one kind."""
+  """(tokens in millions, mean loss over the records) of TRAIN or VALID."""
   losses: dict[int, list[float]] = {}
   for record in records:
     config = (record.result or {})["config"]["data"]
     tokens = config["batch_size"] * config["sequence_length"]
-    for row in metrics.read(epath.Path(record.workdir)):
-      is_here = row["kind"] == kind and row.get("split", "valid") == "valid"
-      if is_here and row["loss"] is not None:  # None: a skipped step
-        losses.setdefault(row["step"] * tokens, []).append(row["loss"])
+    if kind in record.curves:
+      for step, loss in zip(*record.curves[kind], strict=True):
+        losses.setdefault(step * tokens, []).append(loss)
   tokens = sorted(losses)
   return (
     np.array(tokens) / 1e6,
@@ -66,14 +63,23 @@ def _curve(
 def loss_curves(
   path: pathlib.Path, rows: Mapping[str, Sequence[Record]], title: str
 ) -> None:
-  """Training loss (line) and validation loss (dots) of each row's trials."""
+  """Training loss (line) and validation loss (dots) of each row's trials.
+
+  Nothing is written if trials are done and the losses of none were kept.
+  """
+  known = {
+    row: [record for record in records if record.curves]
+    for row, records in rows.items()
+  }
+  if any(rows.values()) and not any(known.values()):
+    return
   figure, axes = _axes(7, 4.5)
-  for row, records in rows.items():
+  for row, records in known.items():
     if not records:
       continue
-    tokens, loss = _curve(records, "train")
+    tokens, loss = _curve(records, TRAIN)
     (line,) = axes.plot(tokens, _smooth(loss, 3), label=row, linewidth=1.2)
-    tokens, loss = _curve(records, "eval")
+    tokens, loss = _curve(records, VALID)
     axes.plot(tokens, loss, "o", color=line.get_color(), markersize=4)
   axes.set_xlabel("training tokens (millions)")
   axes.set_ylabel("loss (nats per token); dots: validation")

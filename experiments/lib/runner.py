@@ -3,9 +3,11 @@
 A trial is done when its folder has a result.json with the trial's own config
 and every evaluation it asks for; anything else is (re)started, and the
 trainer resumes from its last checkpoint.  So the same command runs, continues
-or reprints an experiment.  A failing trial is reported and does not stop the
-others; at the budget's end or on Ctrl-C the running ones are ended and what
-is left is listed.
+or reprints an experiment.  A trial that has no result in its folder, but in the
+experiment's published results.json, is done as well, if nothing is missing:
+models are not published, so that a missing evaluation needs the training again.
+A failing trial is reported and does not stop the others; at the budget's end or
+on Ctrl-C the running ones are ended and what is left is listed.
 
 Exit codes: 0 all done (of --rows, if given), 1 a trial failed, 2 wrong command
 line or data, 3 the budget ended first, 130 Ctrl-C.
@@ -15,7 +17,6 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import json
 import os
 import pathlib
 import re
@@ -24,11 +25,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from etils import epath
 
-from experiments.lib.trials import ROOT, Plan, Trial, is_same, resolve
+from experiments.lib import results
+from experiments.lib.results import DONE, FAILED, LEFT, Record, read_json
+from experiments.lib.trials import (
+  ROOT,
+  Evaluation,
+  Plan,
+  Trial,
+  is_same,
+  resolve,
+)
 from hope_jax import files
 from hope_jax.config import Config, ConfigError
 from hope_jax.training import metrics
@@ -37,18 +47,6 @@ from hope_jax.training import workdir as workdir_lib
 Command = list[str]
 GRACE_SECONDS = 20.0  # from asking a process to end to killing it
 STATUS_SECONDS = 20.0  # between two status lines
-DONE, FAILED, LEFT = "done", "failed", "left"
-
-
-class Record(NamedTuple):
-  """A trial and what came of it; `status` is one of DONE, FAILED, LEFT."""
-
-  trial: Trial
-  status: str
-  result: dict[str, Any] | None
-  evaluations: dict[str, dict[str, Any]]
-  message: str
-  workdir: pathlib.Path
 
 
 @dataclasses.dataclass
@@ -58,18 +56,6 @@ class _Process:
   output: pathlib.Path  # exists when the command has succeeded
   start: float
   slot: int  # which of the jobs it is
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any] | None:
-  """The file's JSON object; None if it is missing, or holds none.
-
-  NaN and infinity, which older versions wrote, are None.
-  """
-  try:
-    content = json.loads(path.read_text(), parse_constant=lambda _: None)
-  except (OSError, ValueError):
-    return None
-  return content if isinstance(content, dict) else None
 
 
 def last_error(log: str) -> str:
@@ -101,6 +87,11 @@ def package_command(name: str) -> Command:
   return [sys.executable, "-m", f"hope_jax.{name}"]
 
 
+def _output(workdir: pathlib.Path, evaluation: Evaluation) -> pathlib.Path:
+  """The file of an evaluation."""
+  return workdir / f"evaluate_{evaluation.label}.json"
+
+
 def _flag(value: Any) -> str:
   """A value as ml_collections reads it from a command line."""
   return repr(value) if isinstance(value, tuple | list) else str(value)
@@ -108,7 +99,7 @@ def _flag(value: Any) -> str:
 
 class Runner:
   """Runs the trials of `plan`, at most `jobs` at a time, below `out`; of some
-  `rows` only, if any are named."""
+  `rows` only, if any are named.  What the file `published` has is done."""
 
   def __init__(
     self,
@@ -118,12 +109,15 @@ class Runner:
     jobs: int = 1,
     budget: float | None = None,
     rows: Sequence[str] = (),
+    published: pathlib.Path | None = None,
     command: Callable[[str], Command] = package_command,
     poll_seconds: float = 0.5,
   ):
     self._plan, self._out = plan, out.resolve()
     self._jobs, self._budget, self._rows = jobs, budget, rows
     self._command, self._poll_seconds = command, poll_seconds
+    self._file = published
+    self._published = results.read(published) if published else {}
     self._running: list[_Process] = []
     self._failures: dict[str, str] = {}
     self._written: set[pathlib.Path] = set()  # outputs of this session
@@ -137,43 +131,64 @@ class Runner:
       self._configs[trial.name] = resolve(trial)
     return self._configs[trial.name]
 
-  def _result(self, trial: Trial) -> dict[str, Any] | None:
-    result = read_json(self._out / trial.name / workdir_lib.RESULT)
+  def _folder(self, trial: Trial) -> Record | None:
+    """What the trial's folder holds, unchecked; None without a result."""
+    workdir = self._out / trial.name
+    result = read_json(workdir / workdir_lib.RESULT)
     if result is None:
       return None
-    folder = from_root(self._out / trial.name)
+    evaluations = {
+      evaluation.label: read_json(_output(workdir, evaluation)) or {}
+      for evaluation in trial.evaluations
+    }
+    return Record(trial, LEFT, result, evaluations, "", workdir)
+
+  def _problem(self, trial: Trial, result: Mapping[str, Any]) -> str:
+    """Why a result cannot be the trial's; empty if it can."""
     if not is_same(result.get("config", {}), self._config(trial)):
-      self._failures[trial.name] = (
-        f"{folder} holds the result of another config: remove it or choose"
-        " another --out"
-      )
-      return None
+      return "the result of another config"
     for name in ("valid_loss", "test_loss"):
       if not isinstance(result.get(name), float | int):
-        self._failures[trial.name] = (
-          f"{folder} holds a result whose {name} is no finite number: it has"
-          " diverged, or the file is damaged; remove it to train again"
+        return (
+          f"a result whose {name} is no finite number (it has diverged, or the"
+          " file is damaged)"
         )
-        return None
-    return result
+    return ""
 
-  def _evaluations(self, trial: Trial) -> dict[str, dict[str, Any]]:
-    """Finished evaluations of the model as it was at the training's end."""
+  def _found(self, trial: Trial) -> Record | None:
+    """The trial's result and sound evaluations, of the model as it was at the
+    training's end: of its folder, or else published."""
+    own = self._folder(trial)
+    found = own or self._published.get(results.key(trial))
+    if found is None or found.result is None:
+      return None
+    problem = self._problem(trial, found.result)
+    if problem:
+      at, advice = self._file, "--fresh trains it again"
+      if own:
+        at, advice = own.workdir, "remove it or choose another --out"
+      assert at is not None
+      self._failures[trial.name] = f"{from_root(at)} holds {problem}: {advice}"
+      return None
     done = {}
-    for evaluation in trial.evaluations:
-      path = self._out / trial.name / f"evaluate_{evaluation.label}.json"
-      content = read_json(path)
-      steps = self._config(trial).train.steps
-      is_sound = content and content.get("loss", 0.0) is not None
-      if content and is_sound and content.get("step") == steps:
-        done[evaluation.label] = content
-    return done
+    for label in (evaluation.label for evaluation in trial.evaluations):
+      scores = found.evaluations.get(label)
+      is_sound = scores and scores.get("loss", 0.0) is not None
+      if scores and is_sound and scores.get("step") == self._steps(trial):
+        done[label] = scores
+    if not own and len(done) < len(trial.evaluations):
+      return None  # they need the model
+    return found._replace(trial=trial, evaluations=done)
+
+  def _steps(self, trial: Trial) -> int:
+    return self._config(trial).train.steps
 
   def _next_command(self, trial: Trial) -> tuple[Command, pathlib.Path] | None:
     """The trial's next command and the file it must leave; None when done."""
     workdir = self._out / trial.name
     shown = from_root(workdir)
-    if self._result(trial) is None:
+    found = self._found(trial)
+    if found is None:
       flags = [
         f"--config.{field}={_flag(value)}"
         for field, value in trial.fields().items()
@@ -181,43 +196,46 @@ class Runner:
       config = f"--config={trial.config}:{trial.mode}"
       command = [*self._command("train"), config, f"--workdir={shown}", *flags]
       return command, workdir / workdir_lib.RESULT
-    done = self._evaluations(trial)
     for evaluation in trial.evaluations:
-      if evaluation.label not in done:
-        name = f"evaluate_{evaluation.label}.json"
-        flags = [f"--workdir={shown}", f"--output={shown / name}"]
+      if evaluation.label not in found.evaluations:
+        output = _output(shown, evaluation)
+        flags = [f"--workdir={shown}", f"--output={output}"]
         command = self._command(evaluation.command)
         command = [*command, *flags, *evaluation.flags]
-        return command, workdir / name
+        return command, _output(workdir, evaluation)
     return None
 
   def records(self) -> list[Record]:
     """All trials that the plan names so far, with their state on disk."""
     records = []
     for trial in self._plan(self._results()):
-      result = self._result(trial)
-      evaluations = self._evaluations(trial) if result else {}
-      message = self._failures.get(trial.name, "")
-      is_done = result and len(evaluations) == len(trial.evaluations)
-      status = FAILED if message else DONE if is_done else LEFT
       workdir = self._out / trial.name
-      records.append(
-        Record(trial, status, result, evaluations, message, workdir)
-      )
+      found = self._found(trial) or Record(trial, LEFT, None, {}, "", workdir)
+      message = self._failures.get(trial.name, "")
+      is_done = len(found.evaluations) == len(trial.evaluations)
+      if message:
+        found = found._replace(status=FAILED, message=message)
+      elif found.result and is_done:
+        found = found._replace(status=DONE)
+        if not found.origin:  # of the folder
+          found = found._replace(
+            curves=results.curves(workdir), origin=results.origin(workdir)
+          )
+      records.append(found)
     return records
 
   def _results(self) -> dict[str, dict[str, Any] | None]:
     """Results as a plan sees them: grows until the plan adds no trial."""
-    results: dict[str, dict[str, Any] | None] = {}
+    seen: dict[str, dict[str, Any] | None] = {}
     while True:
-      names = len(results)
-      for trial in self._plan(results):
-        if trial.name not in results:
-          result = self._result(trial)
-          if result or trial.name in self._failures:
-            results[trial.name] = result
-      if len(results) == names:
-        return results
+      names = len(seen)
+      for trial in self._plan(seen):
+        if trial.name not in seen:
+          found = self._found(trial)
+          if found or trial.name in self._failures:
+            seen[trial.name] = found.result if found else None
+      if len(seen) == names:
+        return seen
 
   def _check_rows(self) -> None:
     known = list(dict.fromkeys(trial.row for trial in self._plan({})))
@@ -252,6 +270,10 @@ class Runner:
     workdir = self._out / trial.name
     workdir.mkdir(parents=True, exist_ok=True)
     _say(f"start   {trial.name} ({output.name})")
+    is_training = output.name == workdir_lib.RESULT
+    if self._file and is_training and results.key(trial) in self._published:
+      lacking = "lacks an evaluation of it, which needs the model"
+      _say(f"        {from_root(self._file)} {lacking}")
     with (workdir / "log.txt").open("a") as log:
       now = datetime.datetime.now().isoformat(timespec="seconds")
       print(f"\n[{now}] {' '.join(command)}", file=log, flush=True)
@@ -400,6 +422,11 @@ def arguments(
     "--report", type=pathlib.Path, help="folder of the report, if not --out"
   )
   parser.add_argument(
+    "--fresh",
+    action="store_true",
+    help="train also what the experiment's results.json has",
+  )
+  parser.add_argument(
     "--data",
     default="data",
     help="folder of the data sets (wikitext2/), seen from the repository",
@@ -416,10 +443,13 @@ def main(
   report: Callable[[Sequence[Record], pathlib.Path, str], None],
   argv: Sequence[str] | None = None,
   prepare: Callable[[argparse.Namespace], None] = lambda flags: None,
+  *,
+  folder: str = "results",
 ) -> int:
   """An experiment's command: runs the plan of `--scale`, reports, exit code.
 
-  `report(records, folder, scale)`; `prepare` makes the data.
+  `report(records, folder, scale)`; `prepare` makes the data; `folder`: of the
+  published results, below the experiment's.
   """
   flags = arguments(name, tuple(plans), argv)
   try:
@@ -429,6 +459,8 @@ def main(
       value = getattr(flags, flag)
       if value is not None and value <= 0:
         raise ConfigError(f"--{flag}={value:g} must be positive")
+    results.read(flags.report / results.NAME)  # damaged, it fails now
+    published = ROOT / "experiments" / name / folder / results.NAME
     prepare(flags)
     runner = Runner(
       plans[flags.scale](),
@@ -436,6 +468,7 @@ def main(
       jobs=flags.jobs,
       budget=flags.budget,
       rows=flags.rows.split(",") if flags.rows else (),
+      published=None if flags.fresh else published,
     )
     code = runner.run()
   except ConfigError as error:

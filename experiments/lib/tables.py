@@ -1,27 +1,27 @@
-"""Reports of an experiment: a table per group of trials, and results.json.
+"""Reports of an experiment: a table per group of trials.
 
 Scores are dicts with the test split's `loss` (nats per target), `accuracy`
 and whatever else hope_jax.evaluate says, of a trained model or of an
 evaluation of it.
 """
 
-import dataclasses
 import datetime
-import json
-import os
 import pathlib
-import platform
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from experiments.lib import switch_off
-from experiments.lib.runner import DONE, FAILED, Record
+from etils import epath
+
+from experiments.lib import results, switch_off, timing
+from experiments.lib.results import DONE, FAILED, Record
+from hope_jax import files
 
 Scores = Mapping[str, Any]
 # Header -> cell from the scores of a row's seeds.
 Columns = Mapping[str, Callable[[Sequence[Scores]], str]]
 Line = Mapping[str, str]
+TABLE = "table.md"
 DESCRIPTION = ("parameters", "tokens", "tokens/s", "peak lr")
 
 
@@ -104,13 +104,13 @@ def description(done: Sequence[Record]) -> dict[str, str]:
   """The columns DESCRIPTION of a row's finished trials."""
   if not done:
     return dict.fromkeys(DESCRIPTION, "-")
-  results = [record.result or {} for record in done]
-  speed = statistics.median(r["tokens_per_second"] for r in results)
+  found = [record.result or {} for record in done]
+  speed = statistics.median(result["tokens_per_second"] for result in found)
   described = (
-    f"{results[0]['parameters']:,}",
-    f"{results[0]['tokens']:,}",
+    f"{found[0]['parameters']:,}",
+    f"{found[0]['tokens']:,}",
     f"{speed:,.0f}",
-    f"{results[0]['config']['opt']['peak_lr']:g}",
+    f"{found[0]['config']['opt']['peak_lr']:g}",
   )
   return dict(zip(DESCRIPTION, described, strict=True))
 
@@ -150,19 +150,19 @@ def table(
   return markdown([*lines, *extra])
 
 
-def machine() -> str:
-  """Where the experiment ran, in words."""
-  return f"{os.cpu_count()} CPU cores, {platform.machine()}"
-
-
 def caption(records: Sequence[Record]) -> str:
-  """Date and machine of this report, seeds, how much is done and what failed:
-  the lines below a table."""
+  """Dates and machines of the finished trials, all seeds, how much is done and
+  what failed: the lines below a table."""
+  done = [record for record in records if record.status == DONE]
+  origins = [record.origin for record in done if record.origin]
+  today = datetime.date.today().isoformat()
+  dates = sorted({origin.date for origin in origins}) or [today]
+  machines = sorted({origin.machine for origin in origins})
   seeds = sorted({record.trial.seed for record in records})
-  done = sum(record.status == DONE for record in records)
   lines = [
-    f"{datetime.date.today().isoformat()}, {machine()}, seeds"
-    f" {', '.join(map(str, seeds))}; {done} of {len(records)} trials done."
+    f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))},"
+    f" {'; '.join(machines or [timing.machine()])}, seeds"
+    f" {', '.join(map(str, seeds))}; {len(done)} of {len(records)} trials done."
   ]
   for record in records:
     if record.status == FAILED:
@@ -170,29 +170,21 @@ def caption(records: Sequence[Record]) -> str:
   return "\n".join(lines) + "\n"
 
 
-def write_results(
-  path: pathlib.Path, name: str, records: Sequence[Record], **extra: Any
+def publish(
+  folder: pathlib.Path,
+  name: str,
+  records: Sequence[Record],
+  text: str,
+  **extra: Any,
 ) -> None:
-  """results.json: `extra`, and every trial with its overrides and metrics."""
-  rows = []
-  for record in records:
-    result = dict(record.result or {})
-    result.pop("config", None)  # it follows from config, mode and overrides
-    rows.append(
-      {
-        **dataclasses.asdict(record.trial),
-        "status": record.status,
-        "message": record.message,
-        "result": result,
-        "evaluated": record.evaluations,
-      }
-    )
-  content = {
-    "experiment": name,
-    "date": datetime.date.today().isoformat(),
-    "machine": machine(),
-    **extra,
-    "trials": rows,
-  }
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(content, indent=1) + "\n")
+  """The end of a report: writes table.md, which is `text`, and results.json
+  with the finished trials and `extra`; prints the text and what `folder` has.
+
+  Trials that results.json already has stay, unless they were run again.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  files.write_text(epath.Path(folder / TABLE), text)
+  results.write(folder / results.NAME, name, records, **extra)
+  pictures = sorted(path.name for path in folder.glob("*.png"))
+  written = ", ".join((results.NAME, TABLE, *pictures))
+  print(f"\n{text}\nwritten to {folder}: {written}")

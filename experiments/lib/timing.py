@@ -1,5 +1,7 @@
 """Times of calls that take turns: what disturbs one disturbs all."""
 
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -25,3 +27,8 @@ def in_turn(
 
 def medians(seconds: Mapping[Name, list[float]]) -> dict[Name, float]:
   return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def machine() -> str:
+  """The machine of a measurement, in words."""
+  return f"{os.cpu_count()} CPU cores, {platform.machine()}"

@@ -1,7 +1,7 @@
 """The twin gate of the CMS."""
 
 from experiments.cms import run
-from experiments.lib.runner import DONE, Record
+from experiments.lib.results import DONE, Record
 from experiments.lib.trials import resolve
 
 

@@ -11,7 +11,7 @@ from etils import epath
 from configs import subwords as config_subwords
 from experiments.language_modeling import paper, reasoning, table2
 from experiments.lib import switch_off, tables, trials
-from experiments.lib.runner import DONE, FAILED, LEFT, Record
+from experiments.lib.results import DONE, FAILED, LEFT, Record
 from experiments.texts import books, subwords
 from experiments.texts.subwords import Size
 from hope_jax import config as config_lib

@@ -1,6 +1,7 @@
 """The experiment runner, on a trainer that only pretends."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -13,66 +14,33 @@ import time
 import pytest
 
 from experiments.lib import runner
-from experiments.lib.trials import ROOT, Evaluation, Trial, staged
+from experiments.lib.trials import ROOT, Evaluation, staged
 from hope_jax.config import ConfigError
-
-FAKE = pathlib.Path(__file__).with_name("fake_train.py")
-BASE = Trial(
-  group="text",
-  row="hope",
-  name="text/hope",
-  config="configs/shakespeare.py",
-  mode="hope",
-  overrides={"train.log_every": 1},
+from tests.experiments.lib.faked import (
+  BASE,
+  FAKE,
+  fake_runner,
+  fake_trial,
+  starts,
 )
 
 
-def _runner(plan, out, **options) -> runner.Runner:
-  if not callable(plan):
-    trials = list(plan)
-    plan = lambda _: trials
-  return runner.Runner(
-    plan,
-    out,
-    command=lambda name: [sys.executable, str(FAKE), name],
-    poll_seconds=0.02,
-    **options,
-  )
-
-
-def _trial(name: str, **overrides) -> Trial:
-  return dataclasses.replace(
-    BASE, name=name, overrides={**BASE.overrides, **overrides}
-  )
-
-
-def _starts(out: pathlib.Path, name: str) -> list[int]:
-  """Process ids, one per start of the trial."""
-  path = out / name / "starts.txt"
-  return [int(pid) for pid in path.read_text().split()] if path.exists() else []
-
-
-@pytest.fixture(autouse=True)
-def import_from_root(monkeypatch):
-  monkeypatch.setenv("PYTHONPATH", str(ROOT))
-
-
 def test_run_again_starts_nothing(tmp_path):
-  trials = [_trial("a"), _trial("b")]
-  assert _runner(trials, tmp_path).run() == 0
-  assert _runner(trials, tmp_path).run() == 0
-  assert len(_starts(tmp_path, "a")) == len(_starts(tmp_path, "b")) == 1
+  trials = [fake_trial("a"), fake_trial("b")]
+  assert fake_runner(trials, tmp_path).run() == 0
+  assert fake_runner(trials, tmp_path).run() == 0
+  assert len(starts(tmp_path, "a")) == len(starts(tmp_path, "b")) == 1
 
 
 def test_run_starts_only_what_is_missing(tmp_path):
-  assert _runner([_trial("a")], tmp_path).run() == 0
-  assert _runner([_trial("a"), _trial("b")], tmp_path).run() == 0
-  assert len(_starts(tmp_path, "a")) == len(_starts(tmp_path, "b")) == 1
+  assert fake_runner([fake_trial("a")], tmp_path).run() == 0
+  assert fake_runner([fake_trial("a"), fake_trial("b")], tmp_path).run() == 0
+  assert len(starts(tmp_path, "a")) == len(starts(tmp_path, "b")) == 1
 
 
 def test_failing_trial_is_reported_and_the_others_run(tmp_path, capsys):
-  trials = [_trial("bad", **{"opt.peak_lr": 0.5}), _trial("good")]
-  experiment = _runner(trials, tmp_path)
+  trials = [fake_trial("bad", **{"opt.peak_lr": 0.5}), fake_trial("good")]
+  experiment = fake_runner(trials, tmp_path)
   assert experiment.run() == 1
   bad, good = experiment.records()
   assert (bad.status, good.status) == (runner.FAILED, runner.DONE)
@@ -95,14 +63,14 @@ def test_last_error_finds_the_line_that_says_why(log, reason):
 
 
 def test_failed_trial_is_tried_again_by_the_next_run(tmp_path):
-  trials = [_trial("bad", **{"opt.peak_lr": 0.5})]
+  trials = [fake_trial("bad", **{"opt.peak_lr": 0.5})]
   for attempts in (1, 2):
-    assert _runner(trials, tmp_path).run() == 1
-    assert len(_starts(tmp_path, "bad")) == attempts
+    assert fake_runner(trials, tmp_path).run() == 1
+    assert len(starts(tmp_path, "bad")) == attempts
 
 
 def test_command_that_leaves_no_result_has_failed(tmp_path):
-  experiment = _runner([_trial("a", **{"train.steps": 5})], tmp_path)
+  experiment = fake_runner([fake_trial("a", **{"train.steps": 5})], tmp_path)
   assert experiment.run() == 1
   (record,) = experiment.records()
   assert record.status == runner.FAILED and "exit code 0" in record.message
@@ -111,13 +79,13 @@ def test_command_that_leaves_no_result_has_failed(tmp_path):
 def test_half_written_result_is_no_result(tmp_path):
   (tmp_path / "a").mkdir()
   (tmp_path / "a" / "result.json").write_text('{"test_loss": 1.')
-  assert _runner([_trial("a")], tmp_path).run() == 0
-  assert len(_starts(tmp_path, "a")) == 1
+  assert fake_runner([fake_trial("a")], tmp_path).run() == 0
+  assert len(starts(tmp_path, "a")) == 1
 
 
 def test_commands_run_in_the_repository(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  experiment = _runner([_trial("a")], tmp_path)
+  experiment = fake_runner([fake_trial("a")], tmp_path)
   assert experiment.run() == 0
   (record,) = experiment.records()
   assert record.result is not None and record.result["cwd"] == str(ROOT)
@@ -130,19 +98,22 @@ def test_status_says_how_far_the_running_trials_are(
   (tmp_path / "a").mkdir()
   row = {"step": 3, "kind": "train", "loss": 2.5}
   (tmp_path / "a" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-  trials = [_trial("a", **{"train.steps": 9}), _trial("b")]  # b: no metrics yet
-  assert _runner(trials, tmp_path, jobs=2).run() == 0
+  trials = [
+    fake_trial("a", **{"train.steps": 9}),
+    fake_trial("b"),
+  ]  # b: no metrics yet
+  assert fake_runner(trials, tmp_path, jobs=2).run() == 0
   assert "running a: step 3 of 9, loss 2.500" in capsys.readouterr().out
 
 
 def test_result_of_another_config_is_an_error_not_reused(tmp_path):
-  assert _runner([_trial("a")], tmp_path).run() == 0
-  changed = [_trial("a", **{"opt.peak_lr": 0.25})]
-  experiment = _runner(changed, tmp_path)
+  assert fake_runner([fake_trial("a")], tmp_path).run() == 0
+  changed = [fake_trial("a", **{"opt.peak_lr": 0.25})]
+  experiment = fake_runner(changed, tmp_path)
   assert experiment.run() == 1
   (record,) = experiment.records()
   assert "another config" in record.message and record.result is None
-  assert len(_starts(tmp_path, "a")) == 1
+  assert len(starts(tmp_path, "a")) == 1
 
 
 @pytest.mark.parametrize(
@@ -160,37 +131,37 @@ def test_result_of_a_diverged_run_is_a_failure_not_a_result(
 ):
   """Versions before wrote NaN; it is not trained again by itself."""
   off = Evaluation("off", ("--writes=off",))
-  trial = dataclasses.replace(_trial("a"), evaluations=(off,))
-  assert _runner([trial], tmp_path).run() == 0
+  trial = dataclasses.replace(fake_trial("a"), evaluations=(off,))
+  assert fake_runner([trial], tmp_path).run() == 0
   path = tmp_path / "a" / "result.json"
   path.write_text(json.dumps(json.loads(path.read_text()) | change))
-  experiment = _runner([trial], tmp_path)
+  experiment = fake_runner([trial], tmp_path)
   assert experiment.run() == 1
   (record,) = experiment.records()
   assert record.status == runner.FAILED and message in record.message
   assert record.result is None and not record.evaluations
-  assert len(_starts(tmp_path, "a")) == 1
+  assert len(starts(tmp_path, "a")) == 1
 
 
 def test_evaluation_that_is_not_finite_or_damaged_is_repeated(tmp_path):
   off = Evaluation("off", ("--writes=off",))
-  trial = dataclasses.replace(_trial("a"), evaluations=(off,))
-  assert _runner([trial], tmp_path).run() == 0
+  trial = dataclasses.replace(fake_trial("a"), evaluations=(off,))
+  assert fake_runner([trial], tmp_path).run() == 0
   path = tmp_path / "a" / "evaluate_off.json"
   good = path.read_text()
   scores = json.loads(good)
   for change in (scores | {"loss": math.nan}, {}, [], scores | {"step": None}):
     path.write_text(json.dumps(change))
-    assert _runner([trial], tmp_path).run() == 0
+    assert fake_runner([trial], tmp_path).run() == 0
     assert path.read_text() == good
   path.write_bytes(b"\xff")
-  assert _runner([trial], tmp_path).run() == 0
+  assert fake_runner([trial], tmp_path).run() == 0
   assert path.read_text() == good
 
 
 def test_command_that_writes_something_else_is_a_failure(tmp_path):
   """It ends well, so that it would be started for ever."""
-  trial = _trial("a")
+  trial = fake_trial("a")
   script = tmp_path / "other.py"
   script.write_text(
     "import pathlib, sys\n"
@@ -198,7 +169,7 @@ def test_command_that_writes_something_else_is_a_failure(tmp_path):
     "name = pathlib.Path(folder) / 'evaluate_off.json'\n"
     'name.write_text(\'{"step": 3, "loss": 1.0}\')\n'
   )
-  assert _runner([trial], tmp_path).run() == 0
+  assert fake_runner([trial], tmp_path).run() == 0
   off = Evaluation("off", ("--writes=off",))
   plan = [dataclasses.replace(trial, evaluations=(off,))]
   experiment = runner.Runner(
@@ -213,15 +184,15 @@ def test_command_that_writes_something_else_is_a_failure(tmp_path):
 
 
 def test_result_on_another_mesh_is_reused(tmp_path):
-  assert _runner([_trial("a")], tmp_path).run() == 0
-  assert _runner([_trial("a", **{"mesh.fsdp": 2})], tmp_path).run() == 0
-  assert len(_starts(tmp_path, "a")) == 1
+  assert fake_runner([fake_trial("a")], tmp_path).run() == 0
+  assert fake_runner([fake_trial("a", **{"mesh.fsdp": 2})], tmp_path).run() == 0
+  assert len(starts(tmp_path, "a")) == 1
 
 
 def test_rows_run_alone(tmp_path):
-  trials = [_trial("a"), dataclasses.replace(_trial("b"), row="titans")]
-  assert _runner(trials, tmp_path, rows=["titans"]).run() == 0
-  assert len(_starts(tmp_path, "a")) == 0 and len(_starts(tmp_path, "b")) == 1
+  trials = [fake_trial("a"), dataclasses.replace(fake_trial("b"), row="titans")]
+  assert fake_runner(trials, tmp_path, rows=["titans"]).run() == 0
+  assert len(starts(tmp_path, "a")) == 0 and len(starts(tmp_path, "b")) == 1
 
 
 @pytest.mark.parametrize(
@@ -233,48 +204,48 @@ def test_rows_run_alone(tmp_path):
   ],
 )
 def test_wrong_flag_is_one_line(tmp_path, capsys, flag, message):
-  plans = {"cpu": lambda: lambda _: [_trial("a")]}
+  plans = {"cpu": lambda: lambda _: [fake_trial("a")]}
   command = [f"--out={tmp_path}", flag]
   assert runner.main("none", plans, lambda *_: None, command) == 2
   assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_wrong_definition_fails_before_anything_runs(tmp_path):
-  trials = [_trial("a"), _trial("b", **{"opt.peak_rl": 0.1})]
+  trials = [fake_trial("a"), fake_trial("b", **{"opt.peak_rl": 0.1})]
   with pytest.raises((ConfigError, KeyError), match="peak_rl"):
-    _runner(trials, tmp_path).run()
-  assert not _starts(tmp_path, "a")
+    fake_runner(trials, tmp_path).run()
+  assert not starts(tmp_path, "a")
 
 
 def test_budget_stops_what_runs_and_lists_what_is_left(tmp_path, capsys):
-  trials = [_trial("long", **{"train.steps": 7}), _trial("next")]
+  trials = [fake_trial("long", **{"train.steps": 7}), fake_trial("next")]
   start = time.monotonic()
-  experiment = _runner(trials, tmp_path, budget=1.0)
+  experiment = fake_runner(trials, tmp_path, budget=1.0)
   assert experiment.run() == 3
   assert time.monotonic() - start < 20
   assert [r.status for r in experiment.records()] == [runner.LEFT] * 2
   shown = capsys.readouterr().out
   assert "left    long" in shown and "left    next" in shown
-  assert not _starts(tmp_path, "next")
+  assert not starts(tmp_path, "next")
 
 
 def test_process_that_ignores_the_end_is_killed(tmp_path, monkeypatch):
   monkeypatch.setattr(runner, "GRACE_SECONDS", 0.2)
-  trials = [_trial("deaf", **{"train.steps": 8})]
-  experiment = _runner(trials, tmp_path, jobs=1, budget=1e-9)
+  trials = [fake_trial("deaf", **{"train.steps": 8})]
+  experiment = fake_runner(trials, tmp_path, jobs=1, budget=1e-9)
   experiment._start_more()
   deadline = time.monotonic() + 60
-  while not _starts(tmp_path, "deaf") and time.monotonic() < deadline:
+  while not starts(tmp_path, "deaf") and time.monotonic() < deadline:
     time.sleep(0.05)
-  (child,) = _starts(tmp_path, "deaf")
+  (child,) = starts(tmp_path, "deaf")
   start = time.monotonic()
   assert experiment.run() == 3
   assert time.monotonic() - start < 30 and not _is_alive(child)
 
 
 def test_budgets_exit_code_is_kept_beside_a_failure(tmp_path, monkeypatch):
-  trials = [_trial("long", **{"train.steps": 7})]
-  experiment = _runner(trials, tmp_path, budget=1e-9)
+  trials = [fake_trial("long", **{"train.steps": 7})]
+  experiment = fake_runner(trials, tmp_path, budget=1e-9)
   failed = experiment.records()[0]._replace(status=runner.FAILED)
   monkeypatch.setattr(experiment, "records", lambda: [failed])
   assert experiment.run() == 3
@@ -305,17 +276,22 @@ def test_command_passes_its_flags_on_and_always_reports(tmp_path, monkeypatch):
     "jobs": 2,
     "budget": 5.0,
     "rows": ["a", "b"],
+    "published": ROOT / "experiments/none/results/results.json",
     "report": (["record"], tmp_path / "report", "gpu"),
   }
+  main = functools.partial(runner.main, "none", plans, report)
+  assert main([*flags, "--fresh"]) == 3 and seen["published"] is None
+  assert main(flags, folder="results_t2") == 3
+  assert seen["published"].parent.name == "results_t2"
 
 
 @pytest.mark.parametrize(("jobs", "expected"), [(1, [1, 1, 1]), (2, [1, 2, 2])])
 def test_jobs_is_the_number_of_trials_at_a_time(tmp_path, jobs, expected):
   lengths = {"a": 60, "b": 250, "c": 60}  # c starts while b still runs
   trials = [
-    _trial(name, **{"train.log_every": n}) for name, n in lengths.items()
+    fake_trial(name, **{"train.log_every": n}) for name, n in lengths.items()
   ]
-  experiment = _runner(trials, tmp_path, jobs=jobs)
+  experiment = fake_runner(trials, tmp_path, jobs=jobs)
   assert experiment.run() == 0
   intervals = [r.result["interval"] for r in experiment.records()]
   running = [
@@ -352,9 +328,9 @@ sys.exit(experiment.run())
   )
   try:
     deadline = time.monotonic() + 60
-    while not _starts(tmp_path, "long") and time.monotonic() < deadline:
+    while not starts(tmp_path, "long") and time.monotonic() < deadline:
       time.sleep(0.05)
-    (child,) = _starts(tmp_path, "long")
+    (child,) = starts(tmp_path, "long")
     process.send_signal(number)
     shown, _ = process.communicate(timeout=60)
   finally:
@@ -379,9 +355,9 @@ def test_paths_inside_the_repository_are_shown_from_its_root(tmp_path):
 
 def test_evaluations_run_once_after_training(tmp_path):
   off = Evaluation("off", ("--writes=off", "--level=memory"))
-  trial = dataclasses.replace(_trial("a"), evaluations=(off,))
+  trial = dataclasses.replace(fake_trial("a"), evaluations=(off,))
   for _ in range(2):
-    experiment = _runner([trial], tmp_path)
+    experiment = fake_runner([trial], tmp_path)
     assert experiment.run() == 0
     (record,) = experiment.records()
     assert record.evaluations["off"]["level"] == "memory"
@@ -391,21 +367,21 @@ def test_evaluations_run_once_after_training(tmp_path):
 
 
 def test_trial_without_its_evaluation_is_left(tmp_path):
-  assert _runner([_trial("a")], tmp_path).run() == 0
+  assert fake_runner([fake_trial("a")], tmp_path).run() == 0
   off = Evaluation("off", ("--writes=off",))
-  trial = dataclasses.replace(_trial("a"), evaluations=(off,))
-  (record,) = _runner([trial], tmp_path).records()
+  trial = dataclasses.replace(fake_trial("a"), evaluations=(off,))
+  (record,) = fake_runner([trial], tmp_path).records()
   assert record.status == runner.LEFT and record.result is not None
 
 
 def test_evaluation_of_another_step_is_repeated(tmp_path):
   off = Evaluation("off", ("--writes=off",))
-  trial = dataclasses.replace(_trial("a"), evaluations=(off,))
-  assert _runner([trial], tmp_path).run() == 0
+  trial = dataclasses.replace(fake_trial("a"), evaluations=(off,))
+  assert fake_runner([trial], tmp_path).run() == 0
   path = tmp_path / "a" / "evaluate_off.json"
   scores = json.loads(path.read_text())
   path.write_text(json.dumps({**scores, "step": scores["step"] - 1}))
-  assert _runner([trial], tmp_path).run() == 0
+  assert fake_runner([trial], tmp_path).run() == 0
   assert json.loads(path.read_text()) == scores
 
 
@@ -414,7 +390,7 @@ def test_sweep_chooses_the_rate_on_validation_loss(tmp_path):
   row = dataclasses.replace(BASE, evaluations=(off,))
   # Rate 0.5 fails; 0.002 is best on validation, 0.004 on test.
   plan = staged([row], rates=(0.001, 0.002, 0.004, 0.5), seeds=(0, 1, 2))
-  experiment = _runner(plan, tmp_path, jobs=2)
+  experiment = fake_runner(plan, tmp_path, jobs=2)
   assert experiment.run() == 1  # the failed trial
   records = {r.trial.name: r for r in experiment.records()}
   assert len(records) == 6

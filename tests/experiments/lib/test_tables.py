@@ -1,14 +1,23 @@
-"""Tables, results.json and plots of an experiment."""
+"""Tables and plots of an experiment."""
 
 import json
 import math
 import pathlib
+from collections.abc import Mapping
 
 import pytest
 
 from experiments.language_modeling import run as language_modeling
-from experiments.lib import plots, switch_off, tables
-from experiments.lib.runner import DONE, FAILED, Record
+from experiments.lib import plots, results, switch_off, tables
+from experiments.lib.results import (
+  DONE,
+  FAILED,
+  TRAIN,
+  VALID,
+  Curve,
+  Origin,
+  Record,
+)
 from experiments.lib.trials import Evaluation, Trial
 from experiments.mqar import run as mqar
 from hope_jax import config as config_lib
@@ -22,7 +31,7 @@ def _record(
   status: str = DONE,
   is_final: bool = True,
   group: str = "text",
-  folder: str = ".",
+  curves: Mapping[str, Curve] | None = None,
 ) -> Record:
   trial = Trial(
     group=group,
@@ -49,7 +58,9 @@ def _record(
     result if status == DONE else None,
     off if is_final and status == DONE else {},
     "" if status == DONE else "exit code 1",
-    pathlib.Path(folder),
+    pathlib.Path("none"),
+    curves or {},
+    Origin("2026-11-30", "a machine") if status == DONE else None,
   )
 
 
@@ -118,8 +129,16 @@ def test_description_has_the_median_speed():
 def test_caption_has_all_seeds_and_what_failed():
   records = [_record("hope", 0, 1.0), _record("titans", 2, 2.0, status=FAILED)]
   first, failed = tables.caption(records).splitlines()
-  assert first.endswith(", seeds 0, 2; 1 of 2 trials done.")
+  assert first == "2026-11-30, a machine, seeds 0, 2; 1 of 2 trials done."
   assert failed == "Failed: titans-2-2.0: exit code 1"
+
+
+def test_caption_has_the_days_and_machines_of_the_trials_not_of_the_report():
+  first, other = _record("hope", 0, 1.0), _record("hope", 1, 1.0)
+  other = other._replace(origin=Origin("2026-11-21", "another"))
+  assert tables.caption([first, other]).startswith(
+    "2026-11-21 to 2026-11-30, a machine; another, seeds 0, 1; 2 of 2"
+  )
 
 
 def test_accuracies_are_percent_of_rows_with_any():
@@ -139,17 +158,16 @@ def test_evaluations_stand_below_their_row_in_the_order_of_the_plan():
   assert ["memory" in lines[3], "cms_0" in lines[4]] == [True, True]
 
 
-def test_results_json_lists_every_trial(tmp_path):
+def test_publish_writes_and_prints_table_and_results(tmp_path, capsys):
   records = [_record("hope", 0, 1.0), _record("hope", 1, 2.0, status=FAILED)]
-  tables.write_results(tmp_path / "results.json", "x", records, scale="cpu")
-  content = json.loads((tmp_path / "results.json").read_text())
-  assert content["scale"] == "cpu"
-  assert [t["status"] for t in content["trials"]] == [DONE, FAILED]
-  first = content["trials"][0]
-  assert first["result"]["test_loss"] == 1.0
-  assert "config" not in first["result"]
-  assert first["evaluated"] == {"off_cms_0": {"loss": 2.0, "accuracy": 0.1}}
-  assert content["trials"][1]["message"] == "exit code 1"
+  folder = tmp_path / "new"
+  tables.publish(folder, "x", records, "the text\n", samples={"Hope": "Ay"})
+  assert (folder / "table.md").read_text() == "the text\n"
+  assert json.loads((folder / "results.json").read_text())["samples"]
+  (record,) = results.read(folder / "results.json").values()
+  assert record.trial.name == "hope-0-1.0"
+  shown = capsys.readouterr().out
+  assert shown == f"\nthe text\n\nwritten to {folder}: results.json, table.md\n"
 
 
 def test_smooth_is_a_trailing_mean():
@@ -157,20 +175,10 @@ def test_smooth_is_a_trailing_mean():
   assert smooth.tolist() == pytest.approx([3.0, 4.0, 5.0, 7.0])
 
 
-def test_curve_is_the_mean_of_the_finite_losses(tmp_path):
-  for name, losses in (("a", (4.0, None)), ("b", (2.0, 3.0))):
-    rows = [
-      {"step": step, "kind": "train", "loss": loss}
-      for step, loss in enumerate(losses, 1)
-    ]
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "metrics.jsonl").write_text(
-      "".join(json.dumps(row) + "\n" for row in rows)
-    )
-  records = [
-    _record("hope", 0, 1.0, folder=str(tmp_path / name)) for name in "ab"
-  ]
-  tokens, loss = plots._curve(records, "train")
+def test_curve_is_the_mean_over_the_records_that_have_the_step():
+  curves = Curve([1], [4.0]), Curve([1, 2], [2.0, 3.0])
+  records = [_record("hope", 0, 1.0, curves={TRAIN: curve}) for curve in curves]
+  tokens, loss = plots._curve(records, TRAIN)
   assert (tokens * 1e6).tolist() == [8 * 256, 2 * 8 * 256]
   assert loss.tolist() == [3.0, 3.0]
 
@@ -191,16 +199,9 @@ def test_bars_are_means_beside_each_other(tmp_path, monkeypatch):
 
 
 def test_plots_are_written(tmp_path):
-  rows = [
-    {"step": 1, "kind": "train", "loss": 3.0},
-    {"step": 2, "kind": "train", "loss": 2.0},
-    {"step": 2, "kind": "eval", "split": "valid", "loss": 2.5},
-    {"step": 2, "kind": "eval", "split": "test", "loss": 2.6},
-  ]
-  lines = "".join(json.dumps(row) + "\n" for row in rows)
-  (tmp_path / "metrics.jsonl").write_text(lines)
-  record = _record("hope", 0, 1.0, folder=str(tmp_path))
-  tokens, loss = plots._curve([record], "eval")
+  curves = {TRAIN: Curve([1, 2], [3.0, 2.0]), VALID: Curve([2], [2.5])}
+  record = _record("hope", 0, 1.0, curves=curves)
+  tokens, loss = plots._curve([record], VALID)
   assert (tokens * 1e6).tolist() == [2 * 8 * 256] and loss.tolist() == [2.5]
   path = tmp_path / "plots" / "loss.png"
   plots.loss_curves(path, {"hope": [record], "none": []}, "title")
@@ -212,17 +213,25 @@ def test_plots_are_written(tmp_path):
   assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_plot_of_losses_that_were_not_kept_leaves_the_old_one(tmp_path):
+  path = tmp_path / "loss.png"
+  path.write_text("old")
+  plots.loss_curves(path, {"hope": [_record("hope", 0, 1.0)]}, "title")
+  assert path.read_text() == "old"
+  plots.loss_curves(path, {"hope": []}, "title")
+  assert path.read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("module", [language_modeling, mqar])
 def test_report_of_a_partly_failed_experiment(tmp_path, module, capsys):
   group = next(iter(getattr(module, "GROUPS", {"text": ""})))
   rows = switch_off.CORE_ROWS
   records = [
-    _record(rows[2], 0, 1.0, group=group, folder=str(tmp_path)),
+    _record(rows[2], 0, 1.0, group=group, curves={TRAIN: Curve([1], [2.0])}),
     _record(rows[0], 0, 1.0, group=group, status=FAILED),
   ]
   module.report(records, tmp_path, "cpu")
   shown = capsys.readouterr().out
   assert "1 of 2 trials done" in shown
-  content = json.loads((tmp_path / "results.json").read_text())
-  assert len(content["trials"]) == 2
+  assert len(results.read(tmp_path / "results.json")) == 1
   assert (tmp_path / "table.md").exists() and list(tmp_path.glob("*.png"))
