@@ -1,6 +1,6 @@
 """The twin gate of the CMS: its wirings and signals, with no other memory.
 
-python -m experiments.cms.run --jobs=2 --out=experiments/cms/results
+python -m experiments.cms.run --jobs=2
 
 Hope with every other level's writes off, on recall and on text.  Writes
 results.json and table.md; see README.md for the protocol.

@@ -1,11 +1,12 @@
 """Perplexity by position in held-out books, to 32K tokens (Figure 10).
 
 python -m experiments.context_usage.run --data=FOLDER --jobs=2 \
-  --out=runs/ablations-cpu
+  --out=runs/ablations-cpu --report=runs/context_usage-cpu
 
 Reads the models of experiments/ablations (trained there, or here if they are
 missing: the same --out continues) and of Titans on passages of 32,768 tokens,
-one of every test book, with writes on and off.
+one of every test book, with writes on and off.  Writes results.json, table.md
+and context.png.
 """
 
 import dataclasses

@@ -23,7 +23,7 @@ GROUPS = {
   "8 pairs, T 64": "",
 }
 CHANCE = 1 / 64
-# Best of the same three rates for every row at 8 pairs (README, 2026-11-21).
+# Best of the same three rates for every row at 8 pairs (results_2026-11-21.md).
 ATTENTION_RATE, MEMORY_RATE = 2e-3, 4e-3
 
 
