@@ -7,9 +7,9 @@ Command: python -m hope_jax.train --config=configs/subwords.py:hope \
 Modes: a model, optionally with `gpu` (60M parameters, 105M tokens, T 2048,
   16,000 pieces; else about 1.5M, 1.02M, T 512, 4,096 pieces) and with `smoke`
   (4 steps): `hope`, `titans,gpu`, `rwkv7,smoke`.
-Data: the folders that experiments/subwords.py makes.  Training mixes WikiText-2
-  and the novels one to five, as their sizes are; validation and test are
-  WikiText-2's own, whole.  105M tokens are five or six epochs of both.
+Data: the folders that experiments/texts/subwords.py makes.  Training mixes
+  WikiText-2 and the novels one to five, as their sizes are; validation and test
+  are WikiText-2's own, whole.  105M tokens are five or six epochs of both.
 Hardware: two CPU cores; `gpu` is for one GPU.
 Measured: experiments/language_modeling has `t2`, 2026-11-27; `gpu` is not
   trained yet, its parameter counts are tested.

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import plots, tables
+from experiments.lib import plots, tables
 from hope_jax.config import MemoryConfig
 from hope_jax.memory import deep
 from hope_jax.memory.architectures import Weights

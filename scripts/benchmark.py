@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from configs import _models
-from experiments import tables, timing
+from experiments.lib import tables, timing
 from hope_jax.analysis import flops
 from hope_jax.config import Config, ModelConfig, from_config_dict
 from hope_jax.training import sharding, step
@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       f"{config}: {data.batch_size} x {data.sequence_length:,} tokens,"
       f" {'packed, ' * flags.packed}{flags.dtype}, median of {flags.rounds}"
       " steps in turn;"
-      f" {tables.machine()}, {jax.devices()[0].device_kind},"
+      f" {timing.machine()}, {jax.devices()[0].device_kind},"
       f" jax {jax.__version__}\n"
     )
     print(tables.markdown(lines), flush=True)

@@ -21,7 +21,7 @@ import numpy as np
 from flax import linen as nn
 
 from configs import _models
-from experiments import plots, tables
+from experiments.lib import plots, tables, timing
 from hope_jax.config import ModelConfig, from_config_dict
 from hope_jax.inference import generation
 from hope_jax.models import language_model
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
       )
   print(tables.markdown(lines))
-  print(f"\n{tables.machine()}, batch 1, median of {flags.rounds}")
+  print(f"\n{timing.machine()}, batch 1, median of {flags.rounds}")
   if flags.plot:
     plots.lines(
       flags.plot,

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from configs import _models
-from experiments import tables, timing
+from experiments.lib import tables, timing
 from hope_jax.analysis import flops
 from hope_jax.config import MemoryConfig
 from hope_jax.memory import deep, rules, self_modifying
@@ -281,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   print(
     f"{flags.heads} heads of {flags.dim}, float32, median of {flags.rounds} in"
     f" turn; product {rates.product / 1e9:,.0f} GFLOP/s, copy"
-    f" {rates.copy / 1e9:,.1f} GB/s; {tables.machine()},"
+    f" {rates.copy / 1e9:,.1f} GB/s; {timing.machine()},"
     f" {jax.devices()[0].device_kind}, jax {jax.__version__}"
   )
 

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from configs import _models
-from experiments import tables, timing
+from experiments.lib import tables, timing
 from hope_jax.config import ModelConfig, from_config_dict
 from hope_jax.models import titans
 
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   print(
     f"{flags.batch} x {flags.length} tokens, width {config.width},"
     f" {config.num_heads} heads, float32, median of {flags.rounds} in turn;"
-    f" {tables.machine()}, {jax.devices()[0].device_kind}, jax"
+    f" {timing.machine()}, {jax.devices()[0].device_kind}, jax"
     f" {jax.__version__}, torch {torch.__version__}"
   )
 

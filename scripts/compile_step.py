@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import tables
+from experiments.lib import tables
 from hope_jax import cli
 from hope_jax.analysis import flops, topology
 from hope_jax.config import Config, ConfigError

@@ -7,7 +7,7 @@ import importlib.util
 import jax
 import pytest
 
-from experiments import timing
+from experiments.lib import timing
 from hope_jax.config import from_config_dict
 from scripts import (
   backward_memory,

@@ -6,7 +6,7 @@ import pytest
 # cores, for other versions of Python and JAX.
 CORE = (
   "data/test_pipeline.py",
-  "experiments/test_trials.py",
+  "experiments/lib/test_trials.py",
   "memory/test_cms.py",
   "models/test_initial_values.py",
   "optim/test_registry.py",

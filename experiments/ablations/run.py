@@ -12,8 +12,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments import books, plots, runner, switch_off, tables
-from experiments.trials import Evaluation, Plan, Trial, slug
+from experiments.lib import plots, runner, switch_off, tables
+from experiments.lib.results import Record
+from experiments.lib.trials import Evaluation, Plan, Trial, slug
+from experiments.texts import books
 
 BOOKS, RECALL = "books, T 4096", "recall, 8 pairs"
 SEEDS = (0, 1, 2)
@@ -123,7 +125,7 @@ PLANS = {
 }
 
 
-def lines(records: Sequence[runner.Record]) -> list[tables.Line]:
+def lines(records: Sequence[Record]) -> list[tables.Line]:
   """A line per row and switch-off: perplexity and recall side by side."""
   found: list[tables.Line] = []
   groups = {group: tables.by_row(records, group) for group in (BOOKS, RECALL)}
@@ -158,13 +160,9 @@ def _cells(scores: Mapping[str, Sequence[tables.Scores]]) -> dict[str, str]:
   }
 
 
-def report(
-  records: Sequence[runner.Record], folder: pathlib.Path, scale: str
-) -> None:
+def report(records: Sequence[Record], folder: pathlib.Path, scale: str) -> None:
   """Writes and prints the table; a bar chart of recall, curves of the loss."""
-  folder.mkdir(parents=True, exist_ok=True)
   text = f"{tables.markdown(lines(records))}\n{NOTE}{tables.caption(records)}"
-  (folder / "table.md").write_text(text)
   recall = {
     row: {RECALL: values}
     for row, values in tables.accuracies(records, RECALL).items()
@@ -174,10 +172,7 @@ def report(
   )
   curves = tables.final_by_row(records, BOOKS)
   plots.loss_curves(folder / "loss.png", curves, BOOKS)
-  tables.write_results(
-    folder / "results.json", "ablations", records, scale=scale, table=text
-  )
-  print(f"\n{text}\nwritten to {folder}: results.json, table.md, *.png")
+  tables.publish(folder, "ablations", records, text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

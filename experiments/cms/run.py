@@ -1,6 +1,6 @@
 """The twin gate of the CMS: its wirings and signals, with no other memory.
 
-python -m experiments.cms.run --jobs=2 --out=experiments/cms/results
+python -m experiments.cms.run --jobs=2
 
 Hope with every other level's writes off, on recall and on text.  Writes
 results.json and table.md; see README.md for the protocol.
@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from experiments import runner, switch_off, tables
-from experiments.trials import Evaluation, Plan, Trial, slug
+from experiments.lib import runner, switch_off, tables
+from experiments.lib.results import Record
+from experiments.lib.trials import Evaluation, Plan, Trial, slug
 
 RECALL, TEXT = "recall, 8 pairs", "tiny Shakespeare, T 1024"
 CONFIGS = {
@@ -93,20 +94,13 @@ COLUMNS = {
 }
 
 
-def report(
-  records: Sequence[runner.Record], folder: pathlib.Path, scale: str
-) -> None:
+def report(records: Sequence[Record], folder: pathlib.Path, scale: str) -> None:
   """Writes and prints the tables."""
-  folder.mkdir(parents=True, exist_ok=True)
   text = "".join(
     f"{group}\n\n{tables.table(records, group, COLUMNS)}\n" for group in CONFIGS
   )
   text += tables.caption(records)
-  (folder / "table.md").write_text(text)
-  tables.write_results(
-    folder / "results.json", "cms", records, scale=scale, table=text
-  )
-  print(f"\n{text}\nwritten to {folder}: results.json, table.md")
+  tables.publish(folder, "cms", records, text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,11 +1,12 @@
 """Perplexity by position in held-out books, to 32K tokens (Figure 10).
 
 python -m experiments.context_usage.run --data=FOLDER --jobs=2 \
-  --out=runs/ablations-cpu
+  --out=runs/ablations-cpu --report=runs/context_usage-cpu
 
 Reads the models of experiments/ablations (trained there, or here if they are
 missing: the same --out continues) and of Titans on passages of 32,768 tokens,
-one of every test book, with writes on and off.
+one of every test book, with writes on and off.  Writes results.json, table.md
+and context.png.
 """
 
 import dataclasses
@@ -16,9 +17,11 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 
-from experiments import books, plots, runner, switch_off, tables
 from experiments.ablations import run as ablations
-from experiments.trials import Evaluation, Plan, Trial
+from experiments.lib import plots, runner, switch_off, tables
+from experiments.lib.results import Record
+from experiments.lib.trials import Evaluation, Plan, Trial
+from experiments.texts import books
 
 LENGTH = books.PASSAGE
 CONTEXT = ("--split=test", f"--length={LENGTH}", "--positions")
@@ -66,7 +69,7 @@ PLANS = {
 }
 
 
-def curves(records: Sequence[runner.Record]) -> dict[str, Curve]:
+def curves(records: Sequence[Record]) -> dict[str, Curve]:
   """Mean loss over seeds by the end of each bin of positions."""
   found = {}
   for row, trials in tables.by_row(records, ablations.BOOKS).items():
@@ -83,11 +86,8 @@ def curves(records: Sequence[runner.Record]) -> dict[str, Curve]:
   return found
 
 
-def report(
-  records: Sequence[runner.Record], folder: pathlib.Path, scale: str
-) -> None:
+def report(records: Sequence[Record], folder: pathlib.Path, scale: str) -> None:
   """Writes and prints the table, and the figure."""
-  folder.mkdir(parents=True, exist_ok=True)
   found = curves(records)
   lines = [
     {
@@ -98,7 +98,6 @@ def report(
   ]
   text = f"Perplexity by position\n\n{tables.markdown(lines)}\n"
   text += tables.caption(records)
-  (folder / "context.md").write_text(text)
   plots.lines(
     folder / "context.png",
     {
@@ -109,10 +108,7 @@ def report(
     xlabel="position (end of bin)",
     ylabel="perplexity per byte",
   )
-  tables.write_results(
-    folder / "context.json", "context_usage", records, scale=scale, table=text
-  )
-  print(f"\n{text}\nwritten to {folder}: context.json, context.md, context.png")
+  tables.publish(folder, "context_usage", records, text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,9 +10,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments import tables
-from experiments.runner import Record
-from experiments.trials import ROOT, Evaluation
+from experiments.lib import tables
+from experiments.lib.results import Record
+from experiments.lib.trials import ROOT, Evaluation
 from hope_jax.config import ConfigError
 from hope_jax.inference.lm_eval_tasks import Line
 

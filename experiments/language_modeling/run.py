@@ -15,9 +15,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from experiments import plots, runner, switch_off, tables
 from experiments.language_modeling import paper, table2
-from experiments.trials import ROOT, Plan, Trial, slug, staged
+from experiments.lib import plots, runner, switch_off, tables
+from experiments.lib.results import Record
+from experiments.lib.trials import ROOT, Plan, Trial, slug, staged
 from hope_jax.training.evaluation import perplexity
 
 SCALES = ("demo", "cpu", "smoke", *table2.SCALES)
@@ -147,7 +148,7 @@ def paper_lines() -> list[tables.Line]:
   ]
 
 
-def sample(record: runner.Record) -> str:
+def sample(record: Record) -> str:
   """Text that a trained model writes after PROMPT."""
   command = [
     sys.executable,
@@ -167,16 +168,13 @@ def sample(record: runner.Record) -> str:
   return done.stdout.rstrip("\n")
 
 
-def report(
-  records: Sequence[runner.Record], folder: pathlib.Path, scale: str
-) -> None:
+def report(records: Sequence[Record], folder: pathlib.Path, scale: str) -> None:
   """Writes and prints everything that a reader wants to see."""
   if scale in table2.SCALES:
     table2.report(records, folder, scale)
     return
   order = list(switch_off.ROWS)
   records = sorted(records, key=lambda record: order.index(record.trial.row))
-  folder.mkdir(parents=True, exist_ok=True)
   text = ""
   for group in dict.fromkeys(record.trial.group for record in records):
     columns, extra = COLUMNS, paper_lines()
@@ -188,7 +186,6 @@ def report(
     picture = f"loss_{slug(group.partition(',')[0])}.png"
     plots.loss_curves(folder / picture, rows, f"{group}, scale {scale}")
   text += f"{PAPER_NOTE}\n{tables.caption(records)}"
-  (folder / "table.md").write_text(text)
   samples = {
     record.trial.row: sample(record)
     for record in tables.final(records)
@@ -196,25 +193,20 @@ def report(
     and record.trial.group != RECALL
     and scale != "cpu"
   }
-  tables.write_results(
-    folder / "results.json",
-    "language_modeling",
-    records,
-    scale=scale,
-    paper=paper.TABLE,
-    table=text,
-    samples=samples,
-  )
-  print(f"\n{text}")
+  extra = {"samples": samples} if samples else {}
+  tables.publish(folder, "language_modeling", records, text, **extra)
   for row, written in samples.items():
-    print(f"{row} writes:\n\n{written}\n")
-  print(f"written to {folder}: results.json, table.md, loss_*.png")
+    print(f"\n{row} writes:\n\n{written}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   flags = runner.arguments("language_modeling", SCALES, argv)
   plans = {flags.scale: lambda: make_plan(flags)}
-  return runner.main("language_modeling", plans, report, argv, prepare)
+  is_table2 = flags.scale in table2.SCALES
+  folder = f"results_{flags.scale}" if is_table2 else "results"
+  return runner.main(
+    "language_modeling", plans, report, argv, prepare, folder=folder
+  )
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ from typing import NamedTuple
 
 from configs.subwords import CPU, GPU
 from configs.subwords import Scale as Data
-from experiments import plots, runner, subwords, switch_off, tables
 from experiments.language_modeling import paper, reasoning
-from experiments.subwords import Size
-from experiments.trials import Evaluation, Plan, Trial, slug, staged
+from experiments.lib import plots, switch_off, tables
+from experiments.lib.results import LEFT, Record
+from experiments.lib.trials import Evaluation, Plan, Trial, slug, staged
+from experiments.texts import subwords
+from experiments.texts.subwords import Size
 from hope_jax.training.evaluation import perplexity
 
 MIN_ROWS = 10  # of a correlation
@@ -191,7 +193,7 @@ def _text_cells(
 
 
 def _line(
-  records: Mapping[str, Sequence[runner.Record]],
+  records: Mapping[str, Sequence[Record]],
   label: str | None,
   sizes: Mapping[str, Size],
 ) -> dict[str, str]:
@@ -218,7 +220,7 @@ def _line(
 
 
 def lines(
-  records: Sequence[runner.Record], sizes: Mapping[str, Size]
+  records: Sequence[Record], sizes: Mapping[str, Size]
 ) -> list[tables.Line]:
   """A line per row, and one below it for each of its switch-offs."""
   groups = {group: tables.by_row(records, group) for group in (TEXT, RECALL)}
@@ -243,7 +245,7 @@ def lines(
 
 
 def perplexities(
-  records: Sequence[runner.Record],
+  records: Sequence[Record],
 ) -> dict[int, dict[str, float]]:
   """Seed -> row of the paper -> WikiText perplexity."""
   found: dict[int, dict[str, float]] = {}
@@ -255,13 +257,13 @@ def perplexities(
   return found
 
 
-def is_complete(records: Sequence[runner.Record], scale: Scale) -> bool:
+def is_complete(records: Sequence[Record], scale: Scale) -> bool:
   """Whether every row has all its seeds, of text and of recall, and no rate of
   its grid is left (one that failed is named in the caption)."""
   done = {
     (r.trial.group, r.trial.row, r.trial.seed) for r in tables.final(records)
   }
-  return all(r.status != runner.LEFT for r in records) and all(
+  return all(r.status != LEFT for r in records) and all(
     (group, row, seed) in done
     for group in (TEXT, RECALL)
     for row in scale.rows
@@ -270,7 +272,7 @@ def is_complete(records: Sequence[runner.Record], scale: Scale) -> bool:
 
 
 def paper_lines(
-  records: Sequence[runner.Record], *, with_ranks: bool
+  records: Sequence[Record], *, with_ranks: bool
 ) -> list[tables.Line]:
   """The paper's numbers and ranks beside our WikiText perplexity and mean
   accuracy; `with_ranks` also our own rank by perplexity, the median over seeds
@@ -321,7 +323,7 @@ def _our_rank(
 
 
 def correlations(
-  records: Sequence[runner.Record],
+  records: Sequence[Record],
 ) -> dict[str, dict[int, float]]:
   """Size -> seed -> Spearman's correlation of our ranks with the paper's, for
   sizes at which it has enough rows."""
@@ -351,7 +353,7 @@ def _correlation_text(found: Mapping[str, Mapping[int, float]]) -> str:
 
 
 def report(
-  records: Sequence[runner.Record],
+  records: Sequence[Record],
   folder: pathlib.Path,
   name: str,
   sizes: Mapping[str, Size] | None = None,
@@ -359,7 +361,6 @@ def report(
   """Writes and prints the tables of scale `name`; curves and recall as PNG."""
   scale = SCALES[name]
   sizes = sizes or subwords.sizes(scale.data)
-  folder.mkdir(parents=True, exist_ok=True)
   is_claimed = scale.is_claimed and is_complete(records, scale)
   note = UNFINISHED_NOTE if scale.is_claimed else PIPELINE_NOTE
   found = correlations(records) if is_claimed else {}
@@ -371,7 +372,6 @@ def report(
     f"{_correlation_text(found) if is_claimed else note}\n{PAPER_NOTE}\n"
     f"{tables.caption(records)}"
   )
-  (folder / "table.md").write_text(text)
   rows = tables.final_by_row(records, TEXT)
   plots.loss_curves(folder / "loss.png", rows, f"text, scale {name}")
   recall = {
@@ -381,17 +381,11 @@ def report(
   plots.bars(
     folder / "recall.png", recall, title="Recall", ylabel="test accuracy (%)"
   )
-  tables.write_results(
-    folder / "results.json",
+  tables.publish(
+    folder,
     "language_modeling",
     records,
-    scale=name,
+    text,
     test_splits={key: vars(size) for key, size in sizes.items()},
-    paper={
-      size: {row: list(numbers) for row, numbers in rows.items()}
-      for size, rows in paper.TABLE.items()
-    },
     correlations=found,
-    table=text,
   )
-  print(f"\n{text}\nwritten to {folder}: results.json, table.md, *.png")

@@ -11,8 +11,9 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from experiments import plots, runner, switch_off, tables
-from experiments.trials import Plan, Trial, slug, variant
+from experiments.lib import plots, runner, switch_off, tables
+from experiments.lib.results import Record
+from experiments.lib.trials import Plan, Trial, slug, variant
 
 # Group -> suffix of the mode; the small one has every switch-off, the others
 # that of all writes only.
@@ -22,7 +23,7 @@ GROUPS = {
   "8 pairs, T 64": "",
 }
 CHANCE = 1 / 64
-# Best of the same three rates for every row at 8 pairs (README, 2026-11-21).
+# Best of the same three rates for every row at 8 pairs (results_2026-11-21.md).
 ATTENTION_RATE, MEMORY_RATE = 2e-3, 4e-3
 
 
@@ -68,11 +69,8 @@ COLUMNS = {
 }
 
 
-def report(
-  records: Sequence[runner.Record], folder: pathlib.Path, scale: str
-) -> None:
+def report(records: Sequence[Record], folder: pathlib.Path, scale: str) -> None:
   """Writes and prints the accuracy tables and the bar chart."""
-  folder.mkdir(parents=True, exist_ok=True)
   text, points = "", {row: {} for row in switch_off.CORE_ROWS}
   for group in GROUPS:
     text += f"{group}\n\n{tables.table(records, group, COLUMNS)}\n"
@@ -82,17 +80,13 @@ def report(
         for record in tables.final(trials)
       ]
   text += f"Chance is {100 * CHANCE:.1f} %.  {tables.caption(records)}"
-  (folder / "table.md").write_text(text)
   plots.bars(
     folder / "accuracy.png",
     points,
     title="Multi-query associative recall",
     ylabel="test accuracy (%)",
   )
-  tables.write_results(
-    folder / "results.json", "mqar", records, scale=scale, table=text
-  )
-  print(f"\n{text}\nwritten to {folder}: results.json, table.md, accuracy.png")
+  tables.publish(folder, "mqar", records, text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

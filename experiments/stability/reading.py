@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from experiments.trials import Trial, resolve
+from experiments.lib.trials import Trial, resolve
 from hope_jax.config import Config, ConfigError, MeshConfig, ModelConfig
 from hope_jax.data import text as text_lib
 from hope_jax.data import tokenizer

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from experiments import tables
-from experiments.runner import read_json
+from experiments.lib import tables, timing
+from experiments.lib.results import read_json
+from experiments.lib.trials import ROOT
 from experiments.stability import battery, rates, reading
-from experiments.trials import ROOT
 from hope_jax.config import ConfigError
 from hope_jax.runs import files
 
@@ -268,7 +268,7 @@ def run(part: str, flags: argparse.Namespace) -> Cases:
       **case,
       "seconds": round(time.monotonic() - start, 1),
       "date": datetime.date.today().isoformat(),
-      "machine": tables.machine(),
+      "machine": timing.machine(),
     }
     write(flags.out, part, cases)
     print(f"{key}: {cases[key]['seconds']:.1f} s", flush=True)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments import timing
+from experiments.lib import timing
 from scripts import benchmark_memory as memory
 from scripts import benchmark_titans_pytorch as pytorch
 from scripts.gpu_check import training

@@ -1,43 +1,11 @@
-"""Ablations and context usage: data, plans, tables."""
+"""Ablations and context usage: plans and tables."""
 
 import pytest
 
-from experiments import books
 from experiments.ablations import run as ablations
 from experiments.context_usage import run as context_usage
-from experiments.runner import DONE, LEFT, Record
-from experiments.trials import resolve
-from hope_jax.config import ConfigError
-
-
-@pytest.fixture
-def source(tmp_path):
-  for folder, names in {
-    "novels": (*books.VALIDATION, "Other_1900"),
-    "longbooks": ("one", "two"),
-  }.items():
-    (tmp_path / folder).mkdir()
-    for name in names:
-      content = f"{name} " + "‘a’—é" * books.PASSAGE
-      (tmp_path / folder / f"{name}.txt").write_text(content)
-  return tmp_path
-
-
-def test_no_book_is_in_two_parts(source, tmp_path):
-  folder = tmp_path / "books"
-  books.prepare(source, folder)
-  parts = {s: (folder / f"{s}.txt").read_text() for s in ("train", "valid")}
-  assert parts["train"].startswith("Other_1900 'a'--é")
-  assert not any(name in parts["train"] for name in books.VALIDATION)
-  assert len(parts["valid"]) == len(books.VALIDATION) * books.PASSAGE
-  test = (folder / "test.txt").read_text()
-  whole = (folder / "long" / "two.txt").read_text()
-  assert test[books.PASSAGE :] == whole[books.SKIP :][: books.PASSAGE]
-
-
-def test_folder_without_books_is_named(tmp_path):
-  with pytest.raises(ConfigError, match="set --data to their folder"):
-    books.prepare(tmp_path, tmp_path / "books")
+from experiments.lib.results import DONE, LEFT, Record
+from experiments.lib.trials import resolve
 
 
 @pytest.mark.parametrize("scale", ["cpu", "all", "smoke"])
@@ -106,10 +74,10 @@ def test_curves_are_means_over_seeds():
 
 
 def test_reports_of_nothing_say_so(tmp_path):
-  for module, name in ((ablations, "table"), (context_usage, "context")):
+  for module in (ablations, context_usage):
     records = [
       Record(t, LEFT, None, {}, "", tmp_path)
       for t in module.PLANS["smoke"]()({})
     ]
     module.report(records, tmp_path, "smoke")
-    assert "nothing is done yet" in (tmp_path / f"{name}.md").read_text()
+    assert "nothing is done yet" in (tmp_path / "table.md").read_text()

@@ -1,8 +1,8 @@
 """The twin gate of the CMS."""
 
 from experiments.cms import run
-from experiments.runner import DONE, Record
-from experiments.trials import resolve
+from experiments.lib.results import DONE, Record
+from experiments.lib.trials import resolve
 
 
 def test_only_the_cms_writes_and_the_twin_nothing():

@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 from etils import epath
 
-from experiments import runner
+from experiments.lib import runner
 from experiments.stability import run as stability
 from hope_jax.config import ConfigError
 from hope_jax.runs import files

@@ -1,0 +1,1 @@
+"""What all experiments share: the runner, trials, tables and plots."""

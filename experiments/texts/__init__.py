@@ -1,0 +1,1 @@
+"""Texts that the experiments train on and how they are prepared."""
