@@ -65,7 +65,7 @@ def recipe(arg: str | None, size: str, tokens: float):
     data={
       "kind": "records",
       "path": "data/fineweb_edu",
-      "long_share": 0.25,
+      "records": {"long_share": 0.25},
       "sequence_length": LENGTH,
       "batch_size": BATCH_SIZE,
     },

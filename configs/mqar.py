@@ -11,9 +11,9 @@ Modes: a model: 8 pairs in 64 tokens; with `_32` or `_64`: so many pairs in 256
   in 32 tokens of 8 keys and 8 values, by one layer of width 64, in a minute;
   optionally with `smoke`: `titans_32,smoke`.
 Size: 2 layers, width 128, 2 heads; 1.6M training tokens, 1,024 a step.
-  Training begins with small problems (`data.train_pairs`): 300 steps of the
-  smallest, then 300 of each larger size, the last for the rest.  Without, no
-  model learned 32 pairs in this budget, attention included.
+  Training begins with small problems (`data.mqar.train_pairs`): 300 steps of
+  the smallest, then 300 of each larger size, the last for the rest.  Without,
+  no model learned 32 pairs in this budget, attention included.
   Titans' chunk is short, 4 tokens (MAC's segment 16): with 16, a fact is
   written at 1/16 strength and from stale errors, and it reached 34 % instead
   of 99 % (lr 4e-3, a seed).
@@ -63,11 +63,13 @@ def get_config(arg=None):
     },
     data={
       "kind": "mqar",
-      "num_pairs": sizes[-1],
-      "train_pairs": sizes,
-      "stage_examples": batch_size * (2 if is_smoke else STAGE_STEPS),
-      "num_keys": words,
-      "num_values": words,
+      "mqar": {
+        "num_pairs": sizes[-1],
+        "train_pairs": sizes,
+        "stage_examples": batch_size * (2 if is_smoke else STAGE_STEPS),
+        "num_keys": words,
+        "num_values": words,
+      },
       "sequence_length": length,
       "batch_size": batch_size,
     },

@@ -87,7 +87,7 @@ def _from_hf(args: Any) -> None:
     folder, workdir, text=args.text, context_length=args.context_length
   )
   print(f"{args.from_hf} -> {workdir}: {cli.describe(config.model)}")
-  if config.data.tokenizer == tokenizer.BYTES:
+  if config.data.text.tokenizer == tokenizer.BYTES:
     print(f"{args.from_hf} has no tokenizer: texts are bytes", file=sys.stderr)
 
 

@@ -78,7 +78,7 @@ def initial_state(layer: str, heads: int, dim: int) -> Any:
 
 
 def make_layer(
-  layer: str, implementation: str, chunk: int, remat: Any = "sqrt"
+  layer: str, implementation: Any, chunk: int, remat: Any = "sqrt"
 ) -> Callable[[Any, Tokens], Any]:
   """(M_0, tokens) -> what the layer reads."""
   if layer == "attention":

@@ -129,13 +129,33 @@ def test_config_unknown_mode_raises(name, mode):
     module.get_config(mode)
 
 
-def test_defaults_are_those_of_the_dataclasses():
-  assert config_lib.to_dict(config_lib.Config()) == _base.DEFAULTS
+def test_groups_of_configs_are_those_of_the_dataclasses():
+  """Every field can be overridden on a command line: its group is there."""
+
+  def groups(values):
+    return {k: groups(v) for k, v in values.items() if isinstance(v, dict)}
+
+  assert groups(config_lib.to_dict(config_lib.Config())) == _base.GROUPS
+  empty = config_lib.from_config_dict(_base.make())
+  assert empty == config_lib.Config()
 
 
-def test_make_unknown_field_raises():
-  with pytest.raises(KeyError, match="peak_rl"):
-    _base.make(opt={"peak_rl": 1.0})
+def test_make_with_an_unknown_field_is_found_at_the_conversion():
+  config = _base.make(opt={"peak_rl": 1.0})
+  with pytest.raises(
+    config_lib.ConfigError, match="'opt.peak_rl'; did you mean 'peak_lr"
+  ):
+    config_lib.from_config_dict(config)
+
+
+def test_data_fields_may_have_their_names_of_2026():
+  """Of older runs and command lines; they go before the config file's."""
+  values = {"num_pairs": 3, "split": (0.5, 0.2), "mqar": {"num_pairs": 9}}
+  found = config_lib.from_config_dict({"data": values})
+  mqar = config_lib.MQARConfig(num_pairs=3)
+  text = config_lib.TextConfig(split=(0.5, 0.2))
+  assert found.data == config_lib.DataConfig(mqar=mqar, text=text)
+  assert values["num_pairs"] == 3  # not changed itself
 
 
 @pytest.mark.parametrize("size", ["340m", "760m", "1p3b"])

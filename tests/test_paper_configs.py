@@ -46,7 +46,7 @@ def test_header_prepares_what_the_config_reads(size, mode):
     assert config.data.kind == "records"
     assert config.data.path == flags["output"]
     assert config.data.sequence_length == int(flags["length"])
-    assert 0 < config.data.long_share < 0.5 and int(flags["long"]) > 0
+    assert 0 < config.data.records.long_share < 0.5 and int(flags["long"]) > 0
     assert not [
       c for c in config.model.memory_chunks if int(flags["align"]) % c
     ]

@@ -27,7 +27,7 @@ BUDGET = {
   # Chunks of one and two facts; the associative signal needs them short.
   RECALL: {
     "train.steps": 350,
-    "data.stage_examples": 2400,
+    "data.mqar.stage_examples": 2400,
     "model.cms.chunk_lengths": (4, 8, 0),
   },
   TEXT: {"train.steps": 180},

@@ -7,6 +7,9 @@ boundary, by `from_config_dict`; unknown fields and wrong types raise a one-line
 """
 
 from hope_jax.config.data import DataConfig as DataConfig
+from hope_jax.config.data import MQARConfig as MQARConfig
+from hope_jax.config.data import RecordsConfig as RecordsConfig
+from hope_jax.config.data import TextConfig as TextConfig
 from hope_jax.config.fields import ConfigError as ConfigError
 from hope_jax.config.fields import convert as convert
 from hope_jax.config.fields import nearest as nearest

@@ -6,6 +6,7 @@ exit with code 2.
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -31,16 +32,25 @@ def check_choice(value: str, name: str, choices: tuple[str, ...]):
     )
 
 
-def check_numbers(
+def check(
   group: Any,
   prefix: str,
   positive: tuple[str, ...] = (),
   below_one: tuple[str, ...] = (),
 ):
-  """All numbers of a group are finite and not negative; some of them more."""
+  """Checks all fields of a group by themselves.
+
+  A field of a Literal type has one of its values.  Numbers are finite and not
+  negative, those of `positive` not 0, those of `below_one` below 1.
+  """
+  hints = _hints(type(group))
   for field in dataclasses.fields(group):
     name, value = field.name, getattr(group, field.name)
+    choices = _choices(hints[name])
     for number in value if isinstance(value, tuple) else (value,):
+      if choices:
+        check_choice(number, f"{prefix}.{name}", choices)
+        continue
       if isinstance(number, str | bool) or dataclasses.is_dataclass(number):
         continue
       if not (math.isfinite(number) and number >= 0):
@@ -54,12 +64,25 @@ def check_numbers(
       raise ConfigError(f"{prefix}.{name}={value!r} must be {wanted}")
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+  return typing.get_type_hints(cls)
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+  """The values of a Literal, or of a tuple of them; else none."""
+  if typing.get_origin(hint) is tuple:
+    hint = typing.get_args(hint)[0]
+  is_literal = typing.get_origin(hint) is Literal
+  return typing.get_args(hint) if is_literal else ()
+
+
 def convert(cls: type, values: Any, where: str = "") -> Any:
   """Builds dataclass `cls` from a mapping; errors name the field."""
   if not hasattr(values, "items"):
     raise ConfigError(f"{where} must be a group of fields, got {values!r}")
   fields = {f.name: f for f in dataclasses.fields(cls)}
-  hints = typing.get_type_hints(cls)
+  hints = _hints(cls)
   arguments = {}
   for key, value in values.items():
     name = f"{where}.{key}" if where else key

@@ -10,10 +10,14 @@ import dataclasses
 import itertools
 from typing import Literal
 
-from hope_jax.config.fields import ConfigError, check_choice, check_numbers
+from hope_jax.config.fields import ConfigError, check, check_choice
 from hope_jax.config.layers import LAYERS, Traits
 
 EXACT_SETTINGS = "token_exact", "negative_eigenvalues"
+Setting = Literal[
+  "chunk_l2", "chunk_dot", "token_exact", "negative_eigenvalues"
+]
+Box = Literal["k", "v", "q", "eta", "alpha"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,21 +54,21 @@ class MemoryConfig:
       always XLA's.
   """
 
-  architecture: str = "mlp"
+  architecture: Literal["mlp", "matrix"] = "mlp"
   hidden: int = 0
-  activation: str = "silu"
-  adaptive: tuple[str, ...] = ("k", "v", "eta", "alpha")
-  target: str = "self"
-  setting: str = "chunk_l2"
-  delta_rule: str = "proximal"
-  momentum: str = "averaged"
-  retention: str = "start"
-  step_scale: str = "mean"
+  activation: Literal["silu", "gelu"] = "silu"
+  adaptive: tuple[Box, ...] = ("k", "v", "eta", "alpha")
+  target: Literal["self", "shared"] = "self"
+  setting: Setting = "chunk_l2"
+  delta_rule: Literal["proximal", "literal", "none"] = "proximal"
+  momentum: Literal["none", "averaged", "sum"] = "averaged"
+  retention: Literal["start", "zero", "none"] = "start"
+  step_scale: Literal["mean", "sum"] = "mean"
   proximal: bool = True
   loss_factor: float = 0.5
   error_clip: float = 1.0
   target_clip: float = 4.0
-  read: str = "token_pre"
+  read: Literal["chunk", "token_pre", "token_post"] = "token_pre"
   chunk_length: int = 64
   projection_chunk_length: int = 256
   half_life_min: float = 64.0
@@ -72,31 +76,14 @@ class MemoryConfig:
   initial_learn_rate: float = 0.7
   initial_momentum: float = 0.88
   remat: Literal["none", "chunk", "sqrt"] = "sqrt"
-  implementation: str = "auto"
+  implementation: Literal["auto", "xla", "pallas_tpu"] = "auto"
 
   def __post_init__(self):
-    implementations = "auto", "xla", "pallas_tpu"
-    check_choice(self.implementation, "memory.implementation", implementations)
-    check_choice(self.architecture, "memory.architecture", ("mlp", "matrix"))
-    check_choice(self.activation, "memory.activation", ("silu", "gelu"))
-    for box in self.adaptive:
-      check_choice(box, "memory.adaptive", ("k", "v", "q", "eta", "alpha"))
-    check_choice(self.target, "memory.target", ("self", "shared"))
-    settings = "chunk_l2", "chunk_dot", *EXACT_SETTINGS
-    check_choice(self.setting, "memory.setting", settings)
-    check_choice(
-      self.delta_rule, "memory.delta_rule", ("proximal", "literal", "none")
-    )
-    check_choice(self.momentum, "memory.momentum", ("none", "averaged", "sum"))
-    check_choice(self.retention, "memory.retention", ("start", "zero", "none"))
-    check_choice(self.step_scale, "memory.step_scale", ("mean", "sum"))
-    check_choice(self.read, "memory.read", ("chunk", "token_pre", "token_post"))
-    check_choice(self.remat, "memory.remat", ("none", "chunk", "sqrt"))
     lengths = "chunk_length", "projection_chunk_length"
     half_lives = "half_life_min", "half_life_max"
     rates = "initial_learn_rate", "initial_momentum"
     positive = (*lengths, *half_lives, *rates, "loss_factor")
-    check_numbers(self, "memory", positive, ("initial_momentum",))
+    check(self, "memory", positive, ("initial_momentum",))
     if self.half_life_min > self.half_life_max:
       raise ConfigError(
         f"memory.half_life_min={self.half_life_min} must not be above"
@@ -148,11 +135,13 @@ class CMSConfig:
   hidden: tuple[int, ...] = ()
   chunk_lengths: tuple[int, ...] = ()
   step_tokens: int = 0
-  connection: str = "sequential"
-  signal: str = "associative"
-  value: str = "mixer_pair"
+  connection: Literal["sequential", "nested", "independent", "none"] = (
+    "sequential"
+  )
+  signal: Literal["associative", "next_token"] = "associative"
+  value: Literal["mixer_linear", "mixer_value", "mixer_pair"] = "mixer_pair"
   learning_share: float = 0.25
-  outer_order: int = 2
+  outer_order: Literal[1, 2] = 2
   half_life: float = 0.0
   initial_learn_rate: float = 0.1
   error_clip: float = 1.0
@@ -170,14 +159,7 @@ class CMSConfig:
         f" got {self.chunk_lengths}"
       )
     positive = "hidden", "initial_learn_rate", "learning_share"
-    check_numbers(self, "cms", positive)
-    connections = "sequential", "nested", "independent", "none"
-    check_choice(self.connection, "cms.connection", connections)
-    wirings = "mixer_linear", "mixer_value", "mixer_pair"
-    check_choice(self.value, "cms.value", wirings)
-    check_choice(self.signal, "cms.signal", ("associative", "next_token"))
-    if self.outer_order not in (1, 2):
-      raise ConfigError(f"cms.outer_order={self.outer_order} must be 1 or 2")
+    check(self, "cms", positive)
     if self.learning_share > 1:
       raise ConfigError(
         f"cms.learning_share={self.learning_share} must not be above 1"
@@ -265,7 +247,7 @@ class RopeScaling:
 
   def __post_init__(self):
     names = tuple(field.name for field in dataclasses.fields(self))
-    check_numbers(self, "model.rope_scaling", names)
+    check(self, "model.rope_scaling", names)
     if self.low_frequency_factor >= self.high_frequency_factor:
       raise ConfigError(
         "model.rope_scaling.low_frequency_factor="
@@ -314,25 +296,20 @@ class ModelConfig:
   rope_base: float = 10000.0
   rope_scaling: RopeScaling = RopeScaling()
   norm_eps: float = 1e-6
-  initializer: str = "normal"
+  initializer: Literal["normal", "uniform", "small"] = "normal"
   tied_embeddings: bool = True
   memory: MemoryConfig = MemoryConfig()
   cms: CMSConfig = CMSConfig()
-  inner_rates: str = "on"
+  inner_rates: Literal["on", "off"] = "on"
   frozen_levels: tuple[str, ...] = ()
-  dtype: str = "float32"
-  remat: str = "none"
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  remat: Literal["none", "full", "dots"] = "none"
 
   def __post_init__(self):
     check_choice(self.sequence_layer, "model.sequence_layer", tuple(LAYERS))
-    check_choice(self.inner_rates, "model.inner_rates", ("on", "off"))
-    starts = "normal", "uniform", "small"
-    check_choice(self.initializer, "model.initializer", starts)
-    check_choice(self.dtype, "model.dtype", ("float32", "bfloat16"))
-    check_choice(self.remat, "model.remat", ("none", "full", "dots"))
     sizes = "vocab_size", "width", "num_layers", "num_heads"
     positive = (*sizes, "context_length", "rope_base", "norm_eps")
-    check_numbers(self, "model", positive)
+    check(self, "model", positive)
     if self.conv_window == 1:
       raise ConfigError("model.conv_window=1 mixes nothing: 0 (none) or >= 2")
     self._check_shape()

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from hope_jax.config.fields import check_numbers
+from hope_jax.config.fields import check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,4 +31,4 @@ class OptConfig:
   memory_lr_ratio: float = 1.0
 
   def __post_init__(self):
-    check_numbers(self, "opt", ("peak_lr", "eps"), ("b1", "b2"))
+    check(self, "opt", ("peak_lr", "eps"), ("b1", "b2"))

@@ -1,15 +1,11 @@
 """The whole configuration of a run, and its mesh, train and eval groups."""
 
 import dataclasses
-from typing import Any
+import typing
+from typing import Any, Literal
 
-from hope_jax.config.data import DataConfig
-from hope_jax.config.fields import (
-  ConfigError,
-  check_choice,
-  check_numbers,
-  convert,
-)
+from hope_jax.config.data import OLD_NAMES, DataConfig
+from hope_jax.config.fields import ConfigError, check, convert
 from hope_jax.config.model import ModelConfig
 from hope_jax.config.optimizer import OptConfig
 
@@ -58,18 +54,17 @@ class TrainConfig:
   rollback_factor: float = 0.0
   max_rollbacks: int = 3
   hang_seconds: float = 1800.0
-  wandb: str = "off"
+  wandb: Literal["off", "offline", "online"] = "off"
   wandb_project: str = "hope_jax"
 
   def __post_init__(self):
     counts = "steps", "accumulate", "keep_checkpoints", "max_bad_steps"
-    check_numbers(self, "train", counts)
+    check(self, "train", counts)
     if self.rollback_factor and self.rollback_factor <= 1:
       raise ConfigError(
         f"train.rollback_factor={self.rollback_factor} must be above 1, or 0"
         " (never)"
       )
-    check_choice(self.wandb, "train.wandb", ("off", "offline", "online"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +75,7 @@ class EvalConfig:
   batch_size: int = 8
 
   def __post_init__(self):
-    check_numbers(self, "eval", ("batch_size",))
+    check(self, "eval", ("batch_size",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +141,24 @@ class Config:
 
 
 def from_config_dict(config_dict: Any) -> Config:
-  """ConfigDict (or nested mapping) -> `Config`; raises `ConfigError`."""
-  return convert(Config, config_dict)
+  """ConfigDict (or nested mapping) -> `Config`; raises `ConfigError`.
+
+  Fields of the data group may have their `OLD_NAMES`, which go before the newer
+  ones: on a command line these are the config file's.
+  """
+  return convert(Config, _with_new_names(config_dict))
+
+
+def _with_new_names(values: Any) -> Any:
+  """A nested mapping with `OLD_NAMES` renamed; what is none stays as it is."""
+  data = values.get("data") if hasattr(values, "items") else None
+  if not hasattr(data, "items"):
+    return values
+  data = dict(typing.cast(Any, data).items())
+  for name in OLD_NAMES.keys() & data.keys():
+    group = OLD_NAMES[name]
+    data[group] = {**data.get(group, {}), name: data.pop(name)}
+  return {**values, "data": data}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

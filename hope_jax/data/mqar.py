@@ -7,11 +7,11 @@ other targets have weight 0.  Deviations from the paper: queries stand at
 uniform (not power-law) positions, between them is a filler token (not random
 ones), and the answer is never part of the input.
 
-As in that paper, training may have several sizes (`data.train_pairs`), mixed or
-`data.stage_examples` of each one after the other, the last for the rest.  A row
-then holds as many problems of one size as fit, side by side, as documents of
-their own, and asks as many queries as a row with one large problem.  valid and
-test have `data.num_pairs` in one problem.
+As in that paper, training may have several sizes (`train_pairs` of the group
+`data.mqar`), mixed or `stage_examples` of each one after the other, the last
+for the rest.  A row then holds as many problems of one size as fit, side by
+side, as documents of their own, and asks as many queries as a row with one
+large problem.  valid and test have `num_pairs` in one problem.
 
 Vocabulary: 0 filler, 1..num_keys keys, then num_values values.
 """
@@ -42,14 +42,16 @@ class Recall:
   def __getitem__(self, index: int) -> Example:
     cfg = self.config
     rng = np.random.default_rng([cfg.seed, _STREAMS[self.split], index])
-    if self.split != "train" or not cfg.train_pairs:
-      return _problem(rng, cfg, cfg.num_pairs, cfg.sequence_length)
-    if cfg.stage_examples:
-      stage = min(index // cfg.stage_examples, len(cfg.train_pairs) - 1)
-      pairs = cfg.train_pairs[stage]
+    if self.split != "train" or not cfg.mqar.train_pairs:
+      return _problem(rng, cfg, cfg.mqar.num_pairs, cfg.sequence_length)
+    if cfg.mqar.stage_examples:
+      stage = min(
+        index // cfg.mqar.stage_examples, len(cfg.mqar.train_pairs) - 1
+      )
+      pairs = cfg.mqar.train_pairs[stage]
     else:
-      pairs = int(rng.choice(cfg.train_pairs))
-    count = cfg.num_pairs // pairs
+      pairs = int(rng.choice(cfg.mqar.train_pairs))
+    count = cfg.mqar.num_pairs // pairs
     length = cfg.sequence_length // count
     parts = [_problem(rng, cfg, pairs, length) for _ in range(count)]
     example = {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
@@ -61,8 +63,8 @@ def _problem(
   rng: np.random.Generator, cfg: DataConfig, pairs: int, length: int
 ) -> Example:
   """Pairs, then their queries among fillers."""
-  keys = 1 + rng.choice(cfg.num_keys, pairs, replace=False)
-  values = 1 + cfg.num_keys + rng.integers(cfg.num_values, size=pairs)
+  keys = 1 + rng.choice(cfg.mqar.num_keys, pairs, replace=False)
+  values = 1 + cfg.mqar.num_keys + rng.integers(cfg.mqar.num_values, size=pairs)
   tokens = np.full(length, FILLER, np.int32)
   tokens[0 : 2 * pairs : 2] = keys
   tokens[1 : 2 * pairs : 2] = values
@@ -78,30 +80,32 @@ def _problem(
 
 def load(config: DataConfig, vocab_size: int) -> dict[str, Recall]:
   """Example sources of the three splits; `ConfigError` if impossible."""
-  pairs, keys, values = config.num_pairs, config.num_keys, config.num_values
+  cfg = config.mqar
+  pairs, keys, values = cfg.num_pairs, cfg.num_keys, cfg.num_values
   if pairs < 1 or values < 1:
     raise ConfigError(
-      f"data.num_pairs={pairs} and data.num_values={values} must be positive"
+      f"data.mqar.num_pairs={pairs} and data.mqar.num_values={values} must be"
+      " positive"
     )
   if pairs > keys:
     raise ConfigError(
-      f"data.num_pairs={pairs} needs as many distinct keys, but"
-      f" data.num_keys={keys}"
+      f"data.mqar.num_pairs={pairs} needs as many distinct keys, but"
+      f" data.mqar.num_keys={keys}"
     )
   if 3 * pairs > config.sequence_length:
     raise ConfigError(
-      f"data.num_pairs={pairs} takes {3 * pairs} positions (pairs and"
+      f"data.mqar.num_pairs={pairs} takes {3 * pairs} positions (pairs and"
       f" queries), but data.sequence_length={config.sequence_length}"
     )
-  if config.stage_examples and not config.train_pairs:
+  if cfg.stage_examples and not cfg.train_pairs:
     raise ConfigError(
-      f"data.stage_examples={config.stage_examples} needs the sizes of the"
-      " stages: set data.train_pairs, say 8,32"
+      f"data.mqar.stage_examples={cfg.stage_examples} needs the sizes of the"
+      " stages: set data.mqar.train_pairs, say 8,32"
     )
-  for size in config.train_pairs:
+  for size in cfg.train_pairs:
     if pairs % size or config.sequence_length % (pairs // size):
       raise ConfigError(
-        f"data.train_pairs={config.train_pairs}: {config.sequence_length}"
+        f"data.mqar.train_pairs={cfg.train_pairs}: {config.sequence_length}"
         f" tokens with {pairs} pairs do not divide into problems of {size}"
       )
   if 1 + keys + values > vocab_size:

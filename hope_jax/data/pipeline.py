@@ -53,7 +53,7 @@ def fingerprint(config: Config) -> dict[str, str]:
     return records.fingerprint(config.data)
   return {
     "content": text.fingerprint(config.data),
-    "tokenizer": tokenizer.load(config.data.tokenizer).sha256,
+    "tokenizer": tokenizer.load(config.data.text.tokenizer).sha256,
   }
 
 
@@ -62,7 +62,7 @@ def load_tokenizer(config: Config) -> tokenizer.Tokenizer | None:
   if config.data.kind == "records":
     return records.load_tokenizer(config.data)
   is_text = config.data.kind == "text"
-  return tokenizer.load(config.data.tokenizer) if is_text else None
+  return tokenizer.load(config.data.text.tokenizer) if is_text else None
 
 
 @dataclasses.dataclass(frozen=True)

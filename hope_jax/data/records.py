@@ -158,20 +158,21 @@ def check_shards(folder: epath.Path, manifest: Manifest) -> None:
 def load(config: DataConfig, vocab_size: int) -> dict[str, Any]:
   """Example sources of `config.path`; `ConfigError` if unusable.
 
-  `train` mixes the folders by `config.weights`; `in_order` holds the train
-  examples of all of them one after the other; valid and test are the first
-  folder's.
+  `train` mixes the folders by `data.records.weights`; `in_order` holds the
+  train examples of all of them one after the other; valid and test are the
+  first folder's.
   """
   folders = _folders(config)
   manifests = [read_manifest(folder / "train") for folder in folders]
   for folder, manifest in zip(folders, manifests, strict=True):
     _check(folder, manifest, manifests[0], config, vocab_size)
-  if config.weights and len(config.weights) != len(folders):
+  weights = config.records.weights
+  if weights and len(weights) != len(folders):
     raise ConfigError(
-      f"data.weights has {len(config.weights)} weights for {len(folders)}"
+      f"data.records.weights has {len(weights)} weights for {len(folders)}"
       " folders in data.path"
     )
-  shares = config.weights or (1.0,) * len(folders)
+  shares = weights or (1.0,) * len(folders)
   groups: list[tuple[Examples, float]] = []
   for folder, manifest, share in zip(folders, manifests, shares, strict=True):
     here = folder / "train"
@@ -281,14 +282,18 @@ def _group_shares(
     sizes[shard.group] += shard.examples
   total = sum(sizes.values())
   shares = {name: size / total for name, size in sorted(sizes.items())}
-  if not config.long_share:
+  long_share = config.records.long_share
+  if not long_share:
     return shares
   if set(shares) != {"long", "short"}:
     raise ConfigError(
-      f"data.long_share={config.long_share}, but {folder} has no long and"
+      f"data.records.long_share={long_share}, but {folder} has no long and"
       " short documents apart: prepare it with --long=TOKENS"
     )
-  return {"long": config.long_share, "short": 1 - config.long_share}
+  return {
+    "long": config.records.long_share,
+    "short": 1 - config.records.long_share,
+  }
 
 
 def _mixture(groups: list[tuple["Examples", float]], seed: int) -> Any:

@@ -113,10 +113,10 @@ def read_splits(config: DataConfig) -> dict[str, np.ndarray]:
   folder = find(config.path)
   if folder.is_dir():
     return {name: read(folder / f"{name}.txt") for name in SPLITS}
-  fractions = config.split
+  fractions = config.text.split
   if len(fractions) != 2 or min(fractions) <= 0 or sum(fractions) >= 1:
     raise ConfigError(
-      f"data.split={fractions} must be two positive fractions, train and"
+      f"data.text.split={fractions} must be two positive fractions, train and"
       " valid, with a sum below 1 (the rest is test)"
     )
   names = [name.strip() for name in config.path.split(",") if name.strip()]
@@ -140,14 +140,14 @@ def load(
   config: DataConfig, vocab_size: int
 ) -> dict[str, TrainWindows | EvalWindows]:
   """Example sources of the three splits; `ConfigError` if unusable."""
-  words = tokenizer.load(config.tokenizer)
+  words = tokenizer.load(config.text.tokenizer)
   if vocab_size < words.vocab_size:
     raise ConfigError(
       f"model.vocab_size={vocab_size} is too small for {words.name}:"
       f" set it to {words.vocab_size}"
     )
   splits = read_splits(config)
-  if config.tokenizer != tokenizer.BYTES:
+  if config.text.tokenizer != tokenizer.BYTES:
     splits = {name: _encode(part, words) for name, part in splits.items()}
   length = config.sequence_length
   for name, least in (("train", 2 * length), ("valid", 2), ("test", 2)):

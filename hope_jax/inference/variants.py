@@ -21,7 +21,8 @@ def elsewhere(config: Config, path: str) -> Config:
   """`config` on the data in `path`."""
   if config.data.kind == "mqar":
     raise ConfigError("--path is for data that is read, not for mqar")
-  data = dataclasses.replace(config.data, path=path, weights=())
+  records = dataclasses.replace(config.data.records, weights=())
+  data = dataclasses.replace(config.data, path=path, records=records)
   return dataclasses.replace(config, data=data)
 
 

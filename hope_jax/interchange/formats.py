@@ -11,7 +11,13 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from hope_jax.config import Config, ConfigError, DataConfig, ModelConfig
+from hope_jax.config import (
+  Config,
+  ConfigError,
+  DataConfig,
+  ModelConfig,
+  TextConfig,
+)
 from hope_jax.data import pipeline, tokenizer
 from hope_jax.interchange import hugging_face, mapping
 from hope_jax.interchange import safetensors as safetensors_lib
@@ -92,7 +98,9 @@ def from_hf(
   config = Config(
     model=model,
     data=DataConfig(
-      path=text or DataConfig.path, tokenizer=name, sequence_length=length
+      path=text or DataConfig.path,
+      text=TextConfig(tokenizer=name),
+      sequence_length=length,
     ),
   )
   for parameter, x in params.items():

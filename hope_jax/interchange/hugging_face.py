@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from hope_jax.config import ConfigError, ModelConfig, convert
 from hope_jax.interchange import mapping
 from hope_jax.interchange.mapping import Rule
-from hope_jax.models import linear
+from hope_jax.models import linear, mamba2
 
 
 class Architecture(NamedTuple):
@@ -124,7 +124,7 @@ def _read_mamba2(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_mamba2(model: ModelConfig) -> dict[str, Any]:
-  return {"num_heads": linear.layout(model).heads} | _write_mamba(model)
+  return {"num_heads": mamba2.layout(model).heads} | _write_mamba(model)
 
 
 def _read_mamba(values: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def _read_qwen(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _linear_heads(model: ModelConfig) -> dict[str, int]:
-  heads, keys, values, *_ = linear.layout(model)
+  heads, keys, values = linear.layout(model)
   return {
     "linear_num_key_heads": heads,
     "linear_num_value_heads": heads,

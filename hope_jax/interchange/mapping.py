@@ -27,6 +27,7 @@ import numpy as np
 
 from hope_jax.config import ModelConfig
 from hope_jax.models import linear
+from hope_jax.models import mamba2 as mamba2_layer
 from hope_jax.models.mamba import KEY_DIM
 
 Arrays = dict[str, np.ndarray]
@@ -161,7 +162,7 @@ def llama(model: ModelConfig) -> list[Rule]:
 
 def mamba2(model: ModelConfig) -> list[Rule]:
   """Mamba2ForCausalLM: x, B, C, dt, z are value, key, query, step, gate."""
-  shape = linear.layout(model)
+  shape = mamba2_layer.layout(model)
   inner, layer = shape.heads * shape.value_dim, "backbone.layers.{}."
   mixed = {"value": inner, "key": shape.key_dim, "query": shape.key_dim}
 
@@ -227,7 +228,7 @@ def mamba(model: ModelConfig) -> list[Rule]:
 
 def qwen3_next(model: ModelConfig) -> list[Rule]:
   """Qwen3-Next: one matrix holds all projections, head by head."""
-  heads, keys, values, *_ = linear.layout(model)
+  heads, keys, values = linear.layout(model)
   mixer, layer = "blocks.mixer.", "model.layers.{}.linear_attn."
   projected = {
     f"{mixer}query.kernel": keys,
@@ -259,7 +260,7 @@ def qwen3_5(model: ModelConfig) -> list[Rule]:
 
 
 def _qwen_widths(model: ModelConfig) -> dict[str, int]:
-  heads, keys, values, *_ = linear.layout(model)
+  heads, keys, values = linear.layout(model)
   return {"query": heads * keys, "key": heads * keys, "value": heads * values}
 
 

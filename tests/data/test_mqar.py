@@ -5,12 +5,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hope_jax.config import ConfigError, DataConfig
+from hope_jax.config import ConfigError, DataConfig, MQARConfig
 from hope_jax.data import mqar
 
 CONFIG = DataConfig(
-  kind="mqar", sequence_length=40, num_pairs=8, num_keys=16, num_values=12
+  kind="mqar",
+  sequence_length=40,
+  mqar=MQARConfig(num_pairs=8, num_keys=16, num_values=12),
 )
+
+
+def with_pairs(**changes):
+  """CONFIG with other fields of its group `mqar`, or of its own."""
+  own = {k: changes.pop(k) for k in ("sequence_length", "seed") if k in changes}
+  mqar = dataclasses.replace(CONFIG.mqar, **changes)
+  return dataclasses.replace(CONFIG, mqar=mqar, **own)
 
 
 @given(st.integers(0, 10**9), st.integers(0, 5))
@@ -36,7 +45,7 @@ def test_recall_example_is_solvable_and_nothing_else_is_asked(index, seed):
 
 
 def test_recall_rows_of_mixed_sizes():
-  config = dataclasses.replace(CONFIG, train_pairs=(2, 4, 8))
+  config = with_pairs(train_pairs=(2, 4, 8))
   seen = set()
   for index in range(40):
     row = mqar.Recall(config, "train")[index]
@@ -58,9 +67,7 @@ def test_recall_rows_of_mixed_sizes():
 
 
 def test_recall_trains_on_one_size_after_the_other():
-  config = dataclasses.replace(
-    CONFIG, num_pairs=8, train_pairs=(2, 8), stage_examples=3
-  )
+  config = with_pairs(num_pairs=8, train_pairs=(2, 8), stage_examples=3)
   train = mqar.Recall(config, "train")
   sizes = [8 // len(set(train[index]["segments"])) for index in range(9)]
   assert sizes == [2] * 3 + [8] * 6
@@ -94,18 +101,18 @@ def test_recall_splits_and_seeds_differ_and_repeat():
   ("changes", "vocab", "message"),
   [
     ({"num_pairs": 14}, 64, "data.sequence_length"),
-    ({"num_pairs": 17, "sequence_length": 99}, 64, "data.num_keys"),
+    ({"num_pairs": 17, "sequence_length": 99}, 64, "data.mqar.num_keys"),
     ({"num_pairs": 0}, 64, "positive"),
-    ({"train_pairs": (4, 3)}, 64, "data.train_pairs"),
-    ({"stage_examples": 9}, 64, "set data.train_pairs"),
+    ({"train_pairs": (4, 3)}, 64, "data.mqar.train_pairs"),
+    ({"stage_examples": 9}, 64, "set data.mqar.train_pairs"),
     ({}, 28, "model.vocab_size"),
   ],
 )
 def test_load_rejects_impossible_recall(changes, vocab, message):
   with pytest.raises(ConfigError, match=message):
-    mqar.load(dataclasses.replace(CONFIG, **changes), vocab)
+    mqar.load(with_pairs(**changes), vocab)
 
 
 def test_load_accepts_the_tightest_recall():
-  splits = mqar.load(dataclasses.replace(CONFIG, num_pairs=13), 29)
+  splits = mqar.load(with_pairs(num_pairs=13), 29)
   assert splits["valid"][0]["weights"].sum() == 13

@@ -5,16 +5,17 @@ import os
 import numpy as np
 import pytest
 
-from hope_jax.config import ConfigError, DataConfig
+from hope_jax.config import ConfigError, DataConfig, TextConfig
 from hope_jax.data import text
 
 CONFIG = DataConfig(sequence_length=10, seed=3)
 
 
-def with_file(tmp_path, content, **changes):
+def with_file(tmp_path, content, split=None, **changes):
   path = tmp_path / "some.txt"
   path.write_bytes(content)
-  return dataclasses.replace(CONFIG, path=str(path), **changes)
+  text = TextConfig(split=split) if split else TextConfig()
+  return dataclasses.replace(CONFIG, path=str(path), text=text, **changes)
 
 
 def counting(length):
@@ -106,8 +107,8 @@ def test_find_looks_beside_the_repository(tmp_path):
     (b"abc\xff" + b"d" * 400, {}, "byte 3"),
     (b"", {}, "empty"),
     (b"short", {}, "train split"),
-    (b"x" * 400, {"split": (0.9, 0.1)}, "data.split"),
-    (b"x" * 400, {"split": (0.9,)}, "data.split"),
+    (b"x" * 400, {"split": (0.9, 0.1)}, "data.text.split"),
+    (b"x" * 400, {"split": (0.9,)}, "data.text.split"),
   ],
 )
 def test_load_rejects_unusable_text(tmp_path, content, changes, message):

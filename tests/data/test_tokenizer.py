@@ -7,7 +7,7 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hope_jax.config import ConfigError, DataConfig
+from hope_jax.config import ConfigError, DataConfig, TextConfig
 from hope_jax.data import text, tokenizer
 
 SHAKESPEARE = (text.REPOSITORY / DataConfig().path).read_text()[:50_000]
@@ -142,8 +142,9 @@ def test_text_is_read_through_its_tokenizer(of_hugging_face, tmp_path):
   (tmp_path / "text.txt").write_text(SHAKESPEARE[:4000])
   config = DataConfig(
     path=str(tmp_path / "text.txt"),
-    tokenizer=str(tmp_path / "tokenizer.json"),
-    split=(0.5, 0.25),
+    text=TextConfig(
+      tokenizer=str(tmp_path / "tokenizer.json"), split=(0.5, 0.25)
+    ),
     sequence_length=32,
   )
   found = text.load(config, 300)["in_order"]

@@ -162,7 +162,7 @@ def test_mqar_has_three_seeds_of_every_row_at_all_sizes():
     assert seeds == sorted(
       (row, n) for row in switch_off.CORE_ROWS for n in range(3)
     )
-    assert {trials.resolve(t).data.num_pairs for t in final} == {pairs}
+    assert {trials.resolve(t).data.mqar.num_pairs for t in final} == {pairs}
 
 
 def test_mqar_gives_a_memory_and_its_twin_one_rate():
