@@ -21,7 +21,6 @@ Killed at any moment, the session is as it was before or as it is after
 """
 
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,6 +83,7 @@ def _check(args: Any) -> Sampling:
 def act(run: Any, folder: epath.Path, args: Any, sampling: Sampling) -> None:
   """Does what the flags say."""
   from hope_jax.inference import sessions, streaming
+  from hope_jax.training import evaluation
 
   check_folder(folder, new=args.new)
   levels = _levels(args.reset, run.config.model)
@@ -99,8 +99,8 @@ def act(run: Any, folder: epath.Path, args: Any, sampling: Sampling) -> None:
   state = streaming.reset(state, levels, run.config.model)
   for name in args.feed:
     state, tokens, loss = sessions.feed(run, state, files.reach(name))
-    perplexity = math.exp(min(loss, 700.0))
-    print(f"{name}: {tokens:,} tokens, perplexity {perplexity:.4g}", flush=True)
+    shown = f"{evaluation.perplexity(loss):.4g}"
+    print(f"{name}: {tokens:,} tokens, perplexity {shown}", flush=True)
   for question in args.ask:
     text, state = sessions.ask(
       run,

@@ -57,6 +57,7 @@ def stream(
   import numpy as np
 
   from hope_jax.inference import reading, sessions, streaming
+  from hope_jax.training import evaluation
 
   config, begin = run.config.model, time.perf_counter()
   state = sessions.start(run)
@@ -71,7 +72,7 @@ def stream(
       "end": end,
       "tokens": len(known),
       "loss": loss,
-      "perplexity": math.exp(min(loss, 700.0)),
+      "perplexity": evaluation.perplexity(loss),
       "seconds": time.perf_counter() - begin,
       "peak_bytes": peak_bytes(),
       "state_bytes": sum(x.nbytes for x in jax.tree.leaves(state)),

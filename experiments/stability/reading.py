@@ -20,16 +20,13 @@ import numpy as np
 from etils import epath
 
 from experiments.lib.trials import Trial, resolve
-from hope_jax.config import Config, ConfigError, MeshConfig, ModelConfig
+from hope_jax.config import Config, ConfigError, ModelConfig
 from hope_jax.data import text as text_lib
 from hope_jax.data import tokenizer
-from hope_jax.inference import streaming
+from hope_jax.inference import streaming, trained
 from hope_jax.models import fast_state, language_model
 from hope_jax.models.interface import Level
-from hope_jax.runs import checkpoints
 from hope_jax.runs import workdir as workdir_lib
-from hope_jax.training import sharding
-from hope_jax.training import step as step_lib
 
 CONFIG, MODE = "configs/shakespeare.py", "{},long"
 STREAMS = ("repeated", "noise", "text", "changed")
@@ -69,10 +66,7 @@ def trained_source(workdir: epath.Path) -> Source:
       f"{workdir} holds {config.model.sequence_layer} on {config.data.kind}:"
       " the streams are text, for titans and hope"
     )
-  mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-  with sharding.activate(mesh):
-    abstract = step_lib.build(config, mesh).abstract_state.params
-    step, params = checkpoints.restore_params(workdir, abstract)
+  step, params = trained.read_on_one_device(workdir, config)
   params = jax.tree.map(jnp.asarray, jax.device_get(params))
   weights = f"{workdir.name}, {step} steps"
   return Source(config.model.sequence_layer, weights, config.model, params)

@@ -31,7 +31,6 @@ def evaluate(
     data = {"tokenizer": tokenizer.sha256}
     workdir_lib.check_data(workdir, config, data)
   with sharding.activate(mesh):
-    compiled = step_lib.build(config, mesh)
     count, size = len(source), config.eval.batch_size
     count = min(count, config.eval.batches * size or count)
     length = config.data.sequence_length
@@ -39,9 +38,9 @@ def evaluate(
       f"{count} x {length} = {count * length:,} tokens of"
       f" {config.data.path or config.data.kind}"
     )
-    step, params = trained.read_params(workdir, compiled)
+    step, params = trained.read_params(workdir, config, mesh)
     scores: dict[str, Any] = evaluation.evaluate(
-      compiled.eval_step,
+      step_lib.make_eval_step(config, params, mesh),
       params,
       source,
       config=config,

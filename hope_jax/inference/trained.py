@@ -35,7 +35,7 @@ def open_run(workdir: epath.Path, devices: int = 1) -> Run:
   split = MeshConfig(data=1, tensor=devices)
   mesh = sharding.make_mesh(split, jax.devices()[:devices])
   with sharding.activate(mesh):
-    step, params = read_params(workdir, step_lib.build(config, mesh))
+    step, params = read_params(workdir, config, mesh)
     return Run(workdir, config, tokenizer, mesh, step, params, checksum(params))
 
 
@@ -49,11 +49,11 @@ def load_tokenizer(workdir: epath.Path, config: Config) -> Tokenizer:
 
 
 def read_params(
-  workdir: epath.Path, compiled: step_lib.Compiled
+  workdir: epath.Path, config: Config, mesh: Mesh
 ) -> tuple[int, Any]:
-  """(step, parameters) of a run's newest checkpoint, laid out as `compiled`
-  takes them; says how many they are before the slow parts begin."""
-  abstract = compiled.abstract_state.params
+  """(step, parameters) of a run's newest checkpoint; says how many they are
+  before the slow parts begin."""
+  abstract = step_lib.abstract_params(config, mesh)
   progress.say(f"{step_lib.count_parameters(abstract):,} parameters")
   from hope_jax.runs import checkpoints  # half a second
 
@@ -64,7 +64,7 @@ def read_on_one_device(workdir: epath.Path, config: Config) -> tuple[int, Any]:
   """`read_params` of the run on the first device alone."""
   mesh = sharding.one_device()
   with sharding.activate(mesh):
-    return read_params(workdir, step_lib.build(config, mesh))
+    return read_params(workdir, config, mesh)
 
 
 def checksum(params: Any) -> str:

@@ -186,26 +186,55 @@ def _train_step(
   return state, metrics
 
 
+def _init_params(config: Config) -> Callable[[jax.Array], Any]:
+  """key -> the parameters at the start, boxed."""
+  model = LanguageModel(config.model)
+  # Parameters do not depend on how many tokens there are; tracing does.
+  tokens = jnp.zeros((1, min(2, config.data.sequence_length)), jnp.int32)
+  return lambda key: model.init(key, tokens)["params"]
+
+
+def _boxed_shapes(config: Config) -> Any:
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  return jax.eval_shape(_init_params(config), key)
+
+
+def _laid_out(shapes: Any, shardings: Any) -> Any:
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    shardings,
+  )
+
+
+def abstract_params(config: Config, mesh: Mesh) -> Any:
+  """Shapes and shardings of the parameters, without anything of training."""
+  boxed = _boxed_shapes(config)
+  shapes = jax.eval_shape(nn.unbox, boxed)
+  return _laid_out(shapes, sharding.param_shardings(boxed, shapes, mesh))
+
+
+def make_eval_step(config: Config, params: Any, mesh: Mesh) -> Callable:
+  """Jitted (params, batch) -> `Sums` by position; `params`: `abstract_params`
+  or arrays."""
+  model = LanguageModel(config.model)
+  of_params = jax.tree.map(lambda x: x.sharding, params)
+  return jax.jit(
+    lambda params, batch: batch_sums(model, params, batch, axis=0)[0],
+    in_shardings=(of_params, sharding.batch_sharding(mesh)),
+    out_shardings=sharding.replicated(mesh),
+  )
+
+
 def build(config: Config, mesh: Mesh) -> Compiled:
   """Everything jitted for `config` over `mesh`; nothing is allocated yet.
 
   The state is laid out abstractly first and then initialised in place, so
   that no device or host ever holds all of it.
   """
-  model = LanguageModel(config.model)
-  # Parameters do not depend on how many tokens there are; tracing does.
-  tokens = jnp.zeros((1, min(2, config.data.sequence_length)), jnp.int32)
-
-  def init_params(key: jax.Array) -> Any:
-    return model.init(key, tokens)["params"]
-
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  boxed = jax.eval_shape(init_params, key)
+  boxed, steps = _boxed_shapes(config), config.train.steps
   optimizer = optimizers.make(
-    config.opt,
-    config.train.steps,
-    parameters.kinds(boxed),
-    config.model.cms.periods,
+    config.opt, steps, parameters.kinds(boxed), config.model.cms.periods
   )
 
   def first_state(boxed: Any) -> TrainState:
@@ -220,48 +249,39 @@ def build(config: Config, mesh: Mesh) -> Compiled:
     return TrainState(zero, params, opt_state, fast, zero, zero, zero)
 
   def init(key: jax.Array) -> TrainState:
-    return first_state(init_params(key))
+    return first_state(_init_params(config)(key))
 
-  abstract = jax.eval_shape(first_state, boxed)
+  shapes = jax.eval_shape(first_state, boxed)
   everywhere = sharding.replicated(mesh)
-  of_params = sharding.param_shardings(boxed, abstract.params, mesh)
+  of_params = sharding.param_shardings(boxed, shapes.params, mesh)
   shardings = TrainState(
     step=everywhere,
     params=of_params,
     opt_state=optimizers.state_shardings(
-      optimizer, abstract.opt_state, of_params, everywhere
+      optimizer, shapes.opt_state, of_params, everywhere
     ),
-    fast=jax.tree.map(lambda x: sharding.fast_sharding(x, mesh), abstract.fast),
+    fast=jax.tree.map(lambda x: sharding.fast_sharding(x, mesh), shapes.fast),
     bad=everywhere,
     bad_in_a_row=everywhere,
     offset=everywhere,
   )
-  abstract = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    abstract,
-    shardings,
-  )
+  abstract = _laid_out(shapes, shardings)
   train_step = functools.partial(
     _train_step,
-    model=model,
+    model=LanguageModel(config.model),
     optimizer=optimizer,
-    rate=optimizers.schedule(config.opt, config.train.steps),
+    rate=optimizers.schedule(config.opt, steps),
     accumulate=config.train.accumulate,
   )
-  rows = sharding.batch_sharding(mesh)
   return Compiled(
     init=jax.jit(init, out_shardings=shardings),
     train_step=jax.jit(
       train_step,
-      in_shardings=(shardings, rows),
+      in_shardings=(shardings, sharding.batch_sharding(mesh)),
       out_shardings=(shardings, everywhere),
       donate_argnums=0,
     ),
-    eval_step=jax.jit(
-      lambda params, batch: batch_sums(model, params, batch, axis=0)[0],
-      in_shardings=(of_params, rows),
-      out_shardings=everywhere,
-    ),
+    eval_step=make_eval_step(config, abstract.params, mesh),
     abstract_state=abstract,
   )
 
