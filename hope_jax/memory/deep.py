@@ -171,6 +171,7 @@ def learn_chunk(
   loss: InnerLoss,
   x: Chunk,
   cfg: MemoryConfig,
+  *,
   arithmetic: chunk_lib.Arithmetic = chunk_lib.XLA,
 ) -> tuple[chunks.Fast, Weights]:
   """One chunk of writes and reads: (state after, what was read).
@@ -231,7 +232,9 @@ def fused_chunk(
   )
   loss = inner_loss(now.weight, slow, tokens.keys, tokens.values, cfg)
   x = Chunk(tokens, slow_hidden(slow, tokens.queries), decays)
-  after, read = learn_chunk(now.weight, now, loss, x, cfg, fused.KERNEL)
+  after, read = learn_chunk(
+    now.weight, now, loss, x, cfg, arithmetic=fused.KERNEL
+  )
   return read_out(slow, tokens.queries, read), after
 
 

@@ -252,7 +252,7 @@ def memory(
     made = project(start, p, cfg)
     gates = rules.retained(made.gates, cfg)
     chunk = _Chunk(made, gates, rules.subchunk_decays(gates, places.live))
-    after, traces = learn_chunk(start, now, chunk, cfg, frozen)
+    after, traces = learn_chunk(start, now, chunk, cfg, frozen=frozen)
     return after, made, (gates, traces)
 
   def dynamics(base, after, trace, p, places):
@@ -328,6 +328,7 @@ def learn_chunk(
   now: chunks.Fast,
   chunk: _Chunk,
   cfg: MemoryConfig,
+  *,
   frozen: tuple[str, ...] = (),
   arithmetic: chunk_lib.Arithmetic = chunk_lib.XLA,
 ) -> tuple[chunks.Fast, _Traces]:
