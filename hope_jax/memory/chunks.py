@@ -21,7 +21,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.scan import (
+from pallas_kernels.common.scan import (
   CheckpointPolicy,
   checkpointed_scan,
   merge_chunks,

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from hope_jax.memory import architectures, chunks, deep, products, rules
-from pallas_kernels.scan import CheckpointPolicy, checkpointed_scan
+from pallas_kernels.common.scan import CheckpointPolicy, checkpointed_scan
 
 
 class LevelWeights(NamedTuple):

@@ -18,7 +18,7 @@ from absl import logging
 
 from hope_jax.memory import chunks, devices
 from hope_jax.model_config import MemoryConfig
-from pallas_kernels import scan
+from pallas_kernels.common import scan
 from pallas_kernels.linear_rule import chunk as chunk_lib
 
 # As of `pl.pallas_call`: for tests on other backends.
@@ -102,7 +102,9 @@ def run(
     continued, docs: as in `chunks.scan_chunks`.
     name: of the kernels.
   """
-  from pallas_kernels import fused_scan  # Pallas, which only kernels wait for
+  from pallas_kernels.common import (
+    fused_scan,  # Pallas, which only kernels wait for
+  )
 
   num_tokens = jax.tree.leaves(tokens)[0].shape[2]
   length = min(chunk_length, num_tokens)

@@ -30,8 +30,8 @@ import jax
 import jax.numpy as jnp
 
 from hope_jax.model_config import MemoryConfig
+from pallas_kernels.common.scan import merge_chunks, split_chunks
 from pallas_kernels.linear_rule import chunk as chunk_lib
-from pallas_kernels.scan import merge_chunks, split_chunks
 
 PIECE_LENGTH = 64  # the longest: a solve costs its square per token
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.scan import (
+from pallas_kernels.common.scan import (
   CheckpointPolicy,
   checkpointed_scan,
   merge_chunks,

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from hope_jax.model_config import ModelConfig, RopeScaling
 from hope_jax.models import layers
 from hope_jax.models.interface import MixerOutput
-from pallas_kernels.scan import fold_chunks
+from pallas_kernels.common.scan import fold_chunks
 
 
 @flax.struct.dataclass

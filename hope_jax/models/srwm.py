@@ -12,7 +12,7 @@ parameter; without writes (the twin) y_t = W_0 phi(x_t).
 Source: Irie et al. 2022, 2202.05780, and their code (IDSIA/
 modern-srwm), whose initial values these are: N(0, 1/K), for what makes q
 N(0, 1e-4/K).  Every token's write is nonlinear in the state: a loop over the
-tokens, whose backward pass recomputes (`pallas_kernels/scan.py`).
+tokens, whose backward pass recomputes (`pallas_kernels/common/scan.py`).
 
 Legend: B batch, T tokens, D model, H heads, K head dim, R = 3 K + 4 rows.
 """
@@ -29,7 +29,7 @@ from hope_jax.model_config import ModelConfig
 from hope_jax.models import layers
 from hope_jax.models.interface import MixerOutput
 from hope_jax.models.linear import document_starts
-from pallas_kernels.scan import checkpointed_scan
+from pallas_kernels.common.scan import checkpointed_scan
 
 
 def num_rows(config: ModelConfig) -> int:

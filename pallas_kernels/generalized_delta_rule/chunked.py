@@ -33,7 +33,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import scan as scan_lib
+from pallas_kernels.common import scan as scan_lib
 from pallas_kernels.generalized_delta_rule.reference import DeltaRuleOutput
 from pallas_kernels.linear_rule.chunk import unit_lower_inverse
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from pallas_kernels import scan
+from pallas_kernels.common import scan
 from pallas_kernels.linear_rule import chunked, reference
 
 Implementation = Literal["reference", "chunked", "pallas_tpu", "pallas_gpu"]

@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import scan as scan_lib
+from pallas_kernels.common import scan as scan_lib
 from pallas_kernels.linear_rule import chunk as chunk_lib
 from pallas_kernels.linear_rule import reference
 

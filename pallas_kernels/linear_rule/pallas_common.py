@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import scan
+from pallas_kernels.common import scan
 from pallas_kernels.linear_rule import chunk as chunk_lib
 from pallas_kernels.linear_rule import reference
 

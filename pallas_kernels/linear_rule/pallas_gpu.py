@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels import refs, scan
+from pallas_kernels.common import refs, scan
 from pallas_kernels.linear_rule import chunk, tuning
 from pallas_kernels.linear_rule import pallas_common as common
 from pallas_kernels.linear_rule.pallas_common import State, Tokens

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import fused_scan
+from pallas_kernels.common import fused_scan
 from pallas_kernels.linear_rule import chunk, pallas_common
 from pallas_kernels.linear_rule.reference import LinearRuleOutput, Read
 

@@ -33,7 +33,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import refs, scan
+from pallas_kernels.common import refs, scan
 
 # v5e, v5p and v6e have 128 MiB of VMEM per core, of which the compiler gives a
 # kernel 16 unless asked.  States and blocks take at most a quarter of what is
