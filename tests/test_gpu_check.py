@@ -37,7 +37,7 @@ MACHINE = {"device": "cpu", "platform": "cpu", "sizes": "toy"}
   ("op", "implementation", "case"),
   [
     ("linear_rule", "pallas_gpu", kernels.TINY[1]),
-    ("linear_rule", "chunked", kernels.TINY[0]),
+    ("linear_rule", "xla", kernels.TINY[0]),
     ("generalized_delta_rule", "chunked", kernels.TINY[0]),
   ],
 )

@@ -24,7 +24,7 @@ from hope_jax.memory import architectures, chunks, fused, rules
 from hope_jax.memory.architectures import Weights
 from hope_jax.memory.rules import Gates
 from hope_jax.model_config import MemoryConfig
-from pallas_kernels.linear_rule import chunk as chunk_lib
+from pallas_kernels.linear_rule import one_chunk as chunk_lib
 
 
 class MemoryOutput(NamedTuple):
@@ -147,7 +147,7 @@ def _by_chunk(
     lambda x: layout.split(x, axis=2),
     (keys, values, (queries, slow_hidden(slow, queries)), gates),
   )
-  return xs, rules.piece_decays(xs[3], layout.live, rules.rule_read(cfg))
+  return xs, rules.subchunk_decays(xs[3], layout.live, rules.rule_read(cfg))
 
 
 def slow_hidden(slow: Weights | None, queries: jax.Array) -> jax.Array | None:
@@ -272,7 +272,8 @@ def fused_chunk(
   """One chunk of one head in a kernel: (o [C, E], state after)."""
   keys, values, queries, gates = tokens
   slow = None if cfg.retention == "zero" else initial
-  decays = rules.piece_decays(gates, live, rules.rule_read(cfg), fused.KERNEL)
+  when = rules.rule_read(cfg)
+  decays = rules.subchunk_decays(gates, live, when, fused.KERNEL)
   loss = inner_loss(now["weight"], slow, keys, values, cfg)
   query = queries, slow_hidden(slow, queries)
   after, read = learn_chunk(

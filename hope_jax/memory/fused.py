@@ -19,7 +19,7 @@ from absl import logging
 from hope_jax.memory import chunks, devices
 from hope_jax.model_config import MemoryConfig
 from pallas_kernels.common import scan
-from pallas_kernels.linear_rule import chunk as chunk_lib
+from pallas_kernels.linear_rule import one_chunk as chunk_lib
 
 # As of `pl.pallas_call`: for tests on other backends.
 INTERPRET: Any = False

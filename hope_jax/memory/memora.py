@@ -31,7 +31,7 @@ from hope_jax.memory import architectures, chunks, deep, rules
 from hope_jax.memory.architectures import Weights
 from hope_jax.memory.rules import Gates
 from hope_jax.model_config import MemoryConfig
-from pallas_kernels.linear_rule import chunk as chunk_lib
+from pallas_kernels.linear_rule import one_chunk as chunk_lib
 
 
 def simplex(logits: Weights) -> Weights:
@@ -144,12 +144,10 @@ def learn_chunk(
     x, u = trace.inputs[index], errors[index]
     rate, _ = rules.layer_rates(x, gates, cfg, chunk_length=cfg.chunk_length)
     out = chunk_lib.chunk_rule(
-      x,
-      u,
-      weight=now[index],
-      momentum=None,
+      chunk_lib.Tokens(x, u),
+      chunk_lib.State(now[index], None),
       decays=decays,
-      learn_rate=rate,
+      step_size=rate,
       erase=None,
     )
     if cfg.read == "chunk":

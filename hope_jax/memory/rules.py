@@ -2,13 +2,13 @@
 
 The rule of every layer (spec 02, section 1; paper eq. 88 with momentum):
 
-  S_t = beta_t S_{t-1} - step_t u_t x_t^T
+  S_t = beta_t S_{t-1} - eta'_t u_t x_t^T
   W_t = W_{t-1} (alpha_t I - erase_t x_t x_t^T) + S_t
 
 with u the layer's error, x its input.  The proximal step of DGD with decay,
 argmin_W 1/2 |W x - u*|^2 + 1/(2 eta) |W - alpha W_t|^2, gives
-eta' = eta / (1 + eta |x|^2), step = eta', erase = alpha eta' (App. C without
-|x| = 1; the literal rule erases eta').
+eta' = eta / (1 + eta |x|^2), erase = alpha eta' (App. C without |x| = 1; the
+literal rule erases eta').
 
 Setting A (`token_exact`) takes the errors of the output layer so that the erase
 term completes them token by token; its steps are not divided by the chunk
@@ -17,10 +17,10 @@ in (0, 2): beyond 1 the erase turns what is stored under x around, which
 tracking a state such as parity needs (the proximal step never does).
 
 Inside a chunk the rule is linear in (W, S), so that a long one is solved in
-pieces, one after the other: exactly the same, at the cost of short ones.
+subchunks, one after the other: exactly the same, at the cost of short ones.
 
-Legend: eta learn_rate, alpha retention, beta momentum_decay; P pieces of a
-chunk, C tokens.
+Legend: eta learn_rate, eta' step_size, alpha retention, beta momentum_decay;
+P subchunks of a chunk, C tokens.
 """
 
 import functools
@@ -31,9 +31,9 @@ import jax.numpy as jnp
 
 from hope_jax.model_config import MemoryConfig
 from pallas_kernels.common.scan import merge_chunks, split_chunks
-from pallas_kernels.linear_rule import chunk as chunk_lib
+from pallas_kernels.linear_rule import one_chunk as chunk_lib
 
-PIECE_LENGTH = 64  # the longest: a solve costs its square per token
+SUBCHUNK_LENGTH = 64  # the longest: a solve costs its square per token
 
 
 class Gates(NamedTuple):
@@ -76,7 +76,7 @@ def layer_rates(
   chunk_length: int,
   exact: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-  """(step, erase) [..., C] of a layer with input x [..., C, K].
+  """(step_size, erase) [..., C] of a layer with input x [..., C, K].
 
   `exact`: the layer learns by setting A.
   """
@@ -115,9 +115,9 @@ def rule_read(cfg: MemoryConfig) -> chunk_lib.Read:
   return "post" if cfg.read == "token_post" else "pre"
 
 
-def _pieces(length: int) -> int:
-  """Into how many equal pieces a chunk is cut."""
-  shortest = -(-length // PIECE_LENGTH)
+def _subchunks(length: int) -> int:
+  """Into how many equal subchunks a chunk is cut."""
+  shortest = -(-length // SUBCHUNK_LENGTH)
   divisors = (p for p in range(shortest, 2 * shortest) if length % p == 0)
   return next(divisors, 1)
 
@@ -132,19 +132,19 @@ def _cut(tree: Any, count: int, axis: int) -> list[Any]:
   return [jax.tree.map(functools.partial(part, i), tree) for i in range(count)]
 
 
-def piece_decays(
+def subchunk_decays(
   gates: Gates,
   live: jax.Array | None = None,
   read: chunk_lib.Read = "pre",
   arithmetic: chunk_lib.Arithmetic = chunk_lib.XLA,
 ) -> Any:
-  """Decays of a chunk's pieces for `write_layer`: [..., P, B, H, C / P ...].
+  """Decays of a chunk's parts for `write_layer`: [..., P, B, H, C / P ...].
 
   `gates` [..., B, H, C]; `live` [..., C] says which places hold a token.  In a
-  kernel, where there is no axis before C: a tuple of the pieces'.
+  kernel, where there is no axis before C: a tuple of the subchunks'.
   """
   retention, momentum_decay = gates.retention, gates.momentum_decay
-  count = _pieces(retention.shape[-1])
+  count = _subchunks(retention.shape[-1])
   if arithmetic.in_kernel:
     return tuple(
       chunk_lib.chunk_decays(
@@ -179,48 +179,47 @@ def write_layer(
   """One chunk of (P) on one layer; token-exact read where queries are given.
 
   x [..., C, K], error [..., C, E], weight and momentum [..., E, K]; decays from
-  `piece_decays`, the others as in `layer_rates`.
+  `subchunk_decays`, the others as in `layer_rates`.
   """
-  step, erase = layer_rates(
+  step_size, erase = layer_rates(
     x, gates, cfg, chunk_length=chunk_length, exact=exact
   )
 
-  def write(state, piece):
-    (x, error, queries), (step, erase), decays = piece
+  def write(state, subchunk):
+    tokens, (step_size, erase), decays = subchunk
     out = chunk_lib.chunk_rule(
-      x,
-      error,
-      weight=state[0],
-      momentum=state[1],
+      tokens,
+      state,
       decays=decays,
-      learn_rate=step,
+      step_size=step_size,
       erase=erase,
-      queries=queries,
       read=rule_read(cfg),
       arithmetic=arithmetic,
     )
-    return (out.weight, out.momentum), out.outputs
+    return chunk_lib.State(out.weight, out.momentum), out.outputs
 
   def cut(tree, axis):
     length = x.shape[-2] // count
     return jax.tree.map(lambda y: split_chunks(y, length, y.ndim + axis), tree)
 
+  tokens = chunk_lib.Tokens(x, error, queries)
+  state = chunk_lib.State(weight, momentum)
   if arithmetic.in_kernel:
-    rows = _cut((x, error, queries), len(decays), axis=-2)
-    rates = _cut((step, erase), len(decays), axis=-1)
-    state, read = (weight, momentum), []
-    for piece in zip(rows, rates, decays, strict=True):
-      state, outputs = write(state, piece)
+    rows = _cut(tokens, len(decays), axis=-2)
+    rates = _cut((step_size, erase), len(decays), axis=-1)
+    read = []
+    for subchunk in zip(rows, rates, decays, strict=True):
+      state, outputs = write(state, subchunk)
       read.append(outputs)
     outputs = None if queries is None else jnp.concatenate(read, axis=-2)
     return chunk_lib.LinearRuleOutput(outputs, *state)
   count = decays.before.pair.shape[0]
-  pieces = cut((x, error, queries), -2), cut((step, erase), -1), decays
+  subchunks = cut(tokens, -2), cut((step_size, erase), -1), decays
   if count == 1:
-    first = jax.tree.map(lambda y: y[0], pieces)
-    state, outputs = write((weight, momentum), first)
+    first = jax.tree.map(lambda y: y[0], subchunks)
+    state, outputs = write(state, first)
     return chunk_lib.LinearRuleOutput(outputs, *state)
-  state, outputs = jax.lax.scan(write, (weight, momentum), pieces)
+  state, outputs = jax.lax.scan(write, state, subchunks)
   if outputs is not None:
     outputs = merge_chunks(outputs, x.shape[-2], x.ndim - 2)
   return chunk_lib.LinearRuleOutput(outputs, *state)

@@ -30,7 +30,7 @@ from hope_jax.memory import architectures, chunks, deep, fused, rules
 from hope_jax.memory.architectures import l2_normalize
 from hope_jax.memory.rules import Gates
 from hope_jax.model_config import MemoryConfig
-from pallas_kernels.linear_rule import chunk as chunk_lib
+from pallas_kernels.linear_rule import one_chunk as chunk_lib
 
 PROJECTIONS, GATES = ("k", "v", "q"), ("eta", "alpha")
 
@@ -316,9 +316,9 @@ def learn_chunk(
 ) -> tuple[dict[str, Any], BoxTrace, BoxTrace]:
   """One chunk of all boxes: (state after, trace of k, trace of v = targets)."""
   trace, targets = forward(start, made.k, cfg), forward(start, made.v, cfg)
-  decays = rules.piece_decays(gates, live, arithmetic=arithmetic)
+  decays = rules.subchunk_decays(gates, live, arithmetic=arithmetic)
   lead = made.k.ndim - 2  # B, H; in a kernel neither
-  lead_decays = lead if arithmetic.in_kernel else lead + 1  # pieces, B, H
+  lead_decays = lead if arithmetic.in_kernel else lead + 1  # subchunks, B, H
   boxed_decays = jax.tree.map(lambda x: jnp.expand_dims(x, lead_decays), decays)
   boxed_gates = jax.tree.map(lambda x: jnp.expand_dims(x, lead), gates)
   momentum = now["momentum"] or Boxes(None, None, None)

@@ -1,9 +1,9 @@
 """Linear baselines: one matrix memory per head, read after it is written.
 
-  S_t = S_{t-1} (alpha_t I - delta_t k_t k_t^T) + eta_t v_t k_t^T
+  S_t = S_{t-1} (alpha_t I - delta_t k_t k_t^T) + eta'_t v_t k_t^T
   y_t = W_o (norm(S_t q_t) * gate(n_t))
 
-  name            alpha         eta  delta    q and k         gate
+  name            alpha         eta' delta    q and k         gate
   retnet          1 - 2^(-5-h)  1    -        rotary          swish
   deltanet        1             b    b        conv, l2        none
   gated_deltanet  exp(-e^A s)   b    alpha b  conv, l2        swish
@@ -103,10 +103,10 @@ def document_starts(segments: jax.Array) -> jax.Array:
 
 
 class Rule(NamedTuple):
-  """alpha, eta and delta (None: no erase) of the rule, [B, H, T]."""
+  """alpha, eta' and delta (None: no erase) of the rule, [B, H, T]."""
 
   retention: jax.Array
-  learn_rate: jax.Array
+  step_size: jax.Array
   erase: jax.Array | None
 
 
@@ -266,9 +266,6 @@ class LinearMemory(nn.Module):
     return attention.rotate(x.swapaxes(1, 2), position, base).swapaxes(1, 2)
 
 
-IMPLEMENTATIONS = {"auto": None, "xla": "chunked", "pallas_tpu": "pallas_tpu"}
-
-
 def run_rule(
   config: ModelConfig,
   keys: jax.Array,
@@ -279,7 +276,8 @@ def run_rule(
   reset: jax.Array | None,
 ) -> Any:
   """`linear_rule` from state `weight` [B, H, E, K], on every device's heads."""
-  implementation: Any = IMPLEMENTATIONS[config.memory.implementation]
+  name = config.memory.implementation
+  implementation: Any = None if name == "auto" else name
 
   def run(keys, values, queries, rule, weight, reset):
     return linear_rule(
@@ -289,7 +287,7 @@ def run_rule(
       momentum=None,
       retention=rule.retention,
       momentum_decay=None,
-      learn_rate=rule.learn_rate,
+      step_size=rule.step_size,
       erase=rule.erase,
       queries=queries,
       read="post",

@@ -256,7 +256,7 @@ def run_segments(
   base = chunks.per_sequence(slow, batch, ("heads",))
   split = lambda tree, axis: jax.tree.map(lambda x: layout.split(x, axis), tree)
   xs = _Tokens(*split(tokens[:3], 1), *split(tokens[3:], 2))
-  decays = rules.piece_decays(xs.gates, layout.live, rules.rule_read(cfg))
+  decays = rules.subchunk_decays(xs.gates, layout.live, rules.rule_read(cfg))
   weights = initial, base
   (outputs, dynamics), after = chunks.scan_chunks(
     _segment_step(weights, kernels, persistent, place, config, with_dynamics),

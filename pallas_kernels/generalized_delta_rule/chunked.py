@@ -35,7 +35,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.common import scan as scan_lib
 from pallas_kernels.generalized_delta_rule.reference import DeltaRuleOutput
-from pallas_kernels.linear_rule.chunk import unit_lower_inverse
+from pallas_kernels.linear_rule.one_chunk import unit_lower_inverse
 
 MAX_CHUNK_LENGTH = 128
 FASTEST_DECAY = math.exp(-0.5)  # of RWKV-7, -log w

@@ -21,6 +21,7 @@ import numpy as np
 
 from pallas_kernels.generalized_delta_rule import chunked, reference
 from pallas_kernels.linear_rule import linear_rule, pallas_gpu
+from pallas_kernels.linear_rule.reference import Rates, State, Tokens
 from scripts.gpu_check.plan import Row, first_line
 
 Arrays = dict[str, Any]
@@ -131,8 +132,7 @@ def _functions(
   rule = functools.partial(linear_rule, **options)
   run = functools.partial(rule, implementation=implementation)
   if implementation == "pallas_gpu" and jax.default_backend() != "gpu":
-    kernel = pallas_gpu.linear_rule_gpu
-    run = functools.partial(kernel, interpret=True, **options)
+    run = functools.partial(_interpreted, **options)
     note = " (interpreted)"
   of_tokens = functools.partial(_call, ("x", "u"))
   definition = functools.partial(rule, implementation="reference")
@@ -140,6 +140,21 @@ def _functions(
     functools.partial(of_tokens, run),
     functools.partial(of_tokens, definition),
     note,
+  )
+
+
+def _interpreted(x: jax.Array, u: jax.Array, **rest: Any) -> Any:
+  """The GPU's kernel where there is none: the arguments of `linear_rule`."""
+  tokens = Tokens(x, u, rest["queries"])
+  rates = Rates(**{name: rest[name] for name in Rates._fields})
+  state = State(rest["weight"], rest["momentum"])
+  return pallas_gpu.linear_rule_gpu(
+    tokens,
+    rates,
+    state,
+    read=rest["read"],
+    chunk_length=rest["chunk_length"],
+    interpret=True,
   )
 
 
@@ -169,7 +184,7 @@ def _inputs(
       queries=queries,
       weight=weight,
       retention=uniform(0.8, 1),
-      learn_rate=uniform(0, 1),
+      step_size=uniform(0, 1),
       erase=uniform(0, 1),
     )
     arrays["retention"][:, 0, [5, 20]] = 0

@@ -86,7 +86,7 @@ def _kernels(tiny: bool) -> list[Job]:
   for dim in (16,) if tiny else (128, 64):
     for op, implementation in (
       ("linear_rule", "pallas_gpu"),
-      ("linear_rule", "chunked"),
+      ("linear_rule", "xla"),
       ("generalized_delta_rule", "chunked"),
     ):
       name = f"kernels-{op}-{implementation}-{dim}"

@@ -133,9 +133,9 @@ def test_projections_in_kernels_equal_xla_values_and_vjps(options):
   _check(_boxes, cfg, (initial, p, _moved(initial, cfg)), SEGMENTS)
 
 
-def test_projections_in_kernels_in_pieces(monkeypatch):
-  """A long chunk's rule is solved in pieces, of two tokens here."""
-  monkeypatch.setattr(rules, "PIECE_LENGTH", 2)
+def test_projections_in_kernels_in_subchunks(monkeypatch):
+  """A long chunk's rule is solved in subchunks, of two tokens here."""
+  monkeypatch.setattr(rules, "SUBCHUNK_LENGTH", 2)
   cfg = MemoryConfig(**KERNELS, adaptive=("k", "eta"))
   initial, p = random_boxes(cfg)
   p = jax.tree.map(lambda x: x[:, :, :8], p)
