@@ -1,7 +1,7 @@
 """Mamba (2312.00752): a selective state space for every channel.
 
   v = SiLU(conv(n W_v)),  k = v W_k,  q = v W_q,  s = softplus(v W_1 W_2 + a)
-  h_t = exp(-s_t A) h_{t-1} + s_t v_t k_t^T        `memory/selective_scan.py`
+  h_t = exp(-s_t A) h_{t-1} + s_t v_t k_t^T   `pallas_kernels.selective_scan`
   y = ((h q + D v) * silu(n W_z)) W_o
 
 The paper calls q, k, v, s C, B, x, dt.  Each of E = 2 D channels has a state of
@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from hope_jax.memory import devices
-from hope_jax.memory.selective_scan import ScanOutput, selective_scan
 from hope_jax.model_config import ModelConfig
 from hope_jax.models import layers, linear
 from hope_jax.models.interface import MixerOutput
+from pallas_kernels.selective_scan import ScanOutput, selective_scan
 
 KEY_DIM = 16
 
@@ -98,7 +98,7 @@ def run_scan(
       step,
       keys=keys,
       queries=queries,
-      rate=rate,
+      decay_rate=rate,
       state=state,
       reset=reset,
       chunk_length=config.memory.chunk_length,

@@ -36,7 +36,6 @@ from hope_jax.models import layers
 from hope_jax.models.interface import MixerOutput
 from hope_jax.models.linear import document_starts
 from pallas_kernels import generalized_delta_rule as rule
-from pallas_kernels.generalized_delta_rule import chunked
 
 HEAD_DIM = 64
 SHIFTED = ("receptance", "decay", "key", "value", "rate", "gate")
@@ -278,7 +277,7 @@ class TimeMix(nn.Module):
         erase_write=kappa * split(gates["rate"]),
         weight=start["memory"]["weight"],
         reset=reset,
-        chunk_length=min(cfg.memory.chunk_length, chunked.MAX_CHUNK_LENGTH),
+        chunk_length=min(cfg.memory.chunk_length, rule.MAX_CHUNK_LENGTH),
         checkpoint=cfg.memory.remat,
       )
     y_BTD = ReadOut(cfg, name="readout")(out.outputs, rkv, gates["gate"], layer)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.generalized_delta_rule import chunked, reference
+from pallas_kernels.generalized_delta_rule import generalized_delta_rule
 from pallas_kernels.linear_rule import linear_rule, pallas_gpu
 from pallas_kernels.linear_rule.reference import Rates, State, Tokens
 from scripts.gpu_check.plan import Row, first_line
@@ -113,14 +113,11 @@ def _functions(
 ) -> tuple[Callable, Callable, str]:
   """(what is checked, its definition) of (arrays, reset), and a note on it."""
   if op == "generalized_delta_rule":
-    run: Callable = functools.partial(
-      chunked.generalized_delta_rule, chunk_length=case.chunk
-    )
+    rule = functools.partial(generalized_delta_rule, chunk_length=case.chunk)
     of_tokens = functools.partial(_call, ("keys", "values"))
-    definition = reference.generalized_delta_rule_reference
     return (
-      functools.partial(of_tokens, run),
-      functools.partial(of_tokens, definition),
+      functools.partial(of_tokens, rule, implementation=implementation),
+      functools.partial(of_tokens, rule, implementation="reference"),
       "",
     )
   note = ""
@@ -159,11 +156,11 @@ def _interpreted(x: jax.Array, u: jax.Array, **rest: Any) -> Any:
 
 
 def _call(
-  first: tuple[str, ...], function: Callable, arrays: Arrays, reset: Any
+  first: tuple[str, ...], function: Callable, arrays: Arrays, **options: Any
 ) -> Any:
   """`function` of a dict, of which `first` are positional."""
   rest = {name: x for name, x in arrays.items() if name not in first}
-  return function(*(arrays[name] for name in first), **rest, reset=reset)
+  return function(*(arrays[name] for name in first), **rest, **options)
 
 
 def _inputs(

@@ -87,7 +87,7 @@ def _kernels(tiny: bool) -> list[Job]:
     for op, implementation in (
       ("linear_rule", "pallas_gpu"),
       ("linear_rule", "xla"),
-      ("generalized_delta_rule", "chunked"),
+      ("generalized_delta_rule", "xla"),
     ):
       name = f"kernels-{op}-{implementation}-{dim}"
       arguments = {"op": op, "implementation": implementation, "dim": dim}
