@@ -44,9 +44,10 @@ class MemoryConfig:
     chunk_length, projection_chunk_length: tokens per chunk of the memory and
       of the adaptive projections.
     remat: saved states of the backward pass: `none`, `chunk` or `sqrt`.
-    implementation: of whole chunks, `xla` or `pallas_tpu`; `auto` takes the
-      kernels on a TPU (linear layers': also on a GPU).  Pieces of chunks are
-      always XLA's.
+    implementation: of whole chunks, `xla` or kernels, `pallas_tpu` or (linear
+      layers only) `pallas_gpu`; `auto` takes the kernels where they run.
+      `pallas_interpret`: the TPU's on any machine, slowly, for tests.  Parts of
+      chunks are always XLA's.
   """
 
   architecture: str = "mlp"
@@ -74,8 +75,9 @@ class MemoryConfig:
   implementation: str = "auto"
 
   def __post_init__(self):
-    implementations = "auto", "xla", "pallas_tpu"
-    check_choice(self.implementation, "memory.implementation", implementations)
+    check_choice(
+      self.implementation, "memory.implementation", ("auto", "xla", *KERNELS)
+    )
     check_choice(self.architecture, "memory.architecture", ("mlp", "matrix"))
     check_choice(self.activation, "memory.activation", ("silu", "gelu"))
     for box in self.adaptive:
@@ -286,6 +288,12 @@ MEMORA_RULE = {
   "momentum": "none",
 }
 LINEAR_LAYERS = "retnet", "deltanet", "gated_deltanet", "comba", "mamba2"
+FUSED_LAYERS = "titans", "titans_mag", "titans_mal", "hope", "dla"
+KERNELS = {  # memory.implementation -> layers that have kernels of it
+  "pallas_tpu": FUSED_LAYERS + LINEAR_LAYERS,
+  "pallas_gpu": LINEAR_LAYERS,
+  "pallas_interpret": FUSED_LAYERS + LINEAR_LAYERS,
+}
 STATE_SPACE_LAYERS = ("mamba",)
 RECURRENT_LAYERS = "rwkv7", "lstm", "srwm"
 # Models whose blocks take turns: the sequence layers of one after the other.
@@ -397,7 +405,6 @@ class ModelConfig:
 
   def _check_memory(self):
     layer, memory = self.sequence_layer, self.memory
-    has_kernel = layer not in ("memora", "titans_mac", *TTT_LAYERS)
     has_window = layer in ("titans_mag", "titans_mal")
     if has_window and not self.attention_window:
       raise ConfigError(
@@ -412,9 +419,10 @@ class ModelConfig:
       raise ConfigError(
         f"memory.adaptive={memory.adaptive}: titans_mac has slow projections"
       )
-    if memory.implementation == "pallas_tpu" and not has_kernel:
+    if layer not in KERNELS.get(memory.implementation, (layer,)):
       raise ConfigError(
-        f"memory.implementation=pallas_tpu: {layer} has no kernel, take xla"
+        f"memory.implementation={memory.implementation}: {layer} has no such"
+        " kernel, take xla"
       )
     needed = MEMORA_RULE if layer == "memora" else {}
     for field, value in needed.items():

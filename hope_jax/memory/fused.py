@@ -16,13 +16,12 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
+from hope_jax.fields import ConfigError
 from hope_jax.memory import chunks, devices
 from hope_jax.model_config import MemoryConfig
 from pallas_kernels.common import scan
 from pallas_kernels.linear_rule import one_chunk as chunk_lib
 
-# As of `pl.pallas_call`: for tests on other backends.
-INTERPRET: Any = False
 KERNEL = chunk_lib.Arithmetic(in_kernel=True)
 
 
@@ -33,12 +32,21 @@ def can_run(cfg: MemoryConfig, layout: chunks.Layout) -> bool:
 
 @functools.cache
 def is_chosen(implementation: str) -> bool:
-  """Whether `memory.implementation` means the kernels."""
+  """Whether `memory.implementation` means the kernels.
+
+  Raises:
+    ConfigError: it means kernels that memories do not have.
+  """
   if implementation == "auto":
     backend = jax.default_backend()
     implementation = "pallas_tpu" if backend == "tpu" else "xla"
     logging.info("memory.implementation=auto uses %s.", implementation)
-  return implementation == "pallas_tpu"
+  if implementation == "pallas_gpu":
+    raise ConfigError(
+      "memory.implementation=pallas_gpu: memories have no kernel for GPUs,"
+      " take xla"
+    )
+  return implementation in ("pallas_tpu", "pallas_interpret")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +135,7 @@ def run(
       (jax.tree.map(by_chunk, tokens), begins),
       initial,
       name=name,
-      interpret=INTERPRET,
+      interpret=cfg.implementation == "pallas_interpret",
     )
     by_token = lambda y: split(y.reshape(y.shape[0], -1, *y.shape[3:]))
     ys = jax.tree.map(lambda y: by_token(y)[:, :, :num_tokens], ys)

@@ -32,7 +32,9 @@ from pallas_kernels.linear_rule.reference import (
   Tokens,
 )
 
-Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
+Implementation = Literal[
+  "reference", "xla", "pallas_tpu", "pallas_gpu", "pallas_interpret"
+]
 Arguments = tuple[Tokens, Rates, State]
 
 
@@ -80,7 +82,8 @@ def linear_rule(
     read: whether q_t sees the state before or after token t's write.
     reset: bool, [B, H, T]: forget everything before this token.
     chunk_length: C, tokens that are solved at once ("pallas_gpu": at most).
-    implementation: None: the best that can run on the default backend.
+    implementation: None: the best that can run on the default backend;
+      "pallas_interpret": the TPU kernels on any backend, slowly.
     checkpoint: what "xla" recomputes in its backward pass, see `scan.py`.
 
   Returns:
@@ -116,10 +119,14 @@ def _run(
     raise NotImplementedError(
       f'{name!r} computes in float32, not {dtype}: use "xla".'
     )
-  if name == "pallas_tpu":
-    from pallas_kernels.linear_rule.pallas_tpu import linear_rule_tpu as run
-  else:
+  run: Any
+  if name == "pallas_gpu":
     from pallas_kernels.linear_rule.pallas_gpu import linear_rule_gpu as run
+  else:
+    from pallas_kernels.linear_rule.pallas_tpu import linear_rule_tpu
+
+    is_tpu = name == "pallas_tpu"
+    run = functools.partial(linear_rule_tpu, interpret=not is_tpu)
   return run(*arguments, read=options.read, chunk_length=options.chunk_length)
 
 
