@@ -1,9 +1,10 @@
 """The learning rule over one chunk, with matrix products.
 
 Inside a chunk the rule of `reference.py` is linear in (W, S), so that a chunk
-is solved exactly by matrix products and one unit lower triangular system. With
-a_t = prod_{r<=t} alpha_r, b_t = prod_{r<=t} beta_r, A_ti = a_t / a_i and
-B_ti = b_t / b_i for i <= t, K = A B, m = A b, and prev = one row later:
+is solved exactly by matrix products and one unit lower triangular system
+(docs/equations.md, "The same by chunks"). With a_t = prod_{r<=t} alpha_r,
+b_t = prod_{r<=t} beta_r, A_ti = a_t / a_i and B_ti = b_t / b_i for i <= t,
+K = A B, m = A b, and prev = one row later:
 
     R   = rows r_t = W_{t-1} x_t, from
           (I + prevA diag(delta) * X X^T) R
@@ -79,8 +80,8 @@ class Mix(NamedTuple):
 
   pair: jax.Array  # A
   start: jax.Array  # a
-  pair_momentum: Any = None  # K; None without momentum: then K = A and m = 0
-  start_momentum: Any = None  # m
+  pair_momentum: jax.Array | None = None  # K; without momentum A
+  start_momentum: jax.Array | None = None  # m; without momentum 0
 
   @property
   def writes(self) -> jax.Array:
@@ -94,8 +95,8 @@ class ChunkDecays(NamedTuple):
   before: Mix  # of the states before each token's write: prevA, prev_a ...
   after: Mix | None  # of those after it; None unless they are read
   end: Mix  # of the chunk's last state
-  momentum_pair_end: Any = None  # last row of B, [..., C]
-  momentum_start_end: Any = None  # b_C, [..., 1]
+  momentum_pair_end: jax.Array | None = None  # last row of B, [..., C]
+  momentum_start_end: jax.Array | None = None  # b_C, [..., 1]
 
 
 def chunk_decays(
@@ -256,8 +257,7 @@ class _Products:
     # Of the chunk: what is before and what is after each token.
     self.before = jnp.where(self.place == 0, 1, first * before)
     self.after = jnp.where(self.place == self.size - 1, 1, last * after)
-    self.resets: Any = None
-    self.all_resets: Any = None
+    self.resets = self.all_resets = None
     if reset is not None:
       self.resets = self._up_to(reset.astype(factor.dtype))
       self.all_resets = self._one(self.resets, self.size - 1)
@@ -494,9 +494,12 @@ def _state_after(
   next_weight -= _einsum("...CE,...CK->...EK", writes, x)
   if momentum is None:
     return State(next_weight, None)
+  from_start, pair_end = decays.momentum_start_end, decays.momentum_pair_end
+  assert end.start_momentum is not None
+  assert from_start is not None and pair_end is not None
   next_weight += end.start_momentum[..., None] * momentum
-  writes = decays.momentum_pair_end[..., None] * rated_u
-  next_momentum = decays.momentum_start_end[..., None] * momentum
+  writes = pair_end[..., None] * rated_u
+  next_momentum = from_start[..., None] * momentum
   next_momentum -= _einsum("...CE,...CK->...EK", writes, x)
   return State(next_weight, next_momentum)
 
@@ -506,6 +509,7 @@ def _read_start(rows: jax.Array, state: State, mix: Mix) -> jax.Array:
   weight, momentum = state
   y = mix.start[..., None] * _einsum("...CK,...EK->...CE", rows, weight)
   if momentum is not None:
+    assert mix.start_momentum is not None
     rows_momentum = _einsum("...CK,...EK->...CE", rows, momentum)
     y += mix.start_momentum[..., None] * rows_momentum
   return y

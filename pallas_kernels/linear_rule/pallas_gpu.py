@@ -40,7 +40,7 @@ def linear_rule_gpu(
   *,
   read: Read = "pre",
   chunk_length: int,
-  interpret: Any = False,
+  interpret: bool = False,
 ) -> LinearRuleOutput:
   """`api.linear_rule` on a GPU, in float32.
 
@@ -91,7 +91,7 @@ class _Static(NamedTuple):
 
   step: pallas_common.Step
   blocks: tuning.BlockSizes
-  interpret: Any
+  interpret: bool
 
 
 # ----------------------------------------------------------------- kernels
@@ -148,13 +148,13 @@ def _backward_kernel(residuals, cotangents, d_chunks, d_initial, *, static):
 # ------------------------------------------------------------------- calls
 
 
-def _shared(array: Any) -> pl.BlockSpec:
+def _shared(array: jax.Array) -> pl.BlockSpec:
   """All of a head's x, queries or rates: [B H, ...]."""
   rest = array.shape[1:]
   return pl.BlockSpec((None, *rest), lambda b, p: (b, *(0,) * len(rest)))
 
 
-def _columns(array: Any, parts: int) -> pl.BlockSpec:
+def _columns(array: jax.Array, parts: int) -> pl.BlockSpec:
   """A part of a head's u or outputs, [B H, G, n, C, E]."""
   *rest, width = array.shape[1:]
   return pl.BlockSpec(
@@ -162,7 +162,7 @@ def _columns(array: Any, parts: int) -> pl.BlockSpec:
   )
 
 
-def _rows(array: Any, parts: int) -> pl.BlockSpec:
+def _rows(array: jax.Array, parts: int) -> pl.BlockSpec:
   """A part of a head's states [B H, ..., E, K]."""
   *rest, height, width = array.shape[1:]
   return pl.BlockSpec(

@@ -24,26 +24,26 @@ Read = Literal["pre", "post"]
 class Tokens(NamedTuple):
   """x, queries (None: nothing is read) [..., T, K]; u [..., T, E]."""
 
-  x: Any
-  u: Any
-  queries: Any = None
+  x: jax.Array
+  u: jax.Array
+  queries: jax.Array | None = None
 
 
 class Rates(NamedTuple):
   """Scalars of every token, [..., T]; None: no momentum, erase, resets."""
 
-  retention: Any
-  momentum_decay: Any
-  step_size: Any
-  erase: Any
-  reset: Any = None
+  retention: jax.Array
+  momentum_decay: jax.Array | None
+  step_size: jax.Array
+  erase: jax.Array | None
+  reset: jax.Array | None = None
 
 
 class State(NamedTuple):
   """weight and momentum (None: a write is not carried on), [..., E, K]."""
 
-  weight: Any
-  momentum: Any
+  weight: jax.Array
+  momentum: jax.Array | None
 
 
 class LinearRuleOutput(NamedTuple):
