@@ -216,8 +216,7 @@ def write_layer(
   count = decays.before.pair.shape[0]
   subchunks = cut(tokens, -2), cut((step_size, erase), -1), decays
   if count == 1:
-    first = jax.tree.map(lambda y: y[0], subchunks)
-    state, outputs = write(state, first)
+    state, outputs = write(state, jax.tree.map(lambda y: y[0], subchunks))
     return chunk_lib.LinearRuleOutput(outputs, *state)
   state, outputs = jax.lax.scan(write, state, subchunks)
   if outputs is not None:

@@ -44,8 +44,7 @@ def generalized_delta_rule(
     queries: r, [B, H, T, K].
     log_decay: log w in -fastest_decay .. 0, [B, H, T, K]; what is outside of it
       counts as the nearer bound, and has no gradient.
-    erase_read: p, [B, H, T, K].
-    erase_write: b, [B, H, T, K].
+    erase_read, erase_write: p and b, [B, H, T, K].
     weight: S before the first token, [B, H, E, K].
     reset: bool [B, H, T]: S is zeroed before such a token.
     chunk_length: tokens per chunk; the result does not depend on it.
@@ -63,10 +62,7 @@ def generalized_delta_rule(
     keys, values, queries, log_decay, erase_read, erase_write, reset
   )
   _validate(tokens, weight)
-  name = implementation or "xla"
-  if name not in get_args(Implementation):
-    known = ", ".join(map(repr, get_args(Implementation)))
-    raise ValueError(f"{implementation=} is not one of {known}.")
+  name = _choose(implementation)
   longest = one_chunk.longest_chunk(fastest_decay)
   if name == "xla" and not 0 < chunk_length <= longest:
     raise ValueError(
@@ -83,6 +79,14 @@ def generalized_delta_rule(
     fastest_decay=fastest_decay,
     checkpoint=checkpoint,
   )
+
+
+def _choose(implementation: Implementation | None) -> Implementation:
+  name = implementation or "xla"
+  if name not in get_args(Implementation):
+    known = ", ".join(map(repr, get_args(Implementation)))
+    raise ValueError(f"{implementation=} is not one of {known}.")
+  return name
 
 
 def _validate(tokens: Tokens, weight: jax.Array) -> None:

@@ -63,16 +63,18 @@ def linear_rule(
   implementation: Implementation | None = None,
   checkpoint: scan.CheckpointPolicy = "sqrt",
 ) -> LinearRuleOutput:
-  """Updates W by the equations of `reference.py`, and reads it with queries.
+  """Updates a fast weight with every token, reads it with every query.
 
-  The result does not depend on `chunk_length`.  Differentiable in every float
-  argument, whatever the size of retention and momentum_decay: values and
-  derivatives keep their digits down to exact zeros.
+    S_t = beta_t S_{t-1} - eta'_t u_t x_t^T
+    W_t = W_{t-1} (alpha_t I - delta_t x_t x_t^T) + S_t
+    y_t = W_{t-1} q_t  (read = "pre")  or  W_t q_t  (read = "post")
+
+  Values and derivatives in every float argument do not depend on
+  `chunk_length`, and keep their digits for decays down to exact zeros.
 
   Args:
     x: inputs x_t, [B, H, T, K].
-    u: errors u_t = dL/dy_t, [B, H, T, E], not a function of W inside a chunk
-      (or use chunk_length tokens per call).
+    u: errors u_t = dL/dy_t, [B, H, T, E], no function of W inside a chunk.
     weight: initial W, [B, H, E, K].
     momentum: initial S, [B, H, E, K]; None: S_t = -eta'_t u_t x_t^T.
     retention, step_size: alpha_t, eta'_t, [B, H, T].
