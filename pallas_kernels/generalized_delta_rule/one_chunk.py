@@ -11,7 +11,8 @@ so that, strictly lower triangular in t and i,
       <p_t, x_i> = sum_c p_tc x_ic e^{L_{t-1,c} - L_{i,c}}
 
 is one unit lower triangular system per chunk; outputs and the chunk's last
-state are products again.  Exact for any chunk length.
+state are products again.  Exact for any chunk length (docs/equations.md, "The
+generalized delta rule").
 
 The decays differ by channel, so that the products <., .> take them apart into
 e^{L_t} and e^{-L_i}.  A channel keeps at least e^{-f} of itself per token, with
