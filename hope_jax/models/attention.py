@@ -24,7 +24,7 @@ from hope_jax.config import ModelConfig
 from hope_jax.models import layers, problems, rotary
 from hope_jax.models.interface import FastState, MixerOutput, Problem, owned
 from hope_jax.models.parameters import parameter
-from pallas_kernels.scan import fold_chunks
+from pallas_kernels.common.scan import fold_chunks
 
 
 @flax.struct.dataclass

@@ -52,7 +52,7 @@ from hope_jax.models.next_token_levels import (
   learning_layers,
   weights_of,
 )
-from pallas_kernels.scan import (
+from pallas_kernels.common.scan import (
   checkpointed_scan,
   merge_chunks,
   split_chunks,
