@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.analysis import flops as flops_lib
 from hope_jax.config import Config, ModelConfig
@@ -48,7 +49,7 @@ def count(config: Config) -> dict[str, Mapping[str, Any]]:
   }
 
 
-def owned(kinds: Any, params: Any) -> Owned:
+def owned(kinds: Tree, params: Tree) -> Owned:
   """(components, parameter) of all parameters."""
   leaves = zip(jax.tree.leaves(kinds), jax.tree.leaves(params), strict=True)
   yield from ((kind.owner, leaf) for kind, leaf in leaves)
@@ -61,7 +62,7 @@ def state_parts(model: ModelConfig) -> Owned:
     yield from one.parts(model)
 
 
-def moments(config: Config, kinds: Any, params: Any) -> Counter:
+def moments(config: Config, kinds: Tree, params: Tree) -> Counter:
   """Bytes of the optimizer's state by moment, and of its sums of gradients."""
   name, periods = config.opt.name, config.model.cms.periods
   optimizer = optimizers.make(config.opt, config.train.steps, kinds, periods)
@@ -91,7 +92,7 @@ def apportion(parts: Owned) -> tuple[Counter, Counter]:
 
 
 def count_flops(
-  model: ModelConfig, kinds: Any, params: Any, tokens: Any
+  model: ModelConfig, kinds: Tree, params: Tree, tokens: Tree
 ) -> tuple[dict[str, float], dict[str, float]]:
   """FLOPs per token of the forward pass by component: all, and learning's.
 
@@ -145,7 +146,7 @@ def _share(amounts: Sequence[Share], tokens: int) -> dict[str, float]:
 
 
 def flops_by_owner(
-  model: ModelConfig, kinds: Any, params: Any, tokens: Any
+  model: ModelConfig, kinds: Tree, params: Tree, tokens: Tree
 ) -> dict[str, float]:
   """FLOPs of the forward pass by component, or by what several share:
   `mixer`, a memory's own work, and `nested`, one block of all CMS levels."""
@@ -157,7 +158,7 @@ def flops_by_owner(
   return counts
 
 
-def owners_of_modules(kinds: Any) -> dict[tuple[str, ...], set[str]]:
+def owners_of_modules(kinds: Tree) -> dict[tuple[str, ...], set[str]]:
   """The components that own parameters of a module, by its names from the
   outermost module inwards."""
   found = defaultdict(set)
@@ -185,7 +186,7 @@ def owner(scope: str, owners: Mapping[tuple[str, ...], set[str]]) -> str:
   return min(found) if len(found) == 1 else "rest"
 
 
-def _logits(model: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
+def _logits(model: ModelConfig, params: Tree, tokens: jax.Array) -> jax.Array:
   """The forward pass; recomputation is not the model's own work."""
   memory = replace(model.memory, remat="none")
   model = replace(model, remat="none", memory=memory)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.typing import ArrayPytree as Tree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hope_jax.config import Config
@@ -25,7 +26,7 @@ def build(config: Config, mesh: Mesh) -> Callable[[Any, Any], Any]:
   """Jitted (params, batch) -> the sown tree; call it inside the mesh."""
   model = LanguageModel(config.model)
 
-  def collect(params: Any, batch: dict[str, jax.Array]) -> Any:
+  def collect(params: Tree, batch: dict[str, jax.Array]) -> Any:
     _, sown = model.apply(
       {"params": params},
       batch["tokens"],
@@ -41,7 +42,7 @@ def build(config: Config, mesh: Mesh) -> Callable[[Any, Any], Any]:
   return jax.jit(collect, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def flatten(sown: Any) -> dict[str, float]:
+def flatten(sown: Tree) -> dict[str, float]:
   """blocks/mixer/memory/learn_rate [layers] ->
   dynamics/layer_0/memory/learn_rate, dynamics/layer_1/... ."""
   flat = {}

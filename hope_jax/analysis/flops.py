@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.config import Config
 from hope_jax.models.language_model import LanguageModel, forward
@@ -110,7 +111,7 @@ def by_scope(function: Any, *args: Any) -> Counter[str]:
   return _count_jaxpr(jax.make_jaxpr(function)(*args).jaxpr, "")
 
 
-def per_token(config: Config, params: Any = None) -> float:
+def per_token(config: Config, params: Tree = None) -> float:
   """FLOPs of loss and gradient per token, nothing recomputed counted twice.
 
   Recomputation (remat, kernels) is left out of the count: it is the chip's
@@ -129,7 +130,7 @@ def per_token(config: Config, params: Any = None) -> float:
     variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
     params = nn.unbox(variables["params"])
 
-  def total(params: Any, tokens: jax.Array) -> jax.Array:
+  def total(params: Tree, tokens: jax.Array) -> jax.Array:
     return jnp.sum(forward(model, params, tokens).logits)
 
   return count(jax.grad(total), params, tokens) / length

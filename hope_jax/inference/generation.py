@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.config import ConfigError, ModelConfig
 from hope_jax.inference import streaming
@@ -48,7 +49,7 @@ def draw(key: jax.Array, logits_V: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def prefill(
-  params: Any, prompt: np.ndarray, *, config: ModelConfig
+  params: Tree, prompt: np.ndarray, *, config: ModelConfig
 ) -> tuple[jax.Array, Any]:
   """Reads a prompt [T], T > 0, from the beginning: (logits [V] after it, fast
   state with batch 1)."""
@@ -65,8 +66,8 @@ def prefill(
   donate_argnames="states",
 )
 def decode(
-  params: Any,
-  states: Any,
+  params: Tree,
+  states: Tree,
   logits_NV: jax.Array,
   keys_N: jax.Array,
   *,
@@ -80,12 +81,12 @@ def decode(
   Returns tokens [N, count], and logits and states to go on from.
   """
 
-  def one(state: Any, logits_V: jax.Array, key: jax.Array) -> Any:
+  def one(state: Tree, logits_V: jax.Array, key: jax.Array) -> Any:
     token = draw(key, logits_V[:vocab_size], sampling).astype(jnp.int32)
     output = streaming.forward(params, state, token[None, None], config=config)
     return output.state, output.logits[0, -1], token
 
-  def step(carry: Any, number: jax.Array) -> tuple[Any, jax.Array]:
+  def step(carry: Tree, number: jax.Array) -> tuple[Any, jax.Array]:
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys_N, number)
     states, logits = carry
     if next_token_levels.is_on(config):  # its rare updates would run every time
@@ -102,7 +103,7 @@ def decode(
 
 
 def generate(
-  params: Any,
+  params: Tree,
   prompts: Sequence[np.ndarray],
   *,
   config: ModelConfig,
@@ -131,8 +132,8 @@ def check_room(
 
 
 def go_on(
-  params: Any,
-  states: Any,
+  params: Tree,
+  states: Tree,
   logits: jax.Array,
   *,
   config: ModelConfig,

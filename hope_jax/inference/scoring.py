@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.config import ModelConfig
 from hope_jax.inference import streaming
@@ -116,7 +117,7 @@ def _children(node: Node) -> list[Node]:
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="states")
 def read_piece(
-  params: Any,
+  params: Tree,
   states: StreamState,
   tokens_NT: jax.Array,
   is_read_N: jax.Array,
@@ -147,7 +148,11 @@ def read_piece(
 
 @functools.partial(jax.jit, static_argnames="config")
 def read_last(
-  params: Any, states: StreamState, tokens_NT: jax.Array, *, config: ModelConfig
+  params: Tree,
+  states: StreamState,
+  tokens_NT: jax.Array,
+  *,
+  config: ModelConfig,
 ) -> Scores:
   """`Scores` [N, T] of tokens after which nothing is read."""
 
@@ -171,7 +176,7 @@ def stack(states: Sequence[Any], batch_size: int) -> Any:
 
 
 def read(
-  params: Any, rows: Sequence[Row], *, config: ModelConfig, batch_size: int
+  params: Tree, rows: Sequence[Row], *, config: ModelConfig, batch_size: int
 ) -> list[Read]:
   """Reads at most `batch_size` rows."""
   states = stack([row.before.state for row in rows], batch_size)
@@ -216,7 +221,7 @@ def read(
 
 
 def read_all(
-  params: Any,
+  params: Tree,
   sequences: Sequence[Sequence[int]],
   *,
   config: ModelConfig,
@@ -257,7 +262,7 @@ def with_cache(config: ModelConfig, count: int) -> ModelConfig:
 
 
 def score(
-  params: Any,
+  params: Tree,
   requests: Sequence[Request],
   *,
   config: ModelConfig,
@@ -282,7 +287,7 @@ def score(
 
 
 def _score_group(
-  params: Any,
+  params: Tree,
   requests: Sequence[Request],
   *,
   config: ModelConfig,

@@ -20,12 +20,13 @@ Legend: B batch, T tokens, V vocab, L layers.
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.typing import ArrayPytree as Tree
 from jax.sharding import Mesh
 
 from hope_jax.config import ConfigError, ModelConfig
@@ -50,9 +51,9 @@ class StreamState:
       It is how many the sequence has: nothing is computed twice.
   """
 
-  fast: Any
-  logits: Any
-  processed: Any
+  fast: Tree
+  logits: Tree
+  processed: Tree
 
 
 class Extension(NamedTuple):
@@ -90,7 +91,7 @@ def shardings(state: StreamState, mesh: Mesh) -> StreamState:
 
 
 def forward(
-  params: Any, fast: Any, tokens_BT: jax.Array, *, config: ModelConfig
+  params: Tree, fast: Tree, tokens_BT: jax.Array, *, config: ModelConfig
 ) -> ModelOutput:
   """Logits [B, T, V] and the fast state after tokens that continue `fast`."""
   model = language_model.LanguageModel(config)
@@ -115,7 +116,7 @@ def score(logits: jax.Array, tokens: jax.Array) -> Scores:
 
 
 def read(
-  params: Any, state: StreamState, tokens_BT: jax.Array, *, config: ModelConfig
+  params: Tree, state: StreamState, tokens_BT: jax.Array, *, config: ModelConfig
 ) -> tuple[Scores, StreamState]:
   """(`Scores` [B, T], state after) of one piece."""
   batch_size, length = tokens_BT.shape
@@ -138,7 +139,7 @@ def read(
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
 def read_piece(
-  params: Any, state: StreamState, tokens_BT: jax.Array, *, config: ModelConfig
+  params: Tree, state: StreamState, tokens_BT: jax.Array, *, config: ModelConfig
 ) -> tuple[jax.Array, StreamState]:
   """(log-probabilities [B, T], state after) of one piece."""
   scores, state = read(params, state, tokens_BT, config=config)
@@ -156,7 +157,7 @@ def piece_sizes(position: int, count: int, largest: int) -> Iterator[int]:
 
 
 def extend(
-  params: Any,
+  params: Tree,
   state: StreamState,
   tokens: np.ndarray,
   *,

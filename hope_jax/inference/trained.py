@@ -1,10 +1,11 @@
 """A trained model, opened to be used: the newest checkpoint of a run."""
 
 import hashlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from etils import epath
+from flax.typing import ArrayPytree as Tree
 from jax.sharding import Mesh
 
 from hope_jax.config import Config, ConfigError, MeshConfig
@@ -24,7 +25,7 @@ class Run(NamedTuple):
   tokenizer: Tokenizer
   mesh: Mesh
   step: int
-  params: Any
+  params: Tree
   checksum: str
 
 
@@ -51,7 +52,7 @@ def load_tokenizer(workdir: epath.Path, config: Config) -> Tokenizer:
 
 def read_params(
   workdir: epath.Path, config: Config, mesh: Mesh
-) -> tuple[int, Any]:
+) -> tuple[int, Tree]:
   """(step, parameters) of a run's newest checkpoint; says how many they are
   before the slow parts begin."""
   abstract = step_lib.abstract_params(config, mesh)
@@ -61,14 +62,14 @@ def read_params(
   return checkpoints.restore_params(workdir, abstract)
 
 
-def read_on_one_device(workdir: epath.Path, config: Config) -> tuple[int, Any]:
+def read_on_one_device(workdir: epath.Path, config: Config) -> tuple[int, Tree]:
   """`read_params` of the run on the first device alone."""
   mesh = sharding.one_device()
   with sharding.activate(mesh):
     return read_params(workdir, config, mesh)
 
 
-def checksum(params: Any) -> str:
+def checksum(params: Tree) -> str:
   """A hash that tells checkpoints apart, whatever mesh they are on."""
   found = [leaf.digest for leaf in digest.leaves(params).values()]
   return hashlib.sha256("".join(found).encode()).hexdigest()

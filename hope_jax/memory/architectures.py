@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.typing import ArrayPytree as Tree
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
 
@@ -23,8 +24,8 @@ class Weights(NamedTuple):
   Also used for what belongs to a layer: momenta, inputs, shapes.
   """
 
-  hidden: Any
-  output: Any
+  hidden: Tree
+  output: Tree
 
 
 class Trace(NamedTuple):
@@ -35,7 +36,7 @@ class Trace(NamedTuple):
   outputs: jax.Array
 
 
-def whole(initial: Any, difference: Any) -> Any:
+def whole(initial: Tree, difference: Any) -> Any:
   """W = M_0 + D for every sequence: [H, ...] + [B, H, ...], or for one.
 
   `initial` None: the rule acts on W itself.

@@ -23,6 +23,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.memory import dynamics
 from pallas_kernels.common.scan import (
@@ -44,9 +45,9 @@ class Fast:
       memory is a context of it (`models/titans_attention.py`); else None.
   """
 
-  weight: Any
-  momentum: Any = None
-  segment: Any = None
+  weight: Tree
+  momentum: Tree = None
+  segment: Tree = None
 
 
 @flax.struct.dataclass
@@ -61,7 +62,7 @@ class ChunkState:
   """
 
   now: Fast
-  start: Any
+  start: Tree
   position: jax.Array | None
 
   def map_weights(self, fn: Callable[[Any], Any]) -> "ChunkState":
@@ -76,7 +77,7 @@ class ChunkState:
     return ChunkState(now, start, self.position)
 
 
-def zeros(initial: Any, batch_size: int) -> Any:
+def zeros(initial: Tree, batch_size: int) -> Any:
   """D = 0 for every sequence: [B, *M_0], any tree of M_0."""
   return jax.tree.map(
     lambda w: jnp.zeros((batch_size, *w.shape), w.dtype), initial
@@ -84,7 +85,7 @@ def zeros(initial: Any, batch_size: int) -> Any:
 
 
 def per_sequence(
-  initial: Any, batch_size: int, axes: tuple[str | None, ...]
+  initial: Tree, batch_size: int, axes: tuple[str | None, ...]
 ) -> Any:
   """[B, *M_0]: M_0 for a scan over chunks, any tree; `axes`: M_0's first ones.
 
@@ -100,7 +101,7 @@ def per_sequence(
 
 
 def zero_state(
-  initial: Any, batch_size: int, *, has_momentum: bool = False
+  initial: Tree, batch_size: int, *, has_momentum: bool = False
 ) -> Fast:
   """D = 0, and S = 0 where there is momentum, for every sequence."""
   zero = zeros(initial, batch_size)
@@ -247,14 +248,14 @@ Step = Callable[[Any, Fast, Any, Places], tuple[Fast, Any]]
 def scan_chunks(
   step: Step,
   state: ChunkState,
-  xs: Any,
+  xs: Tree,
   layout: Layout,
   *,
   chunk_length: int,
   policy: CheckpointPolicy,
   return_state: bool,
   docs: Documents | None = None,
-) -> tuple[Any, ChunkState | None]:
+) -> tuple[Tree, ChunkState | None]:
   """Runs `now, y = step(start, now, x, places)` over the chunks.
 
   Args:
@@ -318,7 +319,7 @@ _MAX_COUNT_APART = 16
 
 
 def _outputs(
-  body: Callable, now: Any, xs: Any, count: int, policy: CheckpointPolicy
+  body: Callable, now: Tree, xs: Tree, count: int, policy: CheckpointPolicy
 ) -> Any:
   """What `body` returns for every chunk, without the last state.
 
@@ -347,20 +348,20 @@ class MemoryOutput(NamedTuple):
   learning (None unless asked for)."""
 
   outputs: Any
-  state: Any
-  dynamics: dict[str, Any] | None
+  state: Tree
+  dynamics: dict[str, Tree] | None
 
 
-def _heads(initial: Any, batch_size: int) -> Any:
+def _heads(initial: Tree, batch_size: int) -> Any:
   return per_sequence(initial, batch_size, ("heads",))
 
 
-def _same_tokens(base: Any, xs: Any, live: jax.Array | None) -> Any:
+def _same_tokens(base: Tree, xs: Tree, live: jax.Array | None) -> Any:
   del base, live
   return xs
 
 
-def _same_outputs(base: Any, tokens: Any, read: Any) -> Any:
+def _same_outputs(base: Tree, tokens: Tree, read: Tree) -> Any:
   del base, tokens
   return read
 
@@ -392,7 +393,7 @@ class Memory(NamedTuple):
   step: Callable[..., tuple[Fast, Any, Any]]
   prepare: Callable[[Any, Any, Any], Any] = _same_tokens
   finish: Callable[[Any, Any, Any], Any] = _same_outputs
-  dynamics: Callable[..., dict[str, Any]] | None = None
+  dynamics: Callable[..., dict[str, Tree]] | None = None
   spread: Callable[[Any, int], Any] = _heads
   has_momentum: bool = False
   acts_on_whole: bool = False
@@ -401,8 +402,8 @@ class Memory(NamedTuple):
 
 def run(
   memory: Memory,
-  initial: Any,
-  tokens: Any,
+  initial: Tree,
+  tokens: Tree,
   *,
   axis: int,
   state: ChunkState | None = None,

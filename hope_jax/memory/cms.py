@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.memory import architectures, chunks, norms, products, rules
 from hope_jax.memory import dynamics as dynamics_lib
@@ -38,9 +39,9 @@ from pallas_kernels.common.scan import CheckpointPolicy, checkpointed_scan
 class LevelWeights(NamedTuple):
   """gate, up [..., D, F], down [..., F, D]: slow, or fast with B in front."""
 
-  gate: Any
-  up: Any
-  down: Any
+  gate: Tree
+  up: Tree
+  down: Tree
 
 
 class Rule(NamedTuple):
@@ -405,7 +406,7 @@ def _borders(
 
 def _restart(
   carry: tuple[Any, ...], borders: Sequence[Any], levels: Sequence[NestedLevel]
-) -> tuple[Any, ...]:
+) -> tuple[Tree, ...]:
   """(start, now) of every level where chunks may have ended (`borders`)."""
   pairs = list(carry)
   for i in reversed(range(len(levels))):

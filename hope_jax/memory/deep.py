@@ -19,6 +19,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.config import MemoryConfig
 from hope_jax.memory import architectures, chunks, fused, rules
@@ -45,7 +46,7 @@ class Chunk(NamedTuple):
 
   tokens: Tokens
   slow_hidden: jax.Array | None
-  decays: Any
+  decays: Tree
 
 
 def run_memory(
@@ -188,7 +189,7 @@ def learn_chunk(
   weight, momentum = now.weight, now.momentum or Weights(None, None)
   rule = rules.LayerRule(x.tokens.gates, x.decays, cfg, cfg.chunk_length)
 
-  def layer(index, inputs, queries, *, exact=False) -> tuple[Any, Any]:
+  def layer(index, inputs, queries, *, exact=False) -> tuple[Tree, Any]:
     """Writes one layer and reads its fast part at the queries."""
     token_read = cfg.read != "chunk"
     out = rules.write_layer(
@@ -204,7 +205,7 @@ def learn_chunk(
       return out, out.outputs
     return out, architectures.apply(queries, start[index])
 
-  hidden: Any = None
+  hidden: Tree = None
   features = x.tokens.queries
   if weight.hidden is not None:
     hidden, z = layer(0, x.tokens.keys, features)

@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.typing import ArrayPytree as Tree
 from jax.sharding import AxisType, PartitionSpec
 
 
@@ -43,7 +44,7 @@ def by_rows(run: Callable, results: Callable[[Any, Any], Any]) -> Callable:
   if mesh is None:
     return run
 
-  def sharded(shared: Any, rows: Any, state: Any) -> Any:
+  def sharded(shared: Tree, rows: Tree, state: Tree) -> Any:
     count, split = len(jax.tree.leaves(rows)[0]), ()
     for axis in nn.logical_to_mesh_axes(("batch", "heads")) or ():
       names = axis if isinstance(axis, tuple) else (axis,)
@@ -55,7 +56,7 @@ def by_rows(run: Callable, results: Callable[[Any, Any], Any]) -> Callable:
       lambda x: layered if x.ndim > 1 else PartitionSpec(), state
     )
 
-    def local(shared: Any, rows: Any, state: Any) -> Any:
+    def local(shared: Tree, rows: Tree, state: Tree) -> Any:
       with nn.logical_axis_rules(()):  # nothing is split any more
         return run(shared, rows, state)
 

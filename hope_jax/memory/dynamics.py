@@ -3,10 +3,9 @@
 Legend: B batch, H heads, N chunks, C chunk length.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from flax.typing import ArrayPytree as Tree
 
 
 def mean(x: jax.Array, live: jax.Array | None) -> jax.Array:
@@ -54,7 +53,7 @@ def loss_dynamics(
   }
 
 
-def relative_change(initial: Any, weight: Any, is_whole: bool = False):
+def relative_change(initial: Tree, weight: Tree, is_whole: bool = False):
   """Median over batch (and heads) of |D| / |M_0|, all layers together."""
   change = weight
   if is_whole:
@@ -69,7 +68,7 @@ def relative_change(initial: Any, weight: Any, is_whole: bool = False):
   return jnp.median(jnp.sqrt(square(change) / square(initial)[None]))
 
 
-def summarize(dynamics: dict[str, Any]) -> dict[str, Any]:
+def summarize(dynamics: dict[str, Tree]) -> dict[str, Tree]:
   """Chunks [N] -> one number: the last chunk's change, else the mean."""
   return {
     name: summarize(x)

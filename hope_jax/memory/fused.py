@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import logging
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.config import ConfigError, MemoryConfig
 from hope_jax.memory import chunks, devices
@@ -64,8 +65,8 @@ class _Step:
   length: int
 
   def __call__(
-    self, initial: Any, now: chunks.Fast, x: Any, index: jax.Array
-  ) -> tuple[Any, chunks.Fast]:
+    self, initial: Tree, now: chunks.Fast, x: Any, index: jax.Array
+  ) -> tuple[Tree, chunks.Fast]:
     tokens, begins = x
     if begins is not None:
       now = self._restart(initial, now, begins)
@@ -75,7 +76,7 @@ class _Step:
     return self.function(initial, now, tokens, live, self.cfg)
 
   def _restart(
-    self, initial: Any, now: chunks.Fast, begins: jax.Array
+    self, initial: Tree, now: chunks.Fast, begins: jax.Array
   ) -> chunks.Fast:
     """The state of a new document where `begins` [1] is 1."""
 
@@ -93,15 +94,15 @@ class _Step:
 def run(
   function: Callable,
   cfg: MemoryConfig,
-  initial: Any,
+  initial: Tree,
   state: chunks.ChunkState,
-  tokens: Any,
+  tokens: Tree,
   *,
   chunk_length: int,
   return_state: bool,
   docs: chunks.Documents | None,
   name: str,
-) -> tuple[Any, chunks.ChunkState | None]:
+) -> tuple[Tree, chunks.ChunkState | None]:
   """(outputs, state after) of whole chunks from a chunk's border.
 
   Args:

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.config import MemoryConfig
 from pallas_kernels.common.scan import merge_chunks, split_chunks
@@ -122,7 +123,7 @@ def _subchunks(length: int) -> int:
   return next(divisors, 1)
 
 
-def _cut(tree: Any, count: int, axis: int) -> list[Any]:
+def _cut(tree: Tree, count: int, axis: int) -> list[Any]:
   """A tree's parts along an axis, counted from the end; slices."""
 
   def part(i: int, x: jax.Array) -> jax.Array:
@@ -167,7 +168,7 @@ class LayerRule(NamedTuple):
   `subchunk_decays`, the config, tokens of a whole chunk."""
 
   gates: Gates
-  decays: Any
+  decays: Tree
   cfg: MemoryConfig
   chunk_length: int
 

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.config import MemoryConfig
 from hope_jax.memory import architectures, chunks, fused, rules
@@ -45,9 +46,9 @@ class Boxes(NamedTuple):
   gate [..., H, G, 1, F] (eta, alpha).
   """
 
-  hidden: Any
-  projection: Any
-  gate: Any
+  hidden: Tree
+  projection: Tree
+  gate: Tree
 
 
 class Slow(NamedTuple):
@@ -169,7 +170,7 @@ def open_gates(
   return Gates(rules.learn_rate(eta, cfg), jax.nn.sigmoid(-alpha), beta)
 
 
-def _boxed(hidden: Any, count: int) -> jax.Array:
+def _boxed(hidden: Tree, count: int) -> jax.Array:
   """[..., G F, K] -> [..., G, F, K]."""
   return hidden.reshape(*hidden.shape[:-2], count, -1, hidden.shape[-1])
 
@@ -177,10 +178,10 @@ def _boxed(hidden: Any, count: int) -> jax.Array:
 class BoxTrace(NamedTuple):
   """Forward pass of all boxes on one input; None where there is no box."""
 
-  features: Any  # [..., G, C, F], input of the output layers
-  slope: Any  # act'(z), [..., C, G F]
-  projection: Any  # [..., G, C, K]
-  gate: Any  # [..., G, C, 1]
+  features: Tree  # [..., G, C, F], input of the output layers
+  slope: Tree  # act'(z), [..., C, G F]
+  projection: Tree  # [..., G, C, K]
+  gate: Tree  # [..., G, C, 1]
 
 
 def forward(boxes: Boxes, x: jax.Array, cfg: MemoryConfig) -> BoxTrace:
@@ -312,7 +313,7 @@ class _Chunk(NamedTuple):
 
   made: Projected
   gates: Gates
-  decays: Any
+  decays: Tree
 
 
 class _Traces(NamedTuple):
@@ -399,7 +400,7 @@ def _unless_frozen(
     return new
   projections, gates = members(cfg, PROJECTIONS), members(cfg, GATES)
 
-  def choose(boxes: tuple[str, ...], new: Any, old: Any) -> Any:
+  def choose(boxes: tuple[str, ...], new: Any, old: Tree) -> Any:
     if new is None:
       return None
     is_on = [box not in frozen for box in boxes]

@@ -18,10 +18,11 @@ Source: TTT 2407.04620.
 Legend: B batch, H heads, T tokens, C mini-batch, K key dim, F hidden.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.config import MemoryConfig
 from hope_jax.memory import architectures, chunks, norms
@@ -33,8 +34,8 @@ from hope_jax.memory.chunks import MemoryOutput
 class Layer(NamedTuple):
   """weight [..., F, K], bias [..., F]."""
 
-  weight: Any
-  bias: Any
+  weight: Tree
+  bias: Tree
 
 
 class Norm(NamedTuple):

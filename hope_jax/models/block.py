@@ -14,6 +14,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.config import ModelConfig
 from hope_jax.models import cms, layers
@@ -47,7 +48,7 @@ class Block(nn.Module):
     return layers.residual(x_BTD), state
 
   def mix(
-    self, x_BTD: jax.Array, state: Any, segments: jax.Array | None
+    self, x_BTD: jax.Array, state: Tree, segments: jax.Array | None
   ) -> MixerOutput:
     """What the sequence layer reads."""
     normed = layers.rms_norm(self.config, "norm_mixer")(x_BTD)

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.config import ModelConfig
 from hope_jax.memory import chunks, cms
@@ -210,9 +211,9 @@ class NestedLevels(nn.Module):
     x_BTD: jax.Array,
     scales: list[jax.Array],
     tokens: _Tokens,
-    state: dict[str, Any] | None,
+    state: dict[str, Tree] | None,
     given: dict[str, GivenLevel] | None,
-  ) -> tuple[jax.Array, dict[str, Any] | None]:
+  ) -> tuple[jax.Array, dict[str, Tree] | None]:
     cfg, fast = self.config, self.config.cms.fast_lengths
     slow = _weights(self, cfg, block_hidden(cfg, 0), SHARED)
     levels = [
@@ -290,9 +291,9 @@ class ContinuumMemory(nn.Module):
     self,
     x_BTD: jax.Array,
     tokens: _Tokens,
-    state: dict[str, Any] | None,
+    state: dict[str, Tree] | None,
     given: dict[str, GivenLevel] | None,
-  ) -> tuple[jax.Array, dict[str, Any]]:
+  ) -> tuple[jax.Array, dict[str, Tree]]:
     """Levels in sequence, or side by side: x after them, their states."""
     cfg, input_BTD, after = self.config, x_BTD, {}
     is_chain = cfg.cms.connection == "sequential"
@@ -318,7 +319,7 @@ class ContinuumMemory(nn.Module):
       x_BTD = x_BTD + y
     return x_BTD, after
 
-  def _signal(self, mixed: MixerOutput | None) -> tuple[Any, Any]:
+  def _signal(self, mixed: MixerOutput | None) -> tuple[Tree, Any]:
     """Keys (None: each level's own input) and values of all levels."""
     cfg = self.config
     if not cfg.cms.fast_lengths or cfg.cms.signal == "next_token":

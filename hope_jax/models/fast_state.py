@@ -15,6 +15,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.config import ModelConfig
 from hope_jax.memory import dynamics
@@ -35,11 +36,11 @@ class BlockState(FastState):
     stream: [B, T, D] what the CMS read; returned where levels are given.
   """
 
-  mixer: Any
-  cms: Any
+  mixer: Tree
+  cms: Tree
   ffn: Any = owned("ffn", default=None)
-  given: Any = None
-  stream: Any = None
+  given: Tree = None
+  stream: Tree = None
 
   def parts(self, config: ModelConfig) -> Iterator[tuple[tuple[str, ...], Any]]:
     """See `FastState`."""
@@ -58,7 +59,7 @@ class BlockState(FastState):
     )
 
 
-def levels(params: Any, fast: Any, config: ModelConfig) -> dict[str, Level]:
+def levels(params: Tree, fast: Tree, config: ModelConfig) -> dict[str, Level]:
   """Every fast level by name, layers on axis 0, fastest first."""
   found = {}
   if not config.fast_levels:
@@ -78,7 +79,7 @@ def levels(params: Any, fast: Any, config: ModelConfig) -> dict[str, Level]:
   return found
 
 
-def reset(fast: Any, names: Sequence[str], config: ModelConfig) -> Any:
+def reset(fast: Tree, names: Sequence[str], config: ModelConfig) -> Any:
   """`fast` in which the levels `names` are as at the start: D and S are zero.
 
   What they have of a chunk that is not complete is zero, too; the chunk ends
@@ -95,7 +96,7 @@ def reset(fast: Any, names: Sequence[str], config: ModelConfig) -> Any:
 
 
 def relative_change(
-  params: Any, fast: Any, config: ModelConfig
+  params: Tree, fast: Tree, config: ModelConfig
 ) -> dict[str, float]:
   """|D| / |M_0| of every fast level, median over layers, rows and heads."""
   changes = {}
@@ -109,11 +110,11 @@ def _is_chunk_state(x: Any) -> bool:
   return isinstance(x, ChunkState)
 
 
-def at_border(fast: Any, like: Any) -> Any:
+def at_border(fast: Tree, like: Tree) -> Any:
   """Drops the place within the chunk of levels that `like`, a state of the same
   model, keeps at chunk borders."""
 
-  def convert(level: Any, like: Any) -> Any:
+  def convert(level: Any, like: Tree) -> Any:
     if not _is_chunk_state(level) or like.position is not None:
       return level
     return ChunkState(level.now, None, None)
@@ -121,10 +122,10 @@ def at_border(fast: Any, like: Any) -> Any:
   return jax.tree.map(convert, fast, like, is_leaf=_is_chunk_state)
 
 
-def anywhere(fast: Any, before: Any) -> Any:
+def anywhere(fast: Tree, before: Any) -> Any:
   """Inverse of `at_border`: `fast` followed `before`, at whole chunks."""
 
-  def convert(old: Any, level: Any) -> Any:
+  def convert(old: Tree, level: Any) -> Any:
     if not _is_chunk_state(level) or level.position is not None:
       return level
     return ChunkState(level.now, level.now.weight, old.position)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import flax.struct
 import jax
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.config import ModelConfig
 
@@ -28,16 +29,16 @@ class MixerOutput(NamedTuple):
   y: jax.Array
   keys: jax.Array
   values: jax.Array
-  state: Any
+  state: Tree
 
 
 class Level(NamedTuple):
   """A fast level: its learned start M_0 [...], its difference D and momentum S
   [B, ...] (S None without), each any tree of matrices; layers may lie first."""
 
-  start: Any
-  weight: Any
-  momentum: Any
+  start: Tree
+  weight: Tree
+  momentum: Tree
 
 
 @flax.struct.dataclass

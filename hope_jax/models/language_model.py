@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.config import ModelConfig
 from hope_jax.memory import products
@@ -28,7 +29,7 @@ class ModelOutput(NamedTuple):
   """logits [B, T, V] in float32; the new state, None if none was given."""
 
   logits: jax.Array
-  state: Any
+  state: Tree
 
 
 def init_state(
@@ -55,16 +56,16 @@ def init_state(
 
 def forward(
   model: "LanguageModel",
-  params: Any,
+  params: Tree,
   tokens_BT: jax.Array,
   *,
-  state: Any = None,
+  state: Tree = None,
   segments: jax.Array | None = None,
 ) -> ModelOutput:
   """The model as a function of its parameters, all its levels learning."""
   config = model.config
 
-  def apply(tokens: jax.Array, state: Any, segments: Any) -> ModelOutput:
+  def apply(tokens: jax.Array, state: Tree, segments: Any) -> ModelOutput:
     output = model.apply(
       {"params": params}, tokens, state=state, segments=segments
     )
@@ -98,11 +99,11 @@ def forward(
 
 def _begin(
   config: ModelConfig,
-  params: Any,
+  params: Tree,
   tokens_BT: jax.Array,
-  mixer: Any,
+  mixer: Tree,
   segments: jax.Array | None,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, Tree]:
   """All that lies before the first level that learns from the next token.
 
   Args:
@@ -139,16 +140,16 @@ def _begin(
 
 def _read_layers(
   config: ModelConfig,
-  params: Any,
+  params: Tree,
   x_BTD: jax.Array,
-  mixer: Any,
+  mixer: Tree,
   *,
-  levels: Any,
+  levels: Tree,
   segments: jax.Array | None,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, Tree]:
   """(stream, fast state after) of some layers, all arguments layers first."""
 
-  def layer(x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
+  def layer(x_BTD: jax.Array, xs: Tree) -> tuple[jax.Array, Tree]:
     params, mixer, levels = xs
     state = None
     if mixer is not None:
@@ -160,7 +161,7 @@ def _read_layers(
   return jax.lax.scan(_remat(config, layer), x_BTD, (params, mixer, levels))
 
 
-def _top(config: ModelConfig, params: Any) -> Any:
+def _top(config: ModelConfig, params: Tree) -> Any:
   """The parameters of `_finish`."""
   count = next_token_levels.learning_layers(config)
   top = {"blocks": jax.tree.map(lambda x: x[-count:], params["blocks"])}
@@ -169,14 +170,14 @@ def _top(config: ModelConfig, params: Any) -> Any:
 
 
 def _finish(
-  top: Any,
+  top: Tree,
   x_BTD: jax.Array,
-  levels: Any,
-  mixer: Any,
+  levels: Tree,
+  mixer: Tree,
   segments: jax.Array | None,
   *,
   config: ModelConfig,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, Tree]:
   """Logits [B, T, V] from where the first of the last K layers' CMS reads, and
   the fast state of the K - 1 sequence layers after it.
 
@@ -265,7 +266,7 @@ class LanguageModel(nn.Module):
   def __call__(
     self,
     tokens_BT: jax.Array,
-    state: Any = None,
+    state: Tree = None,
     segments: jax.Array | None = None,
   ) -> ModelOutput:
     cfg = self.config

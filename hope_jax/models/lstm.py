@@ -14,12 +14,12 @@ Legend: B batch, T tokens, D model.
 """
 
 from fractions import Fraction
-from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.config import ModelConfig
 from hope_jax.models import layers
@@ -87,7 +87,7 @@ class LSTM(nn.Module):
     )(x_BTD)
     recurrent = recurrent.astype(projected.dtype)
 
-    def step(state: Cell, token: Any) -> tuple[Cell, jax.Array]:
+    def step(state: Cell, token: Tree) -> tuple[Cell, jax.Array]:
       x, is_new = token
       if is_new is not None:
         state = jax.tree.map(lambda s: jnp.where(is_new[:, None], 0, s), state)

@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.config import ModelConfig
 from hope_jax.memory import chunks, devices
@@ -74,7 +75,7 @@ class Parts(NamedTuple):
 
   apply: Callable[..., Any]
   begin: Callable[..., Any]
-  top: Any
+  top: Tree
   finish: Callable[..., Any]
 
 
@@ -209,12 +210,12 @@ class _Top(NamedTuple):
   """The learning layers, from the first one's levels on."""
 
   finish: Callable[..., Any]
-  params: Any
+  params: Tree
   config: ModelConfig
 
   def read(
-    self, weights: dict[str, LevelWeights], chunk: _Chunk, mixer: Any
-  ) -> tuple[jax.Array, Any]:
+    self, weights: dict[str, LevelWeights], chunk: _Chunk, mixer: Tree
+  ) -> tuple[jax.Array, Tree]:
     """Logits of a chunk, and the fast state of the layers above after it."""
     inherits = chunk.inherits
     if inherits is not None:
@@ -227,12 +228,12 @@ class _Top(NamedTuple):
     self,
     weights: dict[str, LevelWeights],
     chunk: _Chunk,
-    mixer: Any,
+    mixer: Tree,
     targets: jax.Array,
-  ) -> tuple[dict[str, LevelWeights], tuple[jax.Array, Any]]:
+  ) -> tuple[dict[str, LevelWeights], tuple[jax.Array, Tree]]:
     """The mean loss of a chunk by every D; what `read` returns for it."""
 
-    def loss(weights: dict[str, LevelWeights]) -> tuple[jax.Array, Any]:
+    def loss(weights: dict[str, LevelWeights]) -> tuple[jax.Array, Tree]:
       logits, after = self.read(weights, chunk, mixer)
       losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
       return jnp.sum(jnp.mean(losses, axis=1)), (logits, after)
@@ -247,7 +248,7 @@ class _Carry(NamedTuple):
   """What is handed from chunk to chunk; fields as in `NextTokenState`."""
 
   levels: dict[str, Level]
-  mixer: Any
+  mixer: Tree
   position: jax.Array
   document: jax.Array
 
@@ -327,7 +328,7 @@ _MAX_COUNT_APART = 16
 
 def _scan(
   finish: Callable[..., Any],
-  params: Any,
+  params: Tree,
   sequence: tuple[jax.Array, jax.Array, jax.Array | None],
   carry: _Carry,
   *,
@@ -349,7 +350,7 @@ def _scan(
 
   cut = lambda x: split_chunks(x[:, : scanned * length], length, axis=1)
 
-  def body(carry: _Carry, xs: Any) -> tuple[_Carry, jax.Array]:
+  def body(carry: _Carry, xs: Tree) -> tuple[_Carry, jax.Array]:
     stream, targets, numbers, next_first = xs
     chunk = _chunk_of(stream, numbers, carry.document)
     gradients, (logits, mixer) = top.gradients(
@@ -386,7 +387,7 @@ def _scan(
 
 
 def blocks(
-  mixer: Any,
+  mixer: Tree,
   weights: dict[str, LevelWeights],
   inherits: jax.Array,
   config: ModelConfig,

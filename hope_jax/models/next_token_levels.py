@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.config import ModelConfig
 from hope_jax.memory import chunks
@@ -45,7 +46,7 @@ class NextTokenState(FastState):
       the one that the pending chunk began with; begins: whether it began there.
   """
 
-  mixer: Any
+  mixer: Tree
   levels: dict[str, Level]
   start: Any = owned("cms_0")
   tokens: jax.Array = owned("cms_0")
@@ -83,7 +84,7 @@ def is_on(config: ModelConfig) -> bool:
 
 
 def init_state(
-  config: ModelConfig, mixer: Any, batch_size: int
+  config: ModelConfig, mixer: Tree, batch_size: int
 ) -> NextTokenState:
   """Before the first token; `mixer`: the sequence layers' state, L first."""
   length, width = config.cms.fast_lengths[0], config.width
@@ -114,7 +115,7 @@ def learning_layers(config: ModelConfig) -> int:
   return max(1, round(config.cms.learning_share * config.num_layers))
 
 
-def layers_above(mixer: Any, config: ModelConfig) -> Any:
+def layers_above(mixer: Tree, config: ModelConfig) -> Any:
   """The part of the last K - 1 layers, above the first level that learns."""
   count = learning_layers(config) - 1
   return jax.tree.map(lambda x: x[-count:], mixer) if count else None
@@ -127,7 +128,7 @@ def weights_of(levels: dict[str, Level]) -> dict[str, LevelWeights]:
 def advance(
   levels: dict[str, Level],
   gradients: dict[str, LevelWeights],
-  params: Any,
+  params: Tree,
   position: jax.Array,
   is_other: jax.Array | None,
   *,
@@ -213,7 +214,7 @@ def update(
 
 
 def rates(
-  params: Any, config: ModelConfig, level: int
+  params: Tree, config: ModelConfig, level: int
 ) -> tuple[jax.Array, jax.Array | None]:
   """eta and log alpha of a level in every learning layer, [K]."""
   group = params["blocks"]["cms"]

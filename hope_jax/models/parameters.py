@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import flax.struct
 import jax
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.optim.roles import Kind, Role
 
@@ -68,7 +69,7 @@ _PLACES = {
 }
 
 
-def kinds(params: Any) -> Any:
+def kinds(params: Tree) -> Any:
   """`Kind` of every boxed parameter, as a tree like the parameters.
 
   A parameter that names no owner belongs to the part of a block that it lies

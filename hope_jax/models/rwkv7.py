@@ -31,6 +31,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.config import ModelConfig
 from hope_jax.memory import chunks
@@ -123,7 +124,7 @@ def _uniform(bound: float) -> Any:
   )
 
 
-def _relative(layer: jax.Array, config: ModelConfig) -> tuple[Any, Any]:
+def _relative(layer: jax.Array, config: ModelConfig) -> tuple[Tree, Any]:
   """1 - l / L and l / (L - 1)."""
   down = 1.0 - layer / config.num_layers
   return down, layer / max(1, config.num_layers - 1)

@@ -25,6 +25,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.config import ModelConfig
 from hope_jax.memory import chunks
@@ -156,7 +157,7 @@ def _by_token(x: jax.Array) -> jax.Array:
 def _step(initial: jax.Array, dim: int) -> Any:
   """(D, (phi(x) [B, H, K], is first of a document [B])) -> (D, y)."""
 
-  def step(d_BHRK: jax.Array, token: Any) -> tuple[jax.Array, jax.Array]:
+  def step(d_BHRK: jax.Array, token: Tree) -> tuple[jax.Array, jax.Array]:
     x_BHK, is_new = token
     if is_new is not None:
       d_BHRK = jnp.where(is_new[:, None, None, None], 0, d_BHRK)

@@ -25,6 +25,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.config import MemoryConfig, ModelConfig
 from hope_jax.memory import chunks, deep, memora, rules, self_modifying
@@ -283,7 +284,7 @@ def init_state(
   )
   has_momentum = cfg.momentum != "none"
 
-  def zero(tree: Any, chunk_length: int) -> chunks.ChunkState:
+  def zero(tree: Tree, chunk_length: int) -> chunks.ChunkState:
     now = chunks.zero_state(tree, batch_size, has_momentum=has_momentum)
     return chunks.fresh(now, chunk_length, read_size)
 

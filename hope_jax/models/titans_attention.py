@@ -30,6 +30,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.config import ModelConfig
 from hope_jax.memory import architectures, chunks, deep, rules, self_modifying
@@ -278,10 +279,10 @@ class _Inputs(NamedTuple):
   """A segment's tokens, and the decays of its gates."""
 
   tokens: _Tokens
-  decays: Any
+  decays: Tree
 
 
-def _memory(initial: Any, slow: _Slow, config: ModelConfig) -> chunks.Memory:
+def _memory(initial: Tree, slow: _Slow, config: ModelConfig) -> chunks.Memory:
   """The memory between the attention of segments, as functions of one."""
   cfg, is_live = config.memory, config.is_live("memory")
 

@@ -25,6 +25,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.config import ModelConfig
 from hope_jax.memory import chunks, ttt
@@ -257,7 +258,7 @@ class TTTBlock(Block):
   """The block, whose sequence layer reads the residual stream, too."""
 
   def mix(
-    self, x_BTD: jax.Array, state: Any, segments: jax.Array | None
+    self, x_BTD: jax.Array, state: Tree, segments: jax.Array | None
   ) -> MixerOutput:
     """What the sequence layer reads."""
     normed = layers.rms_norm(self.config, "norm_mixer")(x_BTD)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.config import OptConfig
 from hope_jax.optim import adamw, schedules
@@ -64,12 +65,12 @@ def _every(steps: int) -> str:
   return f"every_{steps}"
 
 
-def groups(kinds: Any, periods: Mapping[str, int]) -> Any:
+def groups(kinds: Tree, periods: Mapping[str, int]) -> Any:
   """`group` of every parameter."""
   return jax.tree.map(lambda kind: group(kind, periods), kinds)
 
 
-def decay_mask(kinds: Any) -> Any:
+def decay_mask(kinds: Tree) -> Any:
   """Whether weight decay applies, of every parameter."""
   return jax.tree.map(lambda kind: kind.is_decayed, kinds)
 
@@ -77,7 +78,7 @@ def decay_mask(kinds: Any) -> Any:
 def make(
   config: OptConfig,
   steps: int,
-  kinds: Any,
+  kinds: Tree,
   periods: Mapping[str, int],
 ) -> optax.GradientTransformation:
   """The optimizer of a run of so many training steps.
@@ -114,9 +115,9 @@ def schedule(config: OptConfig, steps: int) -> optax.Schedule:
 
 def state_shardings(
   optimizer: optax.GradientTransformation,
-  state: Any,
-  of_params: Any,
-  of_rest: Any,
+  state: Tree,
+  of_params: Tree,
+  of_rest: Tree,
 ) -> Any:
   """Shardings of an optimizer state: moments lie where parameters do."""
 

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.typing import ArrayPytree as Tree
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
@@ -74,7 +75,7 @@ def open_manager(
 def save(
   manager: ocp.CheckpointManager,
   step: int,
-  state: Any,
+  state: Tree,
   valid_loss: float | None = None,
 ) -> None:
   """Starts saving `state` as step `step`; no-op if that step is saved.
@@ -135,7 +136,7 @@ def _explained(error: Exception) -> SaveFailed:
   )
 
 
-def restore(manager: ocp.CheckpointManager, abstract: Any) -> Any:
+def restore(manager: ocp.CheckpointManager, abstract: Tree) -> Any:
   """The newest readable state, laid out like `abstract`; None if there is none.
 
   Checkpoints with a file that cannot be read, or with other arrays than were
@@ -231,7 +232,7 @@ def _digests(path: epath.Path) -> dict[str, Any] | None:
   return workdir_lib.read_object(path / DIGEST / "metadata")
 
 
-def _read_state(path: epath.Path, abstract: Any) -> tuple[Any, str]:
+def _read_state(path: epath.Path, abstract: Tree) -> tuple[Any, str]:
   """The state of a checkpoint, or why it cannot be taken.
 
   Read by a handler of its own, which does not wait for other processes: only
@@ -244,7 +245,7 @@ def _read_state(path: epath.Path, abstract: Any) -> tuple[Any, str]:
   return (None, reason) if reason else (state, "")
 
 
-def _differs(path: epath.Path, tree: Any, *, whole: bool) -> str:
+def _differs(path: epath.Path, tree: Tree, *, whole: bool) -> str:
   """What of `tree` is not as it was saved, or is not finite; empty: nothing.
 
   `whole`: it is all of the checkpoint, not a part.
@@ -298,7 +299,7 @@ def _set_aside(
   multihost_utils.sync_global_devices(f"checkpoint {step} set aside")
 
 
-def restore_params(workdir: epath.Path, abstract: Any) -> tuple[int, Any]:
+def restore_params(workdir: epath.Path, abstract: Tree) -> tuple[int, Tree]:
   """(step, parameters) of a run's newest checkpoint, without the rest.
 
   Nothing is moved or written: one that cannot be read, or that was changed,

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.typing import ArrayPytree as Tree
 from jax.sharding import NamedSharding, PartitionSpec
 
 
@@ -39,7 +40,7 @@ class Leaf(NamedTuple):
   is_finite: bool
 
 
-def leaves(tree: Any) -> dict[str, Leaf]:
+def leaves(tree: Tree) -> dict[str, Leaf]:
   """Every array of `tree` by its name, `params/embed/embedding`.
 
   All processes that hold a part of the arrays call it; one compiled program

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.typing import ArrayPytree as Tree
 from jax.sharding import Mesh
 
 from hope_jax.analysis import dynamics
@@ -18,7 +19,7 @@ FIRST_POSITIONS = 64  # the first of `by_position`'s bins
 
 def evaluate(
   eval_step: Any,
-  params: Any,
+  params: Tree,
   source: Any,
   *,
   config: Config,
@@ -74,7 +75,7 @@ def by_position(sums: np.ndarray) -> list[dict[str, Any]]:
 
 
 def inner_dynamics(
-  params: Any, source: Any, *, config: Config, mesh: Mesh
+  params: Tree, source: Any, *, config: Config, mesh: Mesh
 ) -> dict[str, Any]:
   """The dynamics of the split's first batch, by layer and level.
 

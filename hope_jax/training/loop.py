@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax import config as config_lib
 from hope_jax.analysis import dynamics, flops
@@ -70,7 +71,7 @@ def _announce(device: Any, compiled: step_lib.Compiled) -> None:
     progress.say(missing)
 
 
-def _flops_per_token(config: Config, params: Any) -> float:
+def _flops_per_token(config: Config, params: Tree) -> float:
   """Counted once for a model and a code: it is a trace of the whole model."""
   return compilation.remembered(
     "flops",
@@ -238,7 +239,7 @@ def _first_state(
   return dataclasses.replace(state, params=params)
 
 
-def _roll_back(state: Any, step: int, read_on: Any) -> tuple[Any, int, Any]:
+def _roll_back(state: Tree, step: int, read_on: Any) -> tuple[Any, int, Any]:
   """From `step` back to `state`, on with the data that was not read yet."""
   offset = int(state.offset) + step - int(state.step)
   state = dataclasses.replace(state, offset=np.int32(offset))

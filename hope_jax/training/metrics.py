@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax import config as config_lib
 from hope_jax.config import Config, ConfigError
@@ -169,7 +170,7 @@ class Meter:
     self._writer = writer
     self._tokens, self._flops = tokens_per_step, flops_per_token
     self._peak = peak_flops
-    self._held: tuple[int, Any] | None = None
+    self._held: tuple[int, Tree] | None = None
     self._last: tuple[int, float] | None = None  # step, time of last record
     earlier = [r.get("seconds") or 0.0 for r in writer.records]
     self._start = time.perf_counter() - max(earlier, default=0.0)

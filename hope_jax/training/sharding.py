@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from flax.linen import spmd
+from flax.typing import ArrayPytree as Tree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hope_jax.config import Config, ConfigError, MeshConfig
@@ -110,7 +111,7 @@ def fast_sharding(x: jax.ShapeDtypeStruct, mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(*axes))
 
 
-def param_shardings(boxed: Any, params: Any, mesh: Mesh) -> Any:
+def param_shardings(boxed: Tree, params: Tree, mesh: Mesh) -> Any:
   """Shardings of abstract `params`; `boxed` carries their logical axes.
 
   A mesh axis that does not divide a dimension (a vocabulary of 129, say) is

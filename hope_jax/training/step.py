@@ -14,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax.typing import ArrayPytree as Tree
 from jax.sharding import Mesh
 
 from hope_jax.config import Config
@@ -40,13 +41,13 @@ class TrainState:
   Fields are arrays, or their shapes or shardings.
   """
 
-  step: Any
-  params: Any
-  opt_state: Any
-  fast: Any
-  bad: Any
-  bad_in_a_row: Any
-  offset: Any
+  step: Tree
+  params: Tree
+  opt_state: Tree
+  fast: Tree
+  bad: Tree
+  bad_in_a_row: Tree
+  offset: Tree
 
 
 class Sums(NamedTuple):
@@ -79,9 +80,9 @@ class Compiled(NamedTuple):
 
 def batch_sums(
   model: LanguageModel,
-  params: Any,
+  params: Tree,
   batch: Batch,
-  fast: Any = None,
+  fast: Tree = None,
   axis: int | None = None,
 ) -> tuple[Sums, Any]:
   """Loss and accuracy sums of one batch, and the fast state after it.
@@ -100,13 +101,13 @@ def batch_sums(
 
 
 def _gradient(
-  model: LanguageModel, params: Any, batch: Batch, fast: Any, accumulate: int
+  model: LanguageModel, params: Tree, batch: Batch, fast: Tree, accumulate: int
 ) -> tuple[Any, Sums, Any]:
   """Gradient of the mean loss, the sums, and the fast state after; over
   `accumulate` parts of the batch."""
   total = jnp.maximum(jnp.sum(batch["weights"]), 1e-9)
 
-  def mean_loss(params: Any, part: Batch, fast: Any) -> tuple[jax.Array, Any]:
+  def mean_loss(params: Tree, part: Batch, fast: Tree) -> tuple[jax.Array, Any]:
     sums, fast = batch_sums(model, params, part, fast)
     return sums.loss / total, (sums, fast)
 
@@ -115,7 +116,7 @@ def _gradient(
     grads, (sums, fast) = grad(params, batch, fast)
     return grads, sums, fast
 
-  def add(carry: Any, part: tuple[Batch, Any]) -> tuple[Any, Any]:
+  def add(carry: Tree, part: tuple[Batch, Any]) -> tuple[Tree, Tree]:
     grads, (sums, fast) = grad(params, *part)
     return jax.tree.map(jnp.add, carry, (grads, sums)), fast
 
@@ -199,7 +200,7 @@ def _boxed_shapes(config: Config) -> Any:
   return jax.eval_shape(_init_params(config), key)
 
 
-def _laid_out(shapes: Any, shardings: Any) -> Any:
+def _laid_out(shapes: Tree, shardings: Tree) -> Any:
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     shapes,
@@ -214,7 +215,7 @@ def abstract_params(config: Config, mesh: Mesh) -> Any:
   return _laid_out(shapes, sharding.param_shardings(boxed, shapes, mesh))
 
 
-def make_eval_step(config: Config, params: Any, mesh: Mesh) -> Callable:
+def make_eval_step(config: Config, params: Tree, mesh: Mesh) -> Callable:
   """Jitted (params, batch) -> `Sums` by position; `params`: `abstract_params`
   or arrays."""
   model = LanguageModel(config.model)
@@ -237,7 +238,7 @@ def build(config: Config, mesh: Mesh) -> Compiled:
     config.opt, steps, parameters.kinds(boxed), config.model.cms.periods
   )
 
-  def first_state(boxed: Any) -> TrainState:
+  def first_state(boxed: Tree) -> TrainState:
     params = nn.unbox(boxed)
     fast = None
     if config.train.carry_state:
@@ -286,6 +287,6 @@ def build(config: Config, mesh: Mesh) -> Compiled:
   )
 
 
-def count_parameters(params: Any) -> int:
+def count_parameters(params: Tree) -> int:
   """Number of slow weights."""
   return sum(x.size for x in jax.tree.leaves(params))
