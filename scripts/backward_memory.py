@@ -3,8 +3,8 @@
 python -m scripts.backward_memory [--plot=FILE.png]
 
 One head of Titans at the paper's sizes (head dim and hidden 128, chunks of 64
-tokens), one sequence, for each policy of `pallas_kernels.scan`: the saved
-states (weights and momentum, counted in the residuals of the gradient) and the
+tokens), one sequence, for each policy of `checkpointed_scan`: the saved states
+(weights and momentum, counted in the residuals of the gradient) and the
 temporary memory of the compiled gradient, inputs and outputs not included.
 Nothing is run, only compiled.
 """

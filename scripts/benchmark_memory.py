@@ -84,8 +84,7 @@ def make_layer(
   if layer == "attention":
     return lambda _, x: attention(x)
   if layer == "linear_rule":
-    name: Any = "chunked" if implementation == "xla" else implementation
-    return lambda _, x: linear_rule(x, chunk, name, remat)
+    return lambda _, x: linear_rule(x, chunk, implementation, remat)
   group = _models.MEMORIES["titans" if layer == "titans" else "hope"]
   cfg = MemoryConfig(
     **group,
@@ -123,7 +122,7 @@ def linear_rule(x: Tokens, chunk: int, name: Any, remat: Any) -> Any:
     momentum=zero,
     retention=x.alpha,
     momentum_decay=x.beta,
-    learn_rate=x.eta,
+    step_size=x.eta,
     erase=x.eta * x.alpha,
     queries=x.q,
     chunk_length=chunk,

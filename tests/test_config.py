@@ -190,8 +190,18 @@ HOPE = {"sequence_layer": "hope"}
     ),
     (
       {"model": layer("ttt_mlp", implementation="pallas_tpu")},
-      "ttt_mlp has no kernel, take xla",
+      "implementation=pallas_tpu: ttt_mlp has no such kernel, take xla",
       {"model": layer("titans", implementation="pallas_tpu")},
+    ),
+    (
+      {"model": layer("transformer", implementation="pallas_interpret")},
+      "transformer has no such kernel, take xla",
+      {"model": layer("hope", implementation="pallas_interpret")},
+    ),
+    (
+      {"model": layer("hope", implementation="pallas_gpu")},
+      "implementation=pallas_gpu: hope has no such kernel, take xla",
+      {"model": layer("comba", implementation="pallas_gpu")},
     ),
     *(
       (

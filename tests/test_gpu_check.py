@@ -37,8 +37,8 @@ MACHINE = {"device": "cpu", "platform": "cpu", "sizes": "toy"}
   ("op", "implementation", "case"),
   [
     ("linear_rule", "pallas_gpu", kernels.TINY[1]),
-    ("linear_rule", "chunked", kernels.TINY[0]),
-    ("generalized_delta_rule", "chunked", kernels.TINY[0]),
+    ("linear_rule", "xla", kernels.TINY[0]),
+    ("generalized_delta_rule", "xla", kernels.TINY[0]),
   ],
 )
 def test_kernels_pass(monkeypatch, op, implementation, case):
@@ -52,13 +52,15 @@ def test_kernels_pass(monkeypatch, op, implementation, case):
 
 def test_kernels_that_are_wrong_or_do_not_compile_do_not_pass(monkeypatch):
   monkeypatch.setattr(kernels, "TINY", (kernels.TINY[0],) * 2)
-  right = kernels.chunked.generalized_delta_rule
+  right = kernels.generalized_delta_rule
 
-  def wrong(keys, values, *, erase_write, **rest):
-    return right(keys, values, erase_write=1.1 * erase_write, **rest)
+  def wrong(keys, values, *, erase_write, implementation, **rest):
+    scale = 1.1 if implementation == "xla" else 1.0
+    rest |= dict(erase_write=scale * erase_write)
+    return right(keys, values, implementation=implementation, **rest)
 
-  monkeypatch.setattr(kernels.chunked, "generalized_delta_rule", wrong)
-  arguments = "generalized_delta_rule", "chunked", 16
+  monkeypatch.setattr(kernels, "generalized_delta_rule", wrong)
+  arguments = "generalized_delta_rule", "xla", 16
   row = next(kernels.rows(*arguments, tiny=True))
   assert not row["pass"] and row["forward error"] > row["bound"]
 

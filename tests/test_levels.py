@@ -192,7 +192,7 @@ def linear_rule_flops(model):
       momentum=None,
       retention=gate,
       momentum_decay=None,
-      learn_rate=gate,
+      step_size=gate,
       erase=None if model.sequence_layer == "retnet" else gate,
       queries=k,
       read="post",

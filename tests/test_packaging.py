@@ -97,7 +97,7 @@ def test_model_is_imported_without_kernels_and_checkpoints():
 import hope_jax.training.loop, hope_jax.inference.evaluation
 import hope_jax.inference.sessions, hope_jax.inference.texts
 import hope_jax.interchange.formats
-heavy = "jax.experimental.pallas", "pallas_kernels.fused_scan", "orbax"
+heavy = "jax.experimental.pallas", "pallas_kernels.common.fused_scan", "orbax"
 print(*(name for name in heavy if name in sys.modules))
 print("pallas_kernels.linear_rule.api" in sys.modules)
 """)

@@ -10,7 +10,7 @@ CORE = (
   "memory/test_cms.py",
   "models/test_initial_values.py",
   "optim/test_registry.py",
-  "pallas_kernels/test_linear_rule_kernels.py",
+  "pallas_kernels/linear_rule/test_pallas_common.py",
   "test_commands.py",
   "test_configs.py",
   "training/test_step.py",

@@ -25,6 +25,7 @@ class Traits:
     chunks: whether its memory is written by chunks of `memory.chunk_length`.
     adaptive: whether `memory.adaptive` may name projections.
     learns: whether it has a fast level `memory`, written at a rate of its own.
+    kernels: values of `memory.implementation` beside `auto` and `xla`.
     memory: fields of `MemoryConfig` -> the values that it can take.
   """
 
@@ -38,17 +39,18 @@ class Traits:
   chunks: bool = False
   adaptive: bool = False
   learns: bool = False
+  kernels: tuple[str, ...] = ()
   memory: Mapping[str, tuple[Any, ...]] = dataclasses.field(
     default_factory=dict
   )
 
 
-_NO_KERNEL = {"implementation": ("auto", "xla")}
+_ON_TPU = ("pallas_tpu", "pallas_interpret")
 _SLOW_PROJECTIONS = {"adaptive": ((),)}
 _ATTENTION = Traits(attention="alone", rotary=True)
-_DEEP = Traits(chunks=True, learns=True, adaptive=True)
-_TTT = Traits(chunks=True, learns=True, rotary=True, memory=_NO_KERNEL)
-_LINEAR = Traits(pairs=False)
+_DEEP = Traits(chunks=True, learns=True, adaptive=True, kernels=_ON_TPU)
+_TTT = Traits(chunks=True, learns=True, rotary=True)
+_LINEAR = Traits(pairs=False, kernels=(*_ON_TPU, "pallas_gpu"))
 _BESIDE = dataclasses.replace(
   _DEEP, attention="beside", rotary=True, needs_window=True
 )
@@ -62,7 +64,8 @@ LAYERS: dict[str, Traits] = {
     needs_window=False,
     persistent=True,
     adaptive=False,
-    memory={**_NO_KERNEL, **_SLOW_PROJECTIONS},
+    kernels=(),
+    memory=_SLOW_PROJECTIONS,
   ),
   "titans_mag": dataclasses.replace(_BESIDE, persistent=True),
   "titans_mal": _BESIDE,
@@ -71,8 +74,8 @@ LAYERS: dict[str, Traits] = {
   "memora": dataclasses.replace(
     _DEEP,
     adaptive=False,
+    kernels=(),
     memory={
-      **_NO_KERNEL,
       **_SLOW_PROJECTIONS,
       "architecture": ("mlp",),
       "target": ("shared",),
@@ -88,7 +91,7 @@ LAYERS: dict[str, Traits] = {
   "gated_deltanet": _LINEAR,
   "comba": _LINEAR,
   "mamba2": _LINEAR,
-  "mamba": _LINEAR,
+  "mamba": Traits(pairs=False),
   "rwkv7": Traits(pairs=False, head_dim=64),
   "lstm": Traits(pairs=False),
   "srwm": Traits(pairs=False, learns=True),

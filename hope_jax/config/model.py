@@ -49,9 +49,10 @@ class MemoryConfig:
     chunk_length, projection_chunk_length: tokens per chunk of the memory and
       of the adaptive projections.
     remat: saved states of the backward pass: `none`, `chunk` or `sqrt`.
-    implementation: of whole chunks, `xla` or `pallas_tpu`; `auto` takes the
-      kernels on a TPU (linear layers': also on a GPU).  Pieces of chunks are
-      always XLA's.
+    implementation: backend of whole chunks, `xla` or kernels, `pallas_tpu` or
+      (linear layers only) `pallas_gpu`; `auto` takes the kernels where they
+      run.  `pallas_interpret`: the TPU's on any machine, slowly, for tests.
+      Parts of chunks always use XLA.
   """
 
   architecture: Literal["mlp", "matrix"] = "mlp"
@@ -76,7 +77,9 @@ class MemoryConfig:
   initial_learn_rate: float = 0.7
   initial_momentum: float = 0.88
   remat: Literal["none", "chunk", "sqrt"] = "sqrt"
-  implementation: Literal["auto", "xla", "pallas_tpu"] = "auto"
+  implementation: Literal[
+    "auto", "xla", "pallas_tpu", "pallas_gpu", "pallas_interpret"
+  ] = "auto"
 
   def __post_init__(self):
     lengths = "chunk_length", "projection_chunk_length"
@@ -379,6 +382,12 @@ class ModelConfig:
       raise ConfigError(
         f"model.sequence_layer={self.sequence_layer} has no keys and values of"
         " the model's width for a CMS: leave cms.hidden empty"
+      )
+    name = self.memory.implementation
+    if name not in ("auto", "xla", *self.traits.kernels):
+      raise ConfigError(
+        f"memory.implementation={name}: {self.sequence_layer} has no such"
+        " kernel, take xla"
       )
     for field, values in self.traits.memory.items():
       if (found := getattr(self.memory, field)) not in values:

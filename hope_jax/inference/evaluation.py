@@ -25,6 +25,7 @@ def evaluate(
   if with_dynamics:
     variants.check_dynamics(config.model)
   mesh = sharding.mesh_or_default(config)
+  sharding.check_kernels(config, mesh)
   source = pipeline.load(config)[split]
   tokenizer = pipeline.load_tokenizer(config)
   if tokenizer is not None:

@@ -39,6 +39,7 @@ def generate(
   check_prompts(prompts)
   check_request(count, sampling, stop)
   config = workdir_lib.read_config(workdir)
+  sharding.check_kernels(config, sharding.one_device())
   tokenizer = trained.load_tokenizer(workdir, config)
   encoded = [tokenizer.encode(prompt) for prompt in prompts]
   generation.check_room(encoded, config=config.model, count=count)

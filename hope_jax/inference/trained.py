@@ -34,6 +34,7 @@ def open_run(workdir: epath.Path, devices: int = 1) -> Run:
   tokenizer = load_tokenizer(workdir, config)
   split = MeshConfig(data=1, tensor=devices)
   mesh = sharding.make_mesh(split, jax.devices()[:devices])
+  sharding.check_kernels(config, mesh)
   with sharding.activate(mesh):
     step, params = read_params(workdir, config, mesh)
     return Run(workdir, config, tokenizer, mesh, step, params, checksum(params))

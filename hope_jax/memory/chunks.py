@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from hope_jax.memory import dynamics
-from pallas_kernels.scan import (
+from pallas_kernels.common.scan import (
   CheckpointPolicy,
   checkpointed_scan,
   merge_chunks,

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from hope_jax.memory import architectures, chunks, norms, products, rules
 from hope_jax.memory import dynamics as dynamics_lib
 from hope_jax.memory.chunks import MemoryOutput
-from pallas_kernels.scan import CheckpointPolicy, checkpointed_scan
+from pallas_kernels.common.scan import CheckpointPolicy, checkpointed_scan
 
 
 class LevelWeights(NamedTuple):

@@ -26,7 +26,7 @@ from hope_jax.memory import dynamics as dynamics_lib
 from hope_jax.memory.architectures import Weights
 from hope_jax.memory.chunks import MemoryOutput
 from hope_jax.memory.rules import Gates
-from pallas_kernels.linear_rule import chunk as chunk_lib
+from pallas_kernels.linear_rule import one_chunk as chunk_lib
 
 
 class Tokens(NamedTuple):
@@ -171,6 +171,7 @@ def learn_chunk(
   loss: InnerLoss,
   x: Chunk,
   cfg: MemoryConfig,
+  *,
   arithmetic: chunk_lib.Arithmetic = chunk_lib.XLA,
 ) -> tuple[chunks.Fast, Weights]:
   """One chunk of writes and reads: (state after, what was read).
@@ -191,10 +192,10 @@ def learn_chunk(
     """Writes one layer and reads its fast part at the queries."""
     token_read = cfg.read != "chunk"
     out = rules.write_layer(
-      rules.LayerTokens(
+      chunk_lib.Tokens(
         inputs, loss.errors[index], queries if token_read else None
       ),
-      rules.LayerState(weight[index], momentum[index]),
+      chunk_lib.State(weight[index], momentum[index]),
       rule,
       exact=exact,
       arithmetic=arithmetic,
@@ -231,7 +232,9 @@ def fused_chunk(
   )
   loss = inner_loss(now.weight, slow, tokens.keys, tokens.values, cfg)
   x = Chunk(tokens, slow_hidden(slow, tokens.queries), decays)
-  after, read = learn_chunk(now.weight, now, loss, x, cfg, fused.KERNEL)
+  after, read = learn_chunk(
+    now.weight, now, loss, x, cfg, arithmetic=fused.KERNEL
+  )
   return read_out(slow, tokens.queries, read), after
 
 

@@ -16,13 +16,11 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from hope_jax.config import MemoryConfig
+from hope_jax.config import ConfigError, MemoryConfig
 from hope_jax.memory import chunks, devices
-from pallas_kernels import scan
-from pallas_kernels.linear_rule import chunk as chunk_lib
+from pallas_kernels.common import scan
+from pallas_kernels.linear_rule import one_chunk as chunk_lib
 
-# As of `pl.pallas_call`: for tests on other backends.
-INTERPRET: Any = False
 KERNEL = chunk_lib.Arithmetic(in_kernel=True)
 
 
@@ -35,12 +33,21 @@ def kernel(function: Callable, cfg: MemoryConfig, *, name: str) -> Any:
 
 @functools.cache
 def is_chosen(implementation: str) -> bool:
-  """Whether `memory.implementation` means the kernels."""
+  """Whether `memory.implementation` means the kernels.
+
+  Raises:
+    ConfigError: it means kernels that memories do not have.
+  """
   if implementation == "auto":
     backend = jax.default_backend()
     implementation = "pallas_tpu" if backend == "tpu" else "xla"
     logging.info("memory.implementation=auto uses %s.", implementation)
-  return implementation == "pallas_tpu"
+  if implementation == "pallas_gpu":
+    raise ConfigError(
+      "memory.implementation=pallas_gpu: memories have no kernel for GPUs,"
+      " take xla"
+    )
+  return implementation in ("pallas_tpu", "pallas_interpret")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +112,8 @@ def run(
     return_state, docs: as in `chunks.scan_chunks`.
     name: of the kernels.
   """
-  from pallas_kernels import fused_scan  # Pallas, which only kernels wait for
+  # Pallas, which only kernels wait for.
+  from pallas_kernels.common import fused_scan
 
   num_tokens = jax.tree.leaves(tokens)[0].shape[2]
   length = min(chunk_length, num_tokens)
@@ -128,7 +136,7 @@ def run(
       (jax.tree.map(by_chunk, tokens), begins),
       initial,
       name=name,
-      interpret=INTERPRET,
+      interpret=cfg.implementation == "pallas_interpret",
     )
     by_token = lambda y: split(y.reshape(y.shape[0], -1, *y.shape[3:]))
     ys = jax.tree.map(lambda y: by_token(y)[:, :, :num_tokens], ys)

@@ -32,7 +32,7 @@ from hope_jax.memory import architectures, chunks, deep, norms, rules
 from hope_jax.memory import dynamics as dynamics_lib
 from hope_jax.memory.architectures import Weights
 from hope_jax.memory.chunks import MemoryOutput
-from pallas_kernels.linear_rule import chunk as chunk_lib
+from pallas_kernels.linear_rule import one_chunk as chunk_lib
 
 
 def simplex(logits: Weights) -> Weights:
@@ -139,12 +139,10 @@ def learn_chunk(
     x, u = trace.inputs[index], errors[index]
     rate, _ = rules.layer_rates(x, gates, cfg, chunk_length=cfg.chunk_length)
     out = chunk_lib.chunk_rule(
-      x,
-      u,
-      weight=now[index],
-      momentum=None,
+      chunk_lib.Tokens(x, u),
+      chunk_lib.State(now[index], None),
       decays=decays,
-      learn_rate=rate,
+      step_size=rate,
       erase=None,
     )
     if cfg.read == "chunk":

@@ -1,14 +1,14 @@
 """From an inner loss to the terms of the learning rule (P), analytically.
 
-The rule of every layer (spec 02, section 1; paper eq. 88 with momentum):
+The rule of every layer (docs/equations.md; paper eq. 88 with momentum):
 
-  S_t = beta_t S_{t-1} - step_t u_t x_t^T
+  S_t = beta_t S_{t-1} - eta'_t u_t x_t^T
   W_t = W_{t-1} (alpha_t I - erase_t x_t x_t^T) + S_t
 
 with u the layer's error, x its input.  The proximal step of DGD with decay,
 argmin_W 1/2 |W x - u*|^2 + 1/(2 eta) |W - alpha W_t|^2, gives
-eta' = eta / (1 + eta |x|^2), step = eta', erase = alpha eta' (App. C without
-|x| = 1; the literal rule erases eta').
+eta' = eta / (1 + eta |x|^2), erase = alpha eta' (App. C without |x| = 1; the
+literal rule erases eta').
 
 Setting A (`token_exact`) takes the errors of the output layer so that the erase
 term completes them token by token; its steps are not divided by the chunk
@@ -19,8 +19,8 @@ tracking a state such as parity needs (the proximal step never does).
 Inside a chunk the rule is linear in (W, S), so that a long one is solved in
 subchunks, one after the other: exactly the same, at the cost of short ones.
 
-Legend: eta learn_rate, alpha retention, beta momentum_decay; P subchunks of
-a chunk, C tokens.
+Legend: eta learn_rate, eta' step_size, alpha retention, beta momentum_decay;
+P subchunks of a chunk, C tokens.
 """
 
 import functools
@@ -30,8 +30,8 @@ import jax
 import jax.numpy as jnp
 
 from hope_jax.config import MemoryConfig
-from pallas_kernels.linear_rule import chunk as chunk_lib
-from pallas_kernels.scan import merge_chunks, split_chunks
+from pallas_kernels.common.scan import merge_chunks, split_chunks
+from pallas_kernels.linear_rule import one_chunk as chunk_lib
 
 SUBCHUNK_LENGTH = 64  # the longest: a solve costs its square per token
 
@@ -76,7 +76,7 @@ def layer_rates(
   chunk_length: int,
   exact: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-  """(step, erase) [..., C] of a layer with input x [..., C, K].
+  """(step_size, erase) [..., C] of a layer with input x [..., C, K].
 
   `exact`: the layer learns by setting A.
   """
@@ -162,22 +162,6 @@ def subchunk_decays(
   return chunk_lib.chunk_decays(parts[0], parts[1], live=parts[2], read=read)
 
 
-class LayerTokens(NamedTuple):
-  """A layer's inputs x [..., C, K], errors u [..., C, E], and the queries
-  [..., C, K] that read it token by token; None: nothing is read so."""
-
-  x: jax.Array
-  error: jax.Array
-  queries: jax.Array | None = None
-
-
-class LayerState(NamedTuple):
-  """W and S of a layer, [..., E, K]; S is None without momentum."""
-
-  weight: jax.Array
-  momentum: jax.Array | None
-
-
 class LayerRule(NamedTuple):
   """How a layer learns in a chunk: gates [..., C], decays from
   `subchunk_decays`, the config, tokens of a whole chunk."""
@@ -189,8 +173,8 @@ class LayerRule(NamedTuple):
 
 
 def write_layer(
-  tokens: LayerTokens,
-  state: LayerState,
+  tokens: chunk_lib.Tokens,
+  state: chunk_lib.State,
   rule: LayerRule,
   *,
   exact: bool = False,
@@ -198,7 +182,10 @@ def write_layer(
 ) -> chunk_lib.LinearRuleOutput:
   """One chunk of (P) on one layer; token-exact read where queries are given.
 
-  `exact`: the layer learns by setting A.
+  Args:
+    tokens: the layer's inputs [..., C, K], errors [..., C, E] and queries.
+    state: W and S, [..., E, K].
+    exact: the layer learns by setting A.
   """
   cfg, decays = rule.cfg, rule.decays
   rates = layer_rates(
@@ -206,50 +193,43 @@ def write_layer(
   )
 
   def write(state, subchunk):
-    (x, error, queries), (step_size, erase), decays = subchunk
+    tokens, (step_size, erase), decays = subchunk
     out = chunk_lib.chunk_rule(
-      x,
-      error,
-      weight=state[0],
-      momentum=state[1],
+      tokens,
+      state,
       decays=decays,
-      learn_rate=step_size,
+      step_size=step_size,
       erase=erase,
-      queries=queries,
       read=rule_read(cfg),
       arithmetic=arithmetic,
     )
-    return (out.weight, out.momentum), out.outputs
+    return chunk_lib.State(out.weight, out.momentum), out.outputs
 
-  start: Any = tuple(state)
-  length = tokens.x.shape[-2]
   if arithmetic.in_kernel:
-    rows = _cut(tuple(tokens), len(decays), axis=-2)
+    rows = _cut(tokens, len(decays), axis=-2)
     rates = _cut(rates, len(decays), axis=-1)
-    after: Any = start
     read = []
     for subchunk in zip(rows, rates, decays, strict=True):
-      after, outputs = write(after, subchunk)
+      state, outputs = write(state, subchunk)
       read.append(outputs)
     outputs = None
     if tokens.queries is not None:
       outputs = jnp.concatenate(read, axis=-2)
-    return chunk_lib.LinearRuleOutput(outputs, *after)
-  count = decays.before.pair.shape[0]
+    return chunk_lib.LinearRuleOutput(outputs, *state)
+  count, length = decays.before.pair.shape[0], tokens.x.shape[-2]
 
   def cut(tree, axis):
     part = length // count
     return jax.tree.map(lambda y: split_chunks(y, part, y.ndim + axis), tree)
 
-  subchunks = cut(tuple(tokens), -2), cut(rates, -1), decays
+  subchunks = cut(tokens, -2), cut(rates, -1), decays
   if count == 1:
-    first = jax.tree.map(lambda y: y[0], subchunks)
-    after, outputs = write(start, first)
-    return chunk_lib.LinearRuleOutput(outputs, *after)
-  after, outputs = jax.lax.scan(write, start, subchunks)
+    state, outputs = write(state, jax.tree.map(lambda y: y[0], subchunks))
+    return chunk_lib.LinearRuleOutput(outputs, *state)
+  state, outputs = jax.lax.scan(write, state, subchunks)
   if outputs is not None:
     outputs = merge_chunks(outputs, length, tokens.x.ndim - 2)
-  return chunk_lib.LinearRuleOutput(outputs, *after)
+  return chunk_lib.LinearRuleOutput(outputs, *state)
 
 
 def retained(gates: Gates, cfg: MemoryConfig) -> Gates:

@@ -33,7 +33,7 @@ from hope_jax.memory import dynamics as dynamics_lib
 from hope_jax.memory.chunks import MemoryOutput
 from hope_jax.memory.norms import l2_normalize
 from hope_jax.memory.rules import Gates
-from pallas_kernels.linear_rule import chunk as chunk_lib
+from pallas_kernels.linear_rule import one_chunk as chunk_lib
 
 PROJECTIONS, GATES = ("k", "v", "q"), ("eta", "alpha")
 
@@ -252,7 +252,7 @@ def memory(
     made = project(start, p, cfg)
     gates = rules.retained(made.gates, cfg)
     chunk = _Chunk(made, gates, rules.subchunk_decays(gates, places.live))
-    after, traces = learn_chunk(start, now, chunk, cfg, frozen)
+    after, traces = learn_chunk(start, now, chunk, cfg, frozen=frozen)
     return after, made, (gates, traces)
 
   def dynamics(base, after, trace, p, places):
@@ -328,6 +328,7 @@ def learn_chunk(
   now: chunks.Fast,
   chunk: _Chunk,
   cfg: MemoryConfig,
+  *,
   frozen: tuple[str, ...] = (),
   arithmetic: chunk_lib.Arithmetic = chunk_lib.XLA,
 ) -> tuple[chunks.Fast, _Traces]:
@@ -350,8 +351,8 @@ def learn_chunk(
   def write(layer, inputs, error, rule):
     state = getattr(now.weight, layer), getattr(momentum, layer)
     out = rules.write_layer(
-      rules.LayerTokens(inputs, error),
-      rules.LayerState(*state),
+      chunk_lib.Tokens(inputs, error),
+      chunk_lib.State(*state),
       rule,
       arithmetic=arithmetic,
     )

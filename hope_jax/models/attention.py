@@ -24,7 +24,7 @@ from hope_jax.config import ModelConfig
 from hope_jax.models import layers, problems, rotary
 from hope_jax.models.interface import FastState, MixerOutput, Problem, owned
 from hope_jax.models.parameters import parameter
-from pallas_kernels.scan import fold_chunks
+from pallas_kernels.common.scan import fold_chunks
 
 
 @flax.struct.dataclass
@@ -120,6 +120,7 @@ def attend(
   k: jax.Array,
   v: jax.Array,
   mask: jax.Array,
+  *,
   plain: jax.Array,
   persistent: Persistent | None,
 ) -> jax.Array:
@@ -168,15 +169,22 @@ def full_pass(
   return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
 
 
+class Heads(NamedTuple):
+  """Queries [B, T, H, K], keys and values [B, T, G, K] of tokens."""
+
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
+
+
 def full_extend(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
+  tokens: Heads,
   segments: jax.Array | None,
   state: AttentionState,
   config: ModelConfig,
 ) -> tuple[jax.Array, AttentionState]:
-  """Causal attention of tokens [B, T, H, K] that follow a cache."""
+  """Causal attention of tokens that follow a cache."""
+  q, k, v = tokens
   begin, length = state.position, q.shape[1]
   position = begin + jnp.arange(length)
   q, k = (rotary.rotate_positions(x, position, config) for x in (q, k))
@@ -196,16 +204,16 @@ def full_extend(
 
 
 def window_extend(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
+  tokens: Heads,
   segments: jax.Array | None,
   state: AttentionState,
   config: ModelConfig,
+  *,
   persistent: Persistent | None = None,
 ) -> tuple[jax.Array, AttentionState]:
   """The same with a window: queries in blocks of C = min(W, T), each against
   its own keys and the W before them."""
+  q, k, v = tokens
   batch, length, *heads = q.shape
   window = config.attention_window
   block = min(window, length)
@@ -235,8 +243,8 @@ def window_extend(
     overlapping(rotated),
     overlapping(values),
     mask[:, None],
-    in_blocks(q),
-    persistent,
+    plain=in_blocks(q),
+    persistent=persistent,
   )
   first = jnp.maximum(document_place(state, segments) - length, 0)
   return y.reshape(batch, -1, *heads)[:, :length], dataclasses.replace(
@@ -279,7 +287,7 @@ class Attention(nn.Module):
         if cfg.attention_window:
           extend = functools.partial(window_extend, persistent=persistent)
         before = state or init_state(cfg, batch)
-        y, after = extend(q, k, v, segments, before, cfg)
+        y, after = extend(Heads(q, k, v), segments, before, cfg)
         if state is not None:
           state = dataclasses.replace(after, conv=conv)
     y_BTD = layers.dense(

@@ -82,7 +82,7 @@ def forward(
     apply,
     functools.partial(_begin, config, params),
     _top(config, params),
-    functools.partial(_finish, config),
+    functools.partial(_finish, config=config),
   )
   return ModelOutput(
     *next_token.forward(
@@ -118,7 +118,9 @@ def _begin(
     below = jax.tree.map(lambda x: x[:count], params["blocks"])
     if mixer is not None:
       mixer_below = jax.tree.map(lambda x: x[:count], mixer)
-    x_BTD, after = _read_layers(config, below, x_BTD, mixer_below, {}, segments)
+    x_BTD, after = _read_layers(
+      config, below, x_BTD, mixer_below, levels={}, segments=segments
+    )
   of_first = lambda x: x[count]
   one: Any = registry.make_block(config, half=True)
   state = None
@@ -140,6 +142,7 @@ def _read_layers(
   params: Any,
   x_BTD: jax.Array,
   mixer: Any,
+  *,
   levels: Any,
   segments: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
@@ -166,12 +169,13 @@ def _top(config: ModelConfig, params: Any) -> Any:
 
 
 def _finish(
-  config: ModelConfig,
   top: Any,
   x_BTD: jax.Array,
   levels: Any,
   mixer: Any,
   segments: jax.Array | None,
+  *,
+  config: ModelConfig,
 ) -> tuple[jax.Array, Any]:
   """Logits [B, T, V] from where the first of the last K layers' CMS reads, and
   the fast state of the K - 1 sequence layers after it.
@@ -194,7 +198,9 @@ def _finish(
   )
   if mixer is not None:
     params, levels = rest
-    x_BTD, mixer = _read_layers(config, params, x_BTD, mixer, levels, segments)
+    x_BTD, mixer = _read_layers(
+      config, params, x_BTD, mixer, levels=levels, segments=segments
+    )
   norm: Any = layers.rms_norm(config, "norm_out")
   x_BTD = norm.apply({"params": top["norm_out"]}, x_BTD)
   if config.tied_embeddings:

@@ -350,9 +350,6 @@ class Tokens(NamedTuple):
   rule: Rule
 
 
-IMPLEMENTATIONS = {"auto": None, "xla": "chunked", "pallas_tpu": "pallas_tpu"}
-
-
 def run_rule(
   tokens: Tokens,
   before: Matrix,
@@ -361,7 +358,7 @@ def run_rule(
 ) -> tuple[jax.Array, Matrix]:
   """(o [B, H, T, E], the memory after) by `linear_rule`, on every device's
   heads."""
-  implementation: Any = IMPLEMENTATIONS[config.memory.implementation]
+  name = config.memory.implementation
   heads, length = tokens.keys.shape[1:3]
   reset = None
   if segments is not None:
@@ -375,13 +372,13 @@ def run_rule(
       momentum=None,
       retention=tokens.rule.retention,
       momentum_decay=None,
-      learn_rate=tokens.rule.learn_rate,
+      step_size=tokens.rule.learn_rate,
       erase=tokens.rule.erase,
       queries=tokens.queries,
       read="post",
       reset=reset,
       chunk_length=config.memory.chunk_length,
-      implementation=implementation,
+      implementation=None if name == "auto" else name,
       checkpoint=config.memory.remat,
     )
 

@@ -1,7 +1,7 @@
 """Mamba (2312.00752): a selective state space for every channel.
 
   v = SiLU(conv(n W_v)),  k = v W_k,  q = v W_q,  s = softplus(v W_1 W_2 + a)
-  h_t = exp(-s_t A) h_{t-1} + s_t v_t k_t^T        `memory/selective_scan.py`
+  h_t = exp(-s_t A) h_{t-1} + s_t v_t k_t^T    `pallas_kernels/selective_scan`
   y = ((h q + D v) * silu(n W_z)) W_o
 
 The paper calls q, k, v, s C, B, x, dt.  Each of E = 2 D channels has a state of
@@ -13,6 +13,7 @@ Legend: B batch, T tokens, D model, E channels, K state of a channel, R rank.
 """
 
 import functools
+from typing import NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -21,12 +22,23 @@ import jax.numpy as jnp
 
 from hope_jax.config import ModelConfig
 from hope_jax.memory import devices
-from hope_jax.memory.selective_scan import ScanOutput, selective_scan
 from hope_jax.models import layers, problems
 from hope_jax.models.interface import FastState, MixerOutput, Problem, owned
 from hope_jax.models.parameters import boxed, parameter
+from pallas_kernels.selective_scan import ScanOutput, selective_scan
 
 KEY_DIM = 16
+
+
+class Tokens(NamedTuple):
+  """v and s [B, T, E], k and q [B, T, K]; which tokens begin a document [B, T],
+  None: there is one only."""
+
+  values: jax.Array
+  step: jax.Array
+  keys: jax.Array
+  queries: jax.Array
+  reset: jax.Array | None
 
 
 def _widths(config: ModelConfig) -> dict[str, int]:
@@ -99,24 +111,17 @@ class Gates(nn.Module):
 
 
 def run_scan(
-  config: ModelConfig,
-  values: jax.Array,
-  step: jax.Array,
-  keys: jax.Array,
-  queries: jax.Array,
-  rate: jax.Array,
-  state: jax.Array,
-  reset: jax.Array | None,
+  tokens: Tokens, rate_EK: jax.Array, state: jax.Array, config: ModelConfig
 ) -> ScanOutput:
   """`selective_scan` from `state` [B, E, K], on every device's channels."""
 
-  def run(values, step, keys, queries, rate, state, reset):
+  def run(values, step, keys, queries, reset, rate, state):
     found = selective_scan(
       values,
       step,
       keys=keys,
       queries=queries,
-      rate=rate,
+      decay_rate=rate,
       state=state,
       reset=reset,
       chunk_length=config.memory.chunk_length,
@@ -124,10 +129,10 @@ def run_scan(
     )
     return tuple(found)
 
-  axes = "BTH", "BTH", "B", "B", "H", "BH", "B"
+  axes = "BTH", "BTH", "B", "B", "B", "H", "BH"
   run = devices.by_heads(run, axes, ("BTH", "BH"))
   with jax.named_scope("recurrence"):
-    return ScanOutput(*run(values, step, keys, queries, rate, state, reset))
+    return ScanOutput(*run(*tokens, rate_EK, state))
 
 
 class ReadOut(nn.Module):
@@ -175,7 +180,7 @@ class Mamba(nn.Module):
     step_BTE, rate_EK = Gates(cfg, name="gates")(v_BTE)
     reset = None if segments is None else layers.document_starts(segments)
     o_BTE, memory = run_scan(
-      cfg, v_BTE, step_BTE, k_BTK, q_BTK, rate_EK, before.memory, reset
+      Tokens(v_BTE, step_BTE, k_BTK, q_BTK, reset), rate_EK, before.memory, cfg
     )
     y_BTD = ReadOut(cfg, name="readout")(x_BTD, o_BTE, v_BTE)
     if state is not None:

@@ -52,7 +52,7 @@ from hope_jax.models.next_token_levels import (
   learning_layers,
   weights_of,
 )
-from pallas_kernels.scan import (
+from pallas_kernels.common.scan import (
   checkpointed_scan,
   merge_chunks,
   split_chunks,
@@ -180,7 +180,7 @@ def _learn(
   )
   is_other = number != state.first_document
   levels, position = advance(
-    state.levels, gradients, parts.top, state.position, is_other, config
+    state.levels, gradients, parts.top, state.position, is_other, config=config
   )
   return dataclasses.replace(
     state,
@@ -360,7 +360,7 @@ def _scan(
       document = numbers[:, -1]
       is_other = next_first != numbers[:, 0]
     levels, position = advance(
-      carry.levels, gradients, params, carry.position, is_other, config
+      carry.levels, gradients, params, carry.position, is_other, config=config
     )
     return _Carry(levels, mixer, position, document), logits
 

@@ -130,6 +130,7 @@ def advance(
   params: Any,
   position: jax.Array,
   is_other: jax.Array | None,
+  *,
   config: ModelConfig,
 ) -> tuple[dict[str, Level], jax.Array]:
   """All levels, and the position, after a chunk of the shortest one.

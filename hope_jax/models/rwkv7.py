@@ -42,7 +42,6 @@ from hope_jax.models.interface import FastState, MixerOutput, Problem, owned
 from hope_jax.models.parameters import boxed, parameter
 from hope_jax.optim.roles import Role
 from pallas_kernels import generalized_delta_rule as rule
-from pallas_kernels.generalized_delta_rule import chunked
 
 HEAD_DIM = 64
 SHIFTED = ("receptance", "decay", "key", "value", "rate", "gate")
@@ -299,7 +298,7 @@ class TimeMix(nn.Module):
         erase_write=kappa * split(gates["rate"]),
         weight=start.memory.weight,
         reset=reset,
-        chunk_length=min(cfg.memory.chunk_length, chunked.MAX_CHUNK_LENGTH),
+        chunk_length=min(cfg.memory.chunk_length, rule.MAX_CHUNK_LENGTH),
         checkpoint=cfg.memory.remat,
       )
     y_BTD = ReadOut(cfg, name="readout")(out.outputs, rkv, gates["gate"], layer)

@@ -12,7 +12,7 @@ parameter; without writes (the twin) y_t = W_0 phi(x_t).
 Source: Irie et al. 2022, 2202.05780, and their code (IDSIA/
 modern-srwm), whose initial values these are: N(0, 1/K), for what makes q
 N(0, 1e-4/K).  Every token's write is nonlinear in the state: a loop over the
-tokens, whose backward pass recomputes (`pallas_kernels/scan.py`).
+tokens, whose backward pass recomputes (`pallas_kernels/common/scan.py`).
 
 Legend: B batch, T tokens, D model, H heads, K head dim, R = 3 K + 4 rows.
 """
@@ -40,7 +40,7 @@ from hope_jax.models.interface import (
   owned,
 )
 from hope_jax.models.parameters import parameter
-from pallas_kernels.scan import checkpointed_scan
+from pallas_kernels.common.scan import checkpointed_scan
 
 
 def num_rows(config: ModelConfig) -> int:

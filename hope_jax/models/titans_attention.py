@@ -295,7 +295,9 @@ def _memory(initial: Any, slow: _Slow, config: ModelConfig) -> chunks.Memory:
     whole = architectures.whole(base, start)
     read = architectures.forward(whole, tokens.retrieval, cfg.activation)
     h_BTD = layers.merge_heads(rms_normalize(read.outputs))
-    y_BTHK, segment = _attend(tokens, h_BTD, slow, now.segment, places, config)
+    y_BTHK, segment = _attend(
+      tokens, h_BTD, slow, now.segment, places, config=config
+    )
     y_BTD = y_BTHK.reshape(h_BTD.shape)
     q, k, v = (
       slow.kernels.vectors(y_BTD, f"memory_{x}", config)
@@ -337,6 +339,7 @@ def _attend(
   slow: _Slow,
   before: Segment | None,
   places: chunks.Places,
+  *,
   config: ModelConfig,
 ) -> tuple[jax.Array, Segment | None]:
   """y [B, C, H, K] of a segment's tokens at their places, and the segment as it
@@ -368,8 +371,8 @@ def _attend(
     _joined(segment.keys),
     _joined(segment.values),
     jnp.concatenate([seen, seen], axis=-1)[:, None],
-    query,
-    slow.persistent,
+    plain=query,
+    persistent=slow.persistent,
   )
   return y, kept
 

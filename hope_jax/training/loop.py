@@ -33,6 +33,7 @@ def run(config: Config, workdir: epath.Path) -> dict[str, Any]:
     )
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batches(config, mesh)
+  sharding.check_kernels(config, mesh)
   compiled = step_lib.build(config, mesh)
   _announce(jax.devices()[0], compiled)
   with progress.waiting("reading the data", patience=2.0):

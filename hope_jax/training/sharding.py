@@ -77,6 +77,17 @@ def check_batches(config: Config, mesh: Mesh) -> None:
       )
 
 
+def check_kernels(config: Config, mesh: Mesh) -> None:
+  """`ConfigError` unless the mesh's devices run `memory.implementation`."""
+  name = config.model.memory.implementation
+  platform = mesh.devices.flat[0].platform
+  if name in ("pallas_tpu", "pallas_gpu") and name != f"pallas_{platform}":
+    raise ConfigError(
+      f"memory.implementation={name} does not run on a {platform}: take auto"
+      " or xla"
+    )
+
+
 @contextlib.contextmanager
 def activate(mesh: Mesh):
   """Inside, tracing sees the mesh and the logical rules."""

@@ -1,30 +1,49 @@
-"""One linear fast weight that learns over a sequence (spec 02, section 1).
+"""One linear fast weight that learns over a sequence.
 
 The primitive of every recurrent layer of this project: linear attention,
 RetNet, Mamba2, DeltaNet, Titans and the layers of deep memories are choices of
-its arguments (the table of spec 02; `test_linear_rule.py` writes them out).
+its arguments (docs/equations.md has the table, `test_models.py` writes them
+out).
 
 Dimensions: B batch, H heads, T tokens, C chunk length, K input width, E output
 width. The paper's symbols: alpha = retention, beta = momentum_decay,
-eta = learn_rate, delta = erase, W = weight, S = momentum, u = output error.
+eta' = step_size, delta = erase, W = weight, S = momentum, u = output error.
 
 The kernels are imported where they are chosen: Pallas takes a third of a second
-that a process on a CPU need not wait for.
+that a process on a CPU need not wait for.  They are not partitioned
+automatically: on more than one device call them inside
+`jax.shard_map(..., check_vma=False)`.
 """
 
 import functools
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from absl import logging
 
-from pallas_kernels import scan
-from pallas_kernels.linear_rule import chunked, reference
+from pallas_kernels.common import scan
+from pallas_kernels.linear_rule import reference, xla
+from pallas_kernels.linear_rule.reference import (
+  LinearRuleOutput,
+  Rates,
+  Read,
+  State,
+  Tokens,
+)
 
-Implementation = Literal["reference", "chunked", "pallas_tpu", "pallas_gpu"]
-LinearRuleOutput = reference.LinearRuleOutput
-Read = reference.Read
+Implementation = Literal[
+  "reference", "xla", "pallas_tpu", "pallas_gpu", "pallas_interpret"
+]
+Arguments = tuple[Tokens, Rates, State]
+
+
+class Options(NamedTuple):
+  """Of `linear_rule`, what is no array."""
+
+  read: Read
+  chunk_length: int
+  checkpoint: scan.CheckpointPolicy
 
 
 def linear_rule(
@@ -35,7 +54,7 @@ def linear_rule(
   momentum: jax.Array | None,
   retention: jax.Array,
   momentum_decay: jax.Array | None,
-  learn_rate: jax.Array,
+  step_size: jax.Array,
   erase: jax.Array | None,
   queries: jax.Array | None = None,
   read: Read = "pre",
@@ -46,93 +65,82 @@ def linear_rule(
 ) -> LinearRuleOutput:
   """Updates a fast weight with every token, reads it with every query.
 
-      W, S <- 0                                            where reset_t
-      S_t = beta_t S_{t-1} - eta_t u_t x_t^T
-      W_t = W_{t-1} (alpha_t I - delta_t x_t x_t^T) + S_t
-      y_t = W_{t-1} q_t  (read = "pre")  or  W_t q_t  (read = "post")
+    S_t = beta_t S_{t-1} - eta'_t u_t x_t^T
+    W_t = W_{t-1} (alpha_t I - delta_t x_t x_t^T) + S_t
+    y_t = W_{t-1} q_t  (read = "pre")  or  W_t q_t  (read = "post")
 
-  The result does not depend on `chunk_length`.  Differentiable in every float
-  argument, whatever the size of retention and momentum_decay: values and
-  derivatives keep their digits down to exact zeros.
+  Values and derivatives in every float argument do not depend on
+  `chunk_length`, and keep their digits for decays down to exact zeros.
 
   Args:
     x: inputs x_t, [B, H, T, K].
-    u: errors u_t = dL/dy_t, [B, H, T, E], not a function of W inside a chunk
-      (or use chunk_length tokens per call).
+    u: errors u_t = dL/dy_t, [B, H, T, E], no function of W inside a chunk.
     weight: initial W, [B, H, E, K].
-    momentum: initial S, [B, H, E, K]; None: S_t = -eta_t u_t x_t^T.
-    retention: alpha_t, [B, H, T].
+    momentum: initial S, [B, H, E, K]; None: S_t = -eta'_t u_t x_t^T.
+    retention, step_size: alpha_t, eta'_t, [B, H, T].
     momentum_decay: beta_t, [B, H, T]; None exactly if momentum is None.
-    learn_rate: eta_t, [B, H, T].
     erase: delta_t, [B, H, T]; None: 0, and the cheaper form without a solve.
     queries: q_t, [B, H, T, K]; None: no outputs.
     read: whether q_t sees the state before or after token t's write.
     reset: bool, [B, H, T]: forget everything before this token.
     chunk_length: C, tokens that are solved at once ("pallas_gpu": at most).
-    implementation: "reference" (token loop), "chunked" (XLA), "pallas_tpu",
-      "pallas_gpu"; None: the best that can run on the default backend.
-    checkpoint: what "chunked" recomputes in its backward pass, see `scan.py`.
+    implementation: None: the best that can run on the default backend;
+      "pallas_interpret": the TPU kernels on any backend, slowly.
+    checkpoint: what "xla" recomputes in its backward pass, see `scan.py`.
 
   Returns:
     outputs [B, H, T, E] in u's dtype, or None without queries; the final
     weight and momentum, float32 (float64 if they were).
-
-  The kernels are not partitioned automatically: on more than one device call
-  them inside `jax.shard_map(..., check_vma=False)`.
 
   Raises:
     ValueError: a shape, an option or a combination of arguments is wrong, or
       the implementation is of another platform (when it is compiled).
     NotImplementedError: a kernel cannot do these dtypes or sizes.
   """
-  arguments: dict[str, Any] = dict(
-    weight=weight,
-    momentum=momentum,
-    retention=retention,
-    momentum_decay=momentum_decay,
-    learn_rate=learn_rate,
-    erase=erase,
-    queries=queries,
-    reset=reset,
-  )
-  _validate(x, u, chunk_length, **arguments)
-  _validate_choice("read", read, Read)
-  _validate_choice("checkpoint", checkpoint, scan.CheckpointPolicy)
-  dtype = reference.state_dtype(x, u, arguments)
-  arguments |= dict(read=read)
-  if implementation is None:
-    implementation = _best_implementation(dtype, x.shape[-1], u.shape[-1])
-  _validate_choice("implementation", implementation, Implementation)
-  if implementation == "reference":
-    return reference.linear_rule_reference(x, u, **arguments)
-  arguments |= dict(chunk_length=chunk_length)
-  if implementation == "chunked":
-    arguments |= dict(checkpoint=checkpoint)
-    return chunked.linear_rule_chunked(x, u, **arguments)
+  rates = Rates(retention, momentum_decay, step_size, erase, reset)
+  arguments = Tokens(x, u, queries), rates, State(weight, momentum)
+  options = Options(read, chunk_length, checkpoint)
+  _validate(*arguments)
+  _validate_options(options)
+  return _run(implementation, arguments, options)
+
+
+def _run(
+  name: Implementation | None, arguments: Arguments, options: Options
+) -> LinearRuleOutput:
+  """Dispatches to the implementation, or to the best one."""
+  dtype = reference.state_dtype(arguments)
+  if name is None:
+    name = _best_implementation(dtype, arguments[0])
+  _validate_choice("implementation", name, Implementation)
+  if name == "reference":
+    return reference.linear_rule_reference(*arguments, read=options.read)
+  if name == "xla":
+    return xla.linear_rule_xla(*arguments, **options._asdict())
   if dtype != jnp.float32:
     raise NotImplementedError(
-      f'{implementation!r} computes in float32, not {dtype}: use "chunked".'
+      f'{name!r} computes in float32, not {dtype}: use "xla".'
     )
-  if implementation == "pallas_tpu":
-    from pallas_kernels.linear_rule import pallas_tpu
+  run: Any
+  if name == "pallas_gpu":
+    from pallas_kernels.linear_rule.pallas_gpu import linear_rule_gpu as run
+  else:
+    from pallas_kernels.linear_rule.pallas_tpu import linear_rule_tpu
 
-    return pallas_tpu.linear_rule_tpu(x, u, **arguments)
-  from pallas_kernels.linear_rule import pallas_gpu
+    is_tpu = name == "pallas_tpu"
+    run = functools.partial(linear_rule_tpu, interpret=not is_tpu)
+  return run(*arguments, read=options.read, chunk_length=options.chunk_length)
 
-  return pallas_gpu.linear_rule_gpu(x, u, **arguments)
 
-
-def _best_implementation(
-  dtype: jnp.dtype, key_dim: int, value_dim: int
-) -> Implementation:
-  backend, best = jax.default_backend(), "chunked"
+def _best_implementation(dtype: jnp.dtype, tokens: Tokens) -> Implementation:
+  backend, best = jax.default_backend(), "xla"
   if dtype == jnp.float32 and backend == "tpu":
     best = "pallas_tpu"
   if dtype == jnp.float32 and backend == "gpu":
     from pallas_kernels.linear_rule import pallas_gpu
 
-    can_tile = pallas_gpu.can_tile(key_dim, value_dim)
-    best = "pallas_gpu" if can_tile else "chunked"
+    can_tile = pallas_gpu.can_tile(tokens.x.shape[-1], tokens.u.shape[-1])
+    best = "pallas_gpu" if can_tile else "xla"
   _log_choice(best)
   return best
 
@@ -142,36 +150,36 @@ def _log_choice(name: str) -> None:
   logging.info(f'linear_rule: implementation=None uses "{name}".')
 
 
-def _validate_choice(name, value, choices):
+def _validate_options(options: Options) -> None:
+  if options.chunk_length < 1:
+    raise ValueError(f"chunk_length={options.chunk_length} must be at least 1.")
+  _validate_choice("read", options.read, Read)
+  _validate_choice("checkpoint", options.checkpoint, scan.CheckpointPolicy)
+
+
+def _validate_choice(name: str, value: Any, choices: Any) -> None:
   if value not in get_args(choices):
-    options = ", ".join(map(repr, get_args(choices)))
-    raise ValueError(f"{name}={value!r} is not one of {options}.")
+    known = ", ".join(map(repr, get_args(choices)))
+    raise ValueError(f"{name}={value!r} is not one of {known}.")
 
 
-def _validate(x, u, chunk_length, **arguments):
+def _validate(tokens: Tokens, rates: Rates, state: State) -> None:
   """Raises ValueError unless all shapes and optional arguments fit."""
-  if chunk_length < 1:
-    raise ValueError(f"{chunk_length=} must be at least 1.")
+  x, u = tokens.x, tokens.u
   if x.ndim != 4 or 0 in x.shape:
     raise ValueError(f"{x.shape=} must be [B, H, T, K], none of them 0.")
   if u.ndim != 4 or u.shape[:3] != x.shape[:3] or 0 in u.shape:
     raise ValueError(f"{u.shape=} must be [B, H, T, E] for {x.shape=}.")
-  batch, heads, tokens, key_dim = x.shape
-  state_shape = (batch, heads, u.shape[-1], key_dim)
-  token_shape = (batch, heads, tokens)
-  expected = dict(
-    weight=state_shape,
-    momentum=state_shape,
-    retention=token_shape,
-    momentum_decay=token_shape,
-    learn_rate=token_shape,
-    erase=token_shape,
-    queries=x.shape,
-    reset=token_shape,
-  )
+  state_shape = (*x.shape[:2], u.shape[-1], x.shape[-1])
+  expected = {
+    "queries": x.shape,
+    **dict.fromkeys(State._fields, state_shape),
+    **dict.fromkeys(Rates._fields, x.shape[:3]),
+  }
+  given = tokens._asdict() | rates._asdict() | state._asdict()
   optional = {"momentum", "momentum_decay", "erase", "queries", "reset"}
   for name, shape in expected.items():
-    value = arguments[name]
+    value = given[name]
     if value is None and name in optional:
       continue
     if value is None or value.shape != shape:
@@ -179,8 +187,8 @@ def _validate(x, u, chunk_length, **arguments):
       raise ValueError(
         f"{name}.shape={found} must be {shape} for {x.shape=}, {u.shape=}."
       )
-  if (arguments["momentum"] is None) != (arguments["momentum_decay"] is None):
+  if (state.momentum is None) != (rates.momentum_decay is None):
     raise ValueError("momentum and momentum_decay must both be given or None.")
-  reset = arguments["reset"]
+  reset = rates.reset
   if reset is not None and reset.dtype != jnp.bool_:
     raise ValueError(f"{reset.dtype=} must be bool.")

@@ -1,4 +1,4 @@
-"""What the kernels share: one chunk of one head, and the way in and out.
+"""Shared by the kernels: the step function and the argument layout.
 
 Dimensions: B batch, H heads, T tokens, N chunks, C chunk length, K input width,
 E output width.
@@ -10,36 +10,36 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import scan
-from pallas_kernels.linear_rule import chunk as chunk_lib
-from pallas_kernels.linear_rule import reference
-
-Read = reference.Read
-LinearRuleOutput = reference.LinearRuleOutput
-
-
-class State(NamedTuple):
-  """weight and momentum (None without), [..., E, K]."""
-
-  weight: Any
-  momentum: Any
+from pallas_kernels.common import scan
+from pallas_kernels.linear_rule import one_chunk
+from pallas_kernels.linear_rule.reference import (
+  LinearRuleOutput,
+  Rates,
+  Read,
+  State,
+  Tokens,
+)
 
 
-class Tokens(NamedTuple):
-  """x, queries (None: nothing is read) [..., C, K], u [..., C, E].
+class Chunks(NamedTuple):
+  """What a kernel reads of a head: [..., C, ...], rates in float32 (`reset`,
+  too: 0 or 1)."""
 
-  rates: by name, [..., C] in float32; also `reset`, 0 or 1.
-  """
+  tokens: Tokens
+  rates: Rates
 
-  x: Any
-  u: Any
-  queries: Any
-  rates: Any
+  def with_u(self, u: Any) -> "Chunks":
+    """The same with another u."""
+    return self._replace(tokens=self.tokens._replace(u=u))
+
+  def without_queries(self) -> "Chunks":
+    """The same where nothing is read."""
+    return self._replace(tokens=self.tokens._replace(queries=None))
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """One chunk of one head: state, tokens -> (what is read, the state after).
+  """One chunk of one head: state, chunk -> (what is read, the state after).
 
   The first `num_tokens` of all chunks' tokens exist.
   """
@@ -47,32 +47,29 @@ class Step:
   read: Read
   num_tokens: int
   is_padded: bool
-  arithmetic: chunk_lib.Arithmetic
+  arithmetic: one_chunk.Arithmetic
 
   def __call__(
-    self, shared: None, state: State, tokens: Tokens, index: jax.Array
-  ) -> tuple[Any, State]:
+    self, shared: None, state: State, chunk: Chunks, index: jax.Array
+  ) -> tuple[jax.Array | None, State]:
     del shared
-    rates, live = tokens.rates, None
+    (tokens, rates), live = chunk, None
     if self.is_padded:
-      live = chunk_lib.live_tokens(index, tokens.x.shape[0], self.num_tokens)
-    decays = chunk_lib.chunk_decays(
-      rates["retention"],
-      rates.get("momentum_decay"),
+      live = one_chunk.live_tokens(index, tokens.x.shape[0], self.num_tokens)
+    decays = one_chunk.chunk_decays(
+      rates.retention,
+      rates.momentum_decay,
       live=live,
-      reset=rates.get("reset"),
+      reset=rates.reset,
       read="pre" if tokens.queries is None else self.read,
       arithmetic=self.arithmetic,
     )
-    out = chunk_lib.chunk_rule(
-      tokens.x,
-      tokens.u,
-      weight=state.weight,
-      momentum=state.momentum,
+    out = one_chunk.chunk_rule(
+      tokens,
+      state,
       decays=decays,
-      learn_rate=rates["learn_rate"],
-      erase=rates.get("erase"),
-      queries=tokens.queries,
+      step_size=rates.step_size,
+      erase=rates.erase,
       read=self.read,
       arithmetic=self.arithmetic,
     )
@@ -82,41 +79,29 @@ class Step:
     return outputs, State(out.weight, out.momentum)
 
 
-def enter(
-  x: jax.Array,
-  u: jax.Array,
-  *,
-  weight: jax.Array,
-  momentum: jax.Array | None,
-  queries: jax.Array | None,
-  chunk_length: int,
-  **rates: jax.Array | None,
-) -> tuple[State, Tokens]:
-  """The arguments of `api.linear_rule` as states [B H, ...] in float32 and
-  tokens [B H, N, C, ...], filled up with zeros."""
+def to_kernel_layout(
+  tokens: Tokens, rates: Rates, state: State, *, chunk_length: int
+) -> tuple[Chunks, State]:
+  """Tokens and rates [B H, N, C, ...], filled up with zeros, and states
+  [B H, ...] in float32, of the arguments of `api.linear_rule`."""
 
   def by_chunk(array: jax.Array) -> jax.Array:
     array = array.reshape(-1, *array.shape[2:])
     return scan.fold_chunks(array, chunk_length, 1)
 
-  tokens = Tokens(
-    x=by_chunk(x),
-    u=by_chunk(u),
-    queries=None if queries is None else by_chunk(queries),
-    rates={
-      name: by_chunk(rate.astype(jnp.float32))
-      for name, rate in rates.items()
-      if rate is not None
-    },
+  chunks = Chunks(
+    jax.tree.map(by_chunk, tokens),
+    jax.tree.map(lambda rate: by_chunk(rate.astype(jnp.float32)), rates),
   )
-  state = jax.tree.map(
-    lambda leaf: leaf.reshape(-1, *leaf.shape[2:]).astype(jnp.float32),
-    State(weight, momentum),
+  by_head = jax.tree.map(
+    lambda leaf: leaf.reshape(-1, *leaf.shape[2:]).astype(jnp.float32), state
   )
-  return state, tokens
+  return chunks, by_head
 
 
-def leave(outputs: Any, state: Any, like: jax.Array) -> LinearRuleOutput:
+def from_kernel_layout(
+  outputs: jax.Array | None, state: State, like: jax.Array
+) -> LinearRuleOutput:
   """What the kernels return in the shapes of `api.linear_rule`, whose `u` is
   `like` [B, H, T, E]."""
   batch, heads, num_tokens, width = like.shape

@@ -18,61 +18,67 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels import refs, scan
-from pallas_kernels.linear_rule import chunk, tuning
-from pallas_kernels.linear_rule import pallas_common as common
-from pallas_kernels.linear_rule.pallas_common import State, Tokens
-from pallas_kernels.linear_rule.reference import LinearRuleOutput, Read
+from pallas_kernels.common import refs, scan
+from pallas_kernels.linear_rule import one_chunk, pallas_common, tuning
+from pallas_kernels.linear_rule.pallas_common import Chunks
+from pallas_kernels.linear_rule.reference import (
+  LinearRuleOutput,
+  Rates,
+  Read,
+  State,
+  Tokens,
+)
 
 # Of three products on the tensor cores: float32 to about 1e-6.
 _PRECISION = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 
 
 def linear_rule_gpu(
-  x: jax.Array,
-  u: jax.Array,
+  tokens: Tokens,
+  rates: Rates,
+  state: State,
   *,
   read: Read = "pre",
   chunk_length: int,
-  interpret: Any = False,
-  **arguments: Any,
+  interpret: bool = False,
 ) -> LinearRuleOutput:
-  """`api.linear_rule` on a GPU, in float32; all its arguments.
+  """`api.linear_rule` on a GPU, in float32.
 
   interpret: runs the kernels elsewhere, slowly.
 
   Raises:
     NotImplementedError: K or E is not what the compiler can tile.
   """
+  x, u = tokens.x, tokens.u
   if not can_tile(x.shape[-1], u.shape[-1]):
     raise NotImplementedError(
       f'"pallas_gpu" needs K and E that are powers of 2 from 16, not those of'
-      f' {x.shape=}, {u.shape=}: use implementation="chunked".'
+      f' {x.shape=}, {u.shape=}: use implementation="xla".'
     )
   blocks = tuning.gpu_blocks(
     x.shape[2],
     chunk_length,
     key_dim=x.shape[-1],
     value_dim=u.shape[-1],
-    has_momentum=arguments["momentum"] is not None,
+    has_momentum=state.momentum is not None,
   )
-  state, tokens = common.enter(
-    x, u, chunk_length=blocks.chunk_length, **arguments
+  chunks, by_head = pallas_common.to_kernel_layout(
+    tokens, rates, state, chunk_length=blocks.chunk_length
   )
-
-  tokens = jax.tree.map(
-    lambda array: scan.fold_chunks(array, blocks.chunks, 1), tokens
+  groups = jax.tree.map(
+    lambda array: scan.fold_chunks(array, blocks.chunks, 1), chunks
   )
-  step = common.Step(
+  precision = "highest" if interpret else _PRECISION
+  step = pallas_common.Step(
     read,
     x.shape[2],
     blocks.num_tokens > x.shape[2],
-    chunk.Arithmetic("highest" if interpret else _PRECISION, in_kernel=True),
+    one_chunk.Arithmetic(precision, in_kernel=True),
   )
-  outputs, state = _differentiable(
-    tokens, state, _Static(step, blocks, interpret)
+  outputs, by_head = _differentiable(
+    groups, by_head, _Static(step, blocks, interpret)
   )
-  return common.leave(outputs, state, u)
+  return pallas_common.from_kernel_layout(outputs, by_head, u)
 
 
 def can_tile(*sizes: int) -> bool:
@@ -83,73 +89,72 @@ def can_tile(*sizes: int) -> bool:
 class _Static(NamedTuple):
   """What the kernels are compiled for."""
 
-  step: common.Step
+  step: pallas_common.Step
   blocks: tuning.BlockSizes
-  interpret: Any
+  interpret: bool
 
 
 # ----------------------------------------------------------------- kernels
 
 
-def _forward_kernel(tokens, initial, outputs, final, saved, *, static):
-  groups, chunks = tokens.x.shape[:2]
+def _forward_kernel(chunks, initial, outputs, final, saved, *, static):
+  num_groups, num_chunks = chunks.tokens.x.shape[:2]
 
   def run_group(group, state):
     if saved is not None:
       refs.store(saved, group, state)
 
     def step(i, state):
-      now = refs.load(tokens, (group, i))
-      y, after = static.step(None, state, now, group * chunks + i)
+      now = refs.load(chunks, (group, i))
+      y, after = static.step(None, state, now, group * num_chunks + i)
       refs.store(outputs, (group, i), y)
       return after
 
-    return jax.lax.fori_loop(0, chunks, step, state)
+    return jax.lax.fori_loop(0, num_chunks, step, state)
 
-  state = jax.lax.fori_loop(0, groups, run_group, refs.load(initial))
+  state = jax.lax.fori_loop(0, num_groups, run_group, refs.load(initial))
   refs.store(final, ..., state)
 
 
-def _backward_kernel(
-  tokens, saved, d_outputs, d_final, d_tokens, d_initial, *, static
-):
-  groups, chunks = tokens.x.shape[:2]
+def _backward_kernel(residuals, cotangents, d_chunks, d_initial, *, static):
+  (chunks, saved), (d_outputs, d_final) = residuals, cotangents
+  num_groups, num_chunks = chunks.tokens.x.shape[:2]
 
   def run_group(back, d_state):
-    group = groups - 1 - back
+    group = num_groups - 1 - back
+    run = lambda state, now, i: static.step(
+      None, state, now, group * num_chunks + i
+    )
 
     def replay(i, state):
-      now = refs.load(tokens._replace(queries=None), (group, i))
-      return static.step(None, state, now, group * chunks + i)[1]
+      now = refs.load(chunks.without_queries(), (group, i))
+      return run(state, now, i)[1]
 
     def step(back, d_state):
-      i = chunks - 1 - back
+      i = num_chunks - 1 - back
       state = jax.lax.fori_loop(0, i, replay, refs.load(saved, group))
-      _, vjp = jax.vjp(
-        lambda state, now: static.step(None, state, now, group * chunks + i),
-        state,
-        refs.load(tokens, (group, i)),
-      )
-      d_state, d_chunk = vjp((refs.load(d_outputs, (group, i)), d_state))
-      refs.store(d_tokens, (group, i), d_chunk)
+      now = refs.load(chunks, (group, i))
+      _, vjp = jax.vjp(functools.partial(run, i=i), state, now)
+      d_state, d_now = vjp((refs.load(d_outputs, (group, i)), d_state))
+      refs.store(d_chunks, (group, i), d_now)
       return d_state
 
-    return jax.lax.fori_loop(0, chunks, step, d_state)
+    return jax.lax.fori_loop(0, num_chunks, step, d_state)
 
-  d_state = jax.lax.fori_loop(0, groups, run_group, refs.load(d_final))
+  d_state = jax.lax.fori_loop(0, num_groups, run_group, refs.load(d_final))
   refs.store(d_initial, ..., d_state)
 
 
 # ------------------------------------------------------------------- calls
 
 
-def _shared(array: Any) -> pl.BlockSpec:
+def _shared(array: jax.Array) -> pl.BlockSpec:
   """All of a head's x, queries or rates: [B H, ...]."""
   rest = array.shape[1:]
   return pl.BlockSpec((None, *rest), lambda b, p: (b, *(0,) * len(rest)))
 
 
-def _columns(array: Any, parts: int) -> pl.BlockSpec:
+def _columns(array: jax.Array, parts: int) -> pl.BlockSpec:
   """A part of a head's u or outputs, [B H, G, n, C, E]."""
   *rest, width = array.shape[1:]
   return pl.BlockSpec(
@@ -157,7 +162,7 @@ def _columns(array: Any, parts: int) -> pl.BlockSpec:
   )
 
 
-def _rows(array: Any, parts: int) -> pl.BlockSpec:
+def _rows(array: jax.Array, parts: int) -> pl.BlockSpec:
   """A part of a head's states [B H, ..., E, K]."""
   *rest, height, width = array.shape[1:]
   return pl.BlockSpec(
@@ -166,13 +171,14 @@ def _rows(array: Any, parts: int) -> pl.BlockSpec:
   )
 
 
-def _specs(parts: int, tokens: Tokens, *states: Any) -> tuple[Any, ...]:
-  """Blocks of tokens, then of states."""
-  token_specs = jax.tree.map(_shared, tokens)._replace(
-    u=_columns(tokens.u, parts)
-  )
+def _specs(parts: int, chunks: Chunks, *states: Any) -> tuple[Any, ...]:
+  """Blocks of chunks, then of states."""
+  specs = jax.tree.map(_shared, chunks)
   rows = functools.partial(_rows, parts=parts)
-  return token_specs, *(jax.tree.map(rows, state) for state in states)
+  return (
+    specs.with_u(_columns(chunks.tokens.u, parts)),
+    *(jax.tree.map(rows, state) for state in states),
+  )
 
 
 def _options(static: _Static) -> dict[str, Any]:
@@ -184,29 +190,29 @@ def _options(static: _Static) -> dict[str, Any]:
   )
 
 
-def _forward(tokens: Tokens, state: State, static: _Static, *, save: bool):
+def _forward(chunks: Chunks, state: State, static: _Static, *, save: bool):
   """(outputs [B H, G, n, C, E], final state, states at groups' starts)."""
-  parts = static.blocks.parts
+  parts, tokens = static.blocks.parts, chunks.tokens
   outputs = None if tokens.queries is None else refs.like(tokens.u)
   saved = refs.like(state, tokens.x.shape[1]) if save else None
-  token_specs, state_specs, saved_specs = _specs(parts, tokens, state, saved)
+  chunk_specs, state_specs, saved_specs = _specs(parts, chunks, state, saved)
   return pl.pallas_call(
     functools.partial(_forward_kernel, static=static),
     grid=(tokens.x.shape[0], parts),
-    in_specs=(token_specs, state_specs),
-    out_specs=(outputs and token_specs.u, state_specs, saved_specs),
+    in_specs=(chunk_specs, state_specs),
+    out_specs=(outputs and chunk_specs.tokens.u, state_specs, saved_specs),
     out_shape=(outputs, refs.like(state), saved),
     name="linear_rule_forward",
     **_options(static),
-  )(tokens, state)
+  )(chunks, state)
 
 
-def _backward(
-  tokens: Tokens, saved: State, d_outputs, d_final: State, static: _Static
-):
-  """Cotangents of tokens and state."""
-  parts = static.blocks.parts
-  token_specs, saved_specs, state_specs = _specs(parts, tokens, saved, d_final)
+def _backward(residuals: Any, cotangents: Any, static: _Static):
+  """Cotangents of chunks and state."""
+  (chunks, saved), (d_outputs, d_final) = residuals, cotangents
+  parts, u = static.blocks.parts, chunks.tokens.u
+  chunk_specs, saved_specs, state_specs = _specs(parts, chunks, saved, d_final)
+  u_specs = chunk_specs.tokens.u
 
   def shape_per_part(array):
     """Of a gradient of what all parts read: [B H, P, ...] in float32."""
@@ -219,46 +225,40 @@ def _backward(
       (None, None, *rest), lambda b, p: (b, p, *(0,) * len(rest))
     )
 
-  shared = tokens._replace(u=None)
+  shared = chunks.with_u(None)
   shapes = jax.tree.map(shape_per_part, shared)
   specs = jax.tree.map(spec_per_part, shared)
-  d_tokens, d_state = pl.pallas_call(
+  d_chunks, d_state = pl.pallas_call(
     functools.partial(_backward_kernel, static=static),
-    grid=(tokens.x.shape[0], parts),
+    grid=(u.shape[0], parts),
     in_specs=(
-      token_specs,
-      saved_specs,
-      None if d_outputs is None else token_specs.u,
-      state_specs,
+      (chunk_specs, saved_specs),
+      (None if d_outputs is None else u_specs, state_specs),
     ),
-    out_specs=(specs._replace(u=token_specs.u), state_specs),
-    out_shape=(
-      shapes._replace(u=refs.like(tokens.u)),
-      refs.like(d_final),
-    ),
+    out_specs=(specs.with_u(u_specs), state_specs),
+    out_shape=(shapes.with_u(refs.like(u)), refs.like(d_final)),
     name="linear_rule_backward",
     **_options(static),
-  )(tokens, saved, d_outputs, d_final)
+  )(residuals, cotangents)
   summed = jax.tree.map(
     lambda d, x: jnp.sum(d, axis=1).astype(x.dtype),
-    d_tokens._replace(u=None),
+    d_chunks.with_u(None),
     shared,
   )
-  return summed._replace(u=d_tokens.u), d_state
+  return summed.with_u(d_chunks.tokens.u), d_state
 
 
-def _values(tokens, state, static):
-  return _forward(tokens, state, static, save=False)[:2]
+def _values(chunks, state, static):
+  return _forward(chunks, state, static, save=False)[:2]
 
 
-def _values_and_saved(tokens, state, static):
-  outputs, final, saved = _forward(tokens, state, static, save=True)
-  return (outputs, final), (tokens, saved)
+def _values_and_saved(chunks, state, static):
+  outputs, final, saved = _forward(chunks, state, static, save=True)
+  return (outputs, final), (chunks, saved)
 
 
 def _gradients(static, residuals, cotangents):
-  (tokens, saved), (d_outputs, d_final) = residuals, cotangents
-  return _backward(tokens, saved, d_outputs, d_final, static)
+  return _backward(residuals, cotangents, static)
 
 
 _differentiable: Any = jax.custom_vjp(_values, nondiff_argnums=(2,))

@@ -2,38 +2,42 @@
 
 from typing import Any
 
-import jax
-
-from pallas_kernels import fused_scan
-from pallas_kernels.linear_rule import chunk, pallas_common
-from pallas_kernels.linear_rule.reference import LinearRuleOutput, Read
+from pallas_kernels.common import fused_scan
+from pallas_kernels.linear_rule import one_chunk, pallas_common
+from pallas_kernels.linear_rule.reference import (
+  LinearRuleOutput,
+  Rates,
+  Read,
+  State,
+  Tokens,
+)
 
 
 def linear_rule_tpu(
-  x: jax.Array,
-  u: jax.Array,
+  tokens: Tokens,
+  rates: Rates,
+  state: State,
   *,
   read: Read = "pre",
   chunk_length: int,
   interpret: Any = False,
-  **arguments: Any,
 ) -> LinearRuleOutput:
-  """`api.linear_rule` on a TPU, in float32; all its arguments.
+  """`api.linear_rule` on a TPU, in float32.
 
   interpret: as of `pl.pallas_call`; runs the kernels elsewhere, slowly.
   """
-  num_tokens = x.shape[2]
+  num_tokens = tokens.x.shape[2]
   chunk_length = min(chunk_length, num_tokens)
-  state, tokens = pallas_common.enter(
-    x, u, chunk_length=chunk_length, **arguments
+  by_chunk, by_head = pallas_common.to_kernel_layout(
+    tokens, rates, state, chunk_length=chunk_length
   )
   step = pallas_common.Step(
     read,
     num_tokens,
     num_tokens % chunk_length > 0,
-    chunk.Arithmetic(in_kernel=True),
+    one_chunk.Arithmetic(in_kernel=True),
   )
-  outputs, state = fused_scan.fused_scan(
-    step, state, tokens, name="linear_rule", interpret=interpret
+  outputs, by_head = fused_scan.fused_scan(
+    step, by_head, by_chunk, name="linear_rule", interpret=interpret
   )
-  return pallas_common.leave(outputs, state, u)
+  return pallas_common.from_kernel_layout(outputs, by_head, tokens.u)

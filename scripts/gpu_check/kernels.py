@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.generalized_delta_rule import chunked, reference
+from pallas_kernels.generalized_delta_rule import generalized_delta_rule
 from pallas_kernels.linear_rule import linear_rule, pallas_gpu
+from pallas_kernels.linear_rule.reference import Rates, State, Tokens
 from scripts.gpu_check.plan import Row, first_line
 
 Arrays = dict[str, Any]
@@ -112,14 +113,11 @@ def _functions(
 ) -> tuple[Callable, Callable, str]:
   """(what is checked, its definition) of (arrays, reset), and a note on it."""
   if op == "generalized_delta_rule":
-    run: Callable = functools.partial(
-      chunked.generalized_delta_rule, chunk_length=case.chunk
-    )
+    rule = functools.partial(generalized_delta_rule, chunk_length=case.chunk)
     of_tokens = functools.partial(_call, ("keys", "values"))
-    definition = reference.generalized_delta_rule_reference
     return (
-      functools.partial(of_tokens, run),
-      functools.partial(of_tokens, definition),
+      functools.partial(of_tokens, rule, implementation=implementation),
+      functools.partial(of_tokens, rule, implementation="reference"),
       "",
     )
   note = ""
@@ -131,8 +129,7 @@ def _functions(
   rule = functools.partial(linear_rule, **options)
   run = functools.partial(rule, implementation=implementation)
   if implementation == "pallas_gpu" and jax.default_backend() != "gpu":
-    kernel = pallas_gpu.linear_rule_gpu
-    run = functools.partial(kernel, interpret=True, **options)
+    run = functools.partial(_interpreted, **options)
     note = " (interpreted)"
   of_tokens = functools.partial(_call, ("x", "u"))
   definition = functools.partial(rule, implementation="reference")
@@ -143,12 +140,27 @@ def _functions(
   )
 
 
+def _interpreted(x: jax.Array, u: jax.Array, **rest: Any) -> Any:
+  """The GPU's kernel where there is none: the arguments of `linear_rule`."""
+  tokens = Tokens(x, u, rest["queries"])
+  rates = Rates(**{name: rest[name] for name in Rates._fields})
+  state = State(rest["weight"], rest["momentum"])
+  return pallas_gpu.linear_rule_gpu(
+    tokens,
+    rates,
+    state,
+    read=rest["read"],
+    chunk_length=rest["chunk_length"],
+    interpret=True,
+  )
+
+
 def _call(
-  first: tuple[str, ...], function: Callable, arrays: Arrays, reset: Any
+  first: tuple[str, ...], function: Callable, arrays: Arrays, **options: Any
 ) -> Any:
   """`function` of a dict, of which `first` are positional."""
   rest = {name: x for name, x in arrays.items() if name not in first}
-  return function(*(arrays[name] for name in first), **rest, reset=reset)
+  return function(*(arrays[name] for name in first), **rest, **options)
 
 
 def _inputs(
@@ -169,7 +181,7 @@ def _inputs(
       queries=queries,
       weight=weight,
       retention=uniform(0.8, 1),
-      learn_rate=uniform(0, 1),
+      step_size=uniform(0, 1),
       erase=uniform(0, 1),
     )
     arrays["retention"][:, 0, [5, 20]] = 0

@@ -86,8 +86,8 @@ def _kernels(tiny: bool) -> list[Job]:
   for dim in (16,) if tiny else (128, 64):
     for op, implementation in (
       ("linear_rule", "pallas_gpu"),
-      ("linear_rule", "chunked"),
-      ("generalized_delta_rule", "chunked"),
+      ("linear_rule", "xla"),
+      ("generalized_delta_rule", "xla"),
     ):
       name = f"kernels-{op}-{implementation}-{dim}"
       arguments = {"op": op, "implementation": implementation, "dim": dim}

@@ -153,10 +153,10 @@ def test_errors_of_the_hidden_layer_are_clipped():
   [
     ({"setting": "token_exact"}, 16),
     ({"read": "chunk", "momentum": "none"}, 12),
-    ({"read": "token_post"}, 7),  # a prime: one piece
+    ({"read": "token_post"}, 7),  # a prime: one subchunk
   ],
 )
-def test_memory_in_pieces_of_chunks_equals_token_loop(
+def test_memory_in_subchunks_equals_token_loop(
   options, chunk_length, monkeypatch
 ):
   monkeypatch.setattr(rules, "SUBCHUNK_LENGTH", 4)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hope_jax.config import MemoryConfig
+from hope_jax.config import ConfigError, MemoryConfig
 from hope_jax.memory import chunks, deep, fused, rules, self_modifying
 from tests import compilers
 from tests.memory.test_deep import (
@@ -24,15 +24,10 @@ from tests.pallas_kernels.testing import assert_close, fast_jit
 from tests.tiers import slow_case
 
 KERNELS = {
-  "implementation": "pallas_tpu",
+  "implementation": "pallas_interpret",
   "chunk_length": 4,
   "projection_chunk_length": 4,
 }
-
-
-@pytest.fixture(autouse=True)
-def interpret(monkeypatch):
-  monkeypatch.setattr(fused, "INTERPRET", True)
 
 
 def _values_and_vjp(run, *inputs):
@@ -137,8 +132,8 @@ def test_projections_in_kernels_equal_xla_values_and_vjps(options):
   _check(_boxes, cfg, (initial, p, _moved(initial, cfg)), SEGMENTS)
 
 
-def test_projections_in_kernels_in_pieces(monkeypatch):
-  """A long chunk's rule is solved in pieces, of two tokens here."""
+def test_projections_in_kernels_in_subchunks(monkeypatch):
+  """A long chunk's rule is solved in subchunks, of two tokens here."""
   monkeypatch.setattr(rules, "SUBCHUNK_LENGTH", 2)
   cfg = MemoryConfig(**KERNELS, adaptive=("k", "eta"))
   initial, p = random_boxes(cfg)
@@ -151,12 +146,11 @@ import dataclasses, json
 import jax, numpy as np
 from hope_jax.config import MeshConfig
 from hope_jax.config import MemoryConfig
-from hope_jax.memory import deep, fused
+from hope_jax.memory import deep
 from hope_jax.training import sharding
 from tests.memory import test_deep
 
-fused.INTERPRET = True
-cfg = MemoryConfig(implementation="pallas_tpu", chunk_length=4)
+cfg = MemoryConfig(implementation="pallas_interpret", chunk_length=4)
 test_deep.B, test_deep.H = 4, 6
 initial, sequence, gates = test_deep.random_memory(length=12)
 
@@ -216,7 +210,7 @@ def test_pieces_of_chunks_are_xlas():
   cfg = MemoryConfig(**KERNELS)
   initial, sequence, gates, now = _inputs(cfg, 8)
   results = []
-  for implementation in ("pallas_tpu", "xla"):
+  for implementation in (KERNELS["implementation"], "xla"):
     used = dataclasses.replace(cfg, implementation=implementation)
     out = deep.run_memory(
       initial, deep.Tokens(*sequence, gates), used, state=chunks.fresh(now)
@@ -231,7 +225,7 @@ def test_frozen_boxes_are_xlas():
   initial, p = random_boxes(cfg)
   p = jax.tree.map(lambda x: x[:, :, :8], p)
   results = []
-  for implementation in ("pallas_tpu", "xla"):
+  for implementation in (KERNELS["implementation"], "xla"):
     made, state, _ = self_modifying.run_projections(
       initial,
       p,
@@ -249,7 +243,7 @@ def test_dynamics_are_xlas():
   initial, sequence, gates, _ = _inputs(cfg, 8)
   boxes, p = random_boxes(cfg)
   found = []
-  for implementation in ("pallas_tpu", "xla"):
+  for implementation in (KERNELS["implementation"], "xla"):
     used = dataclasses.replace(cfg, implementation=implementation)
     how = dict(with_dynamics=True)
     out = deep.run_memory(initial, deep.Tokens(*sequence, gates), used, **how)
@@ -262,12 +256,18 @@ def test_dynamics_are_xlas():
 def test_auto_is_xla_without_a_tpu():
   assert not fused.is_chosen("auto")
   assert not fused.is_chosen("xla")
-  assert fused.is_chosen("pallas_tpu")
+  assert fused.is_chosen("pallas_tpu") and fused.is_chosen("pallas_interpret")
 
 
-def test_kernels_raise_without_a_tpu(monkeypatch):
-  monkeypatch.setattr(fused, "INTERPRET", False)
-  cfg = MemoryConfig(**KERNELS)
+def test_kernels_for_gpus_are_refused():
+  cfg = MemoryConfig(**KERNELS | {"implementation": "pallas_gpu"})
+  initial, sequence, gates, _ = _inputs(cfg, 8)
+  with pytest.raises(ConfigError, match="no kernel for GPUs, take xla"):
+    deep.run_memory(initial, *sequence, gates, cfg)
+
+
+def test_kernels_raise_without_a_tpu():
+  cfg = MemoryConfig(**KERNELS | {"implementation": "pallas_tpu"})
   initial, sequence, gates, _ = _inputs(cfg, 8)
   with pytest.raises(ValueError, match="interpret mode"):
     deep.run_memory(initial, deep.Tokens(*sequence, gates), cfg)
@@ -294,9 +294,8 @@ TPUS = ["v5e:2x2", "v5:2x2x1", "v6e:2x2"]
 
 
 @pytest.mark.parametrize("topology", TPUS)
-def test_memory_compiles_for_tpus(topology, monkeypatch):
+def test_memory_compiles_for_tpus(topology):
   """Forward and backward, in VMEM."""
-  monkeypatch.setattr(fused, "INTERPRET", False)
   cfg = MemoryConfig(implementation="pallas_tpu", chunk_length=64)
   compiled = _compile_with_vjp(
     topology,
@@ -312,8 +311,7 @@ def test_memory_compiles_for_tpus(topology, monkeypatch):
   "topology",
   ["v5e:2x2", *(pytest.param(t, marks=pytest.mark.slow) for t in TPUS[1:])],
 )
-def test_projections_compile_for_tpus(topology, monkeypatch):
-  monkeypatch.setattr(fused, "INTERPRET", False)
+def test_projections_compile_for_tpus(topology):
   cfg = MemoryConfig(implementation="pallas_tpu", projection_chunk_length=256)
   compiled = _compile_with_vjp(
     topology,

@@ -85,7 +85,7 @@ def test_projections_equal_token_loop(options, chunk_length):
     np.testing.assert_allclose(a, e, atol=1e-10)
 
 
-def test_projections_in_pieces_of_chunks_equal_whole_chunks(monkeypatch):
+def test_projections_in_subchunks_equal_whole_chunks(monkeypatch):
   cfg = MemoryConfig(projection_chunk_length=16)
   initial, slow = random_boxes(cfg)
   whole = run(initial, slow, cfg)

@@ -26,7 +26,7 @@ def _arguments(tokens, heads, key_dim, value_dim, *, momentum=True):
     momentum=state if momentum else None,
     retention=array(*shape),
     momentum_decay=array(*shape) if momentum else None,
-    learn_rate=array(*shape),
+    step_size=array(*shape),
     erase=array(*shape),
   )
 
@@ -77,12 +77,12 @@ def test_linear_rule_compiles_for_tpus(topology, shape):
   assert calls == 2  # forward and backward
 
 
-def test_chunked_has_no_kernel():
+def test_xla_has_no_kernel():
   compiled = _compile(
     compilers.tpu("v5e:2x2")[0],
     *(256, 2, 128, 128),
     chunk_length=64,
-    implementation="chunked",
+    implementation="xla",
   )
   assert "tpu_custom_call" not in compiled.as_text()
 

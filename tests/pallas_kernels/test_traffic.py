@@ -6,7 +6,7 @@ from jax.experimental import pallas as pl
 
 from hope_jax.config import MemoryConfig
 from hope_jax.memory import deep, self_modifying
-from pallas_kernels import traffic
+from tests.pallas_kernels import traffic
 
 BATCH, HEADS, TOKENS, DIM = 2, 8, 4096, 128
 

@@ -1,4 +1,4 @@
-"""What the tests of `linear_rule` share."""
+"""What the tests of the kernels share."""
 
 import functools
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.linear_rule import linear_rule
+from pallas_kernels.linear_rule.reference import Rates, State, Tokens
 
 
 @functools.cache
@@ -50,7 +51,7 @@ def random_inputs(
     momentum=rng.normal(size=(b, h, e, k)),
     retention=rng.uniform(0.8, 1, size=(b, h, t)),
     momentum_decay=rng.uniform(0.3, 1, size=(b, h, t)),
-    learn_rate=rng.uniform(size=(b, h, t)),
+    step_size=rng.uniform(size=(b, h, t)),
     erase=rng.uniform(size=(b, h, t)),
   )
   if zeros:  # alone, side by side, in the first and in the last token
@@ -77,6 +78,14 @@ def random_inputs(
 def call(inputs, **options):
   inputs = dict(inputs)
   return linear_rule(inputs.pop("x"), inputs.pop("u"), **inputs, **options)
+
+
+def arguments(inputs):
+  """What the implementations take."""
+  parts = Tokens, Rates, State
+  return tuple(
+    part(**{name: inputs[name] for name in part._fields}) for part in parts
+  )
 
 
 def assert_close(got, want, tolerance):

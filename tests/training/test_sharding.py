@@ -45,6 +45,20 @@ def test_make_mesh_rejects_what_does_not_fit(config):
     sharding.make_mesh(config, ONE)
 
 
+@pytest.mark.parametrize("name", ["pallas_tpu", "pallas_gpu"])
+def test_kernels_of_other_platforms_are_refused(name):
+  mesh = sharding.make_mesh(MeshConfig(), ONE)
+
+  def config(name):
+    memory = MemoryConfig(implementation=name)
+    return Config(model=ModelConfig(sequence_layer="comba", memory=memory))
+
+  for runs in ("auto", "xla", "pallas_interpret"):
+    sharding.check_kernels(config(runs), mesh)
+  with pytest.raises(ConfigError, match=f"{name} does not run on a cpu"):
+    sharding.check_kernels(config(name), mesh)
+
+
 def test_put_batch_places_the_rows_of_this_process():
   mesh = sharding.make_mesh(MeshConfig(), ONE)
   rows = sharding.process_rows(mesh, 4)

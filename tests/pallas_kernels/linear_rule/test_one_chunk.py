@@ -1,4 +1,4 @@
-"""The functions on one chunk: decays, solve, known products, dead tokens."""
+"""The functions on one chunk: decays, solve, dead tokens."""
 
 import functools
 
@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from pallas_kernels.linear_rule import LinearRuleOutput, chunk
+from pallas_kernels.linear_rule import LinearRuleOutput, one_chunk
+from pallas_kernels.linear_rule.one_chunk import Arithmetic
 from tests.pallas_kernels.testing import (
+  arguments,
   assert_close,
   fast_jit,
   random_inputs,
@@ -19,10 +21,18 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 INVERSES = [
   functools.partial(
-    chunk.unit_lower_inverse, arithmetic=chunk.Arithmetic(in_kernel=masks)
+    one_chunk.unit_lower_inverse,
+    arithmetic=Arithmetic(in_kernel=masks),
   )
   for masks in (False, True)
 ]
+
+
+def chunk_rule(inputs, **options):
+  tokens, rates, state = arguments(inputs)
+  return one_chunk.chunk_rule(
+    tokens, state, step_size=rates.step_size, erase=rates.erase, **options
+  )
 
 
 def _loop_over_live(inputs, live):
@@ -35,7 +45,7 @@ def _loop_over_live(inputs, live):
     x, u, before = inputs["x"][t], inputs["u"][t], weight
     if alive:
       momentum = inputs["momentum_decay"][t] * momentum
-      momentum = momentum - inputs["learn_rate"][t] * np.outer(u, x)
+      momentum = momentum - inputs["step_size"][t] * np.outer(u, x)
       weight = inputs["retention"][t] * weight + momentum
       weight = weight - inputs["erase"][t] * np.outer(before @ x, x)
     outputs.append(
@@ -55,18 +65,14 @@ def test_chunk_rule_dead_tokens_change_nothing(read):
 
   @fast_jit
   def run(inputs, live):
-    decays = chunk.chunk_decays(
+    decays = one_chunk.chunk_decays(
       inputs["retention"],
       inputs["momentum_decay"],
       live=live,
       reset=inputs["reset"],
       read=read,
     )
-    names = ("weight", "momentum", "learn_rate", "erase", "queries")
-    arguments = {name: inputs[name] for name in names}
-    return chunk.chunk_rule(
-      inputs["x"], inputs["u"], **arguments, decays=decays, read=read
-    )
+    return chunk_rule(inputs, decays=decays, read=read)
 
   got = run(inputs, jnp.asarray(live))
   for index in np.ndindex(3, 2):
@@ -76,45 +82,10 @@ def test_chunk_rule_dead_tokens_change_nothing(read):
     assert_close(jax.tree.map(lambda v: v[index], got), want, 1e-12)  # noqa: B023
 
 
-@pytest.mark.parametrize("read", ["pre", "post"])
-def test_chunk_rule_accepts_known_products(read):
-  inputs = random_inputs((2, 3, 8, 5, 3))
-
-  @fast_jit
-  def run(inputs):
-    decays = chunk.chunk_decays(
-      inputs["retention"], inputs["momentum_decay"], read=read
-    )
-    names = ("weight", "momentum", "learn_rate", "erase", "queries")
-    rule = functools.partial(
-      chunk.chunk_rule,
-      inputs["x"],
-      inputs["u"],
-      **{name: inputs[name] for name in names},
-      read=read,
-    )
-    x, queries, weight = inputs["x"], inputs["queries"], inputs["weight"]
-    known = dict(
-      x_weight=jnp.einsum("BHCK,BHEK->BHCE", x, weight),
-      queries_weight=jnp.einsum("BHCK,BHEK->BHCE", queries, weight),
-      gram=jnp.einsum("BHCK,BHDK->BHCD", x, x),
-    )
-    wrong = [
-      rule(decays=decays, **(known | {name: known[name] + 1})).outputs
-      for name in known
-    ]
-    return rule(decays=decays), rule(decays=decays, **known), wrong
-
-  want, got, wrong = run(inputs)
-  assert_close(got, want, 1e-13)
-  for outputs in wrong:  # the products are used, not computed again
-    assert jnp.max(jnp.abs(outputs - got.outputs)) > 0.01
-
-
 def test_chunk_rule_shares_decays_along_an_axis_of_one():
   """Several maps with the same gates: [M, B, C] against gates of [1, B, C]."""
   inputs = random_inputs((3, 2, 8, 5, 3))
-  scalars = {"retention", "momentum_decay", "learn_rate", "erase"}
+  scalars = {"retention", "momentum_decay", "step_size", "erase"}
   shared = inputs | {name: inputs[name][:1] for name in scalars}
   repeated = inputs | {
     name: jnp.repeat(inputs[name][:1], 3, axis=0) for name in scalars
@@ -122,12 +93,10 @@ def test_chunk_rule_shares_decays_along_an_axis_of_one():
 
   @fast_jit
   def run(inputs):
-    decays = chunk.chunk_decays(inputs["retention"], inputs["momentum_decay"])
-    names = ("weight", "momentum", "learn_rate", "erase", "queries")
-    arguments = {name: inputs[name] for name in names}
-    return chunk.chunk_rule(
-      inputs["x"], inputs["u"], **arguments, decays=decays
+    decays = one_chunk.chunk_decays(
+      inputs["retention"], inputs["momentum_decay"]
     )
+    return chunk_rule(inputs, decays=decays)
 
   assert_close(run(shared), run(repeated), 1e-13)
 
@@ -142,7 +111,7 @@ def test_chunk_decays_equal_products():
   reset[1, [0, 4]] = reset[2, 5] = True
   live[2, [0, 1, 7]] = False
   got = fast_jit(
-    lambda alpha, beta, live, reset: chunk.chunk_decays(
+    lambda alpha, beta, live, reset: one_chunk.chunk_decays(
       alpha, beta, live=live, reset=reset, read="post"
     )
   )(*map(jnp.asarray, (alpha, beta, live, reset)))
@@ -169,10 +138,10 @@ def test_chunk_decays_equal_products():
 
     mix = (pair[0], np.array(start[0]), pair_momentum, start_momentum)
     before = map(previous, mix, (0.0, 1.0, 0.0, 0.0))
-    want = chunk.ChunkDecays(
-      before=chunk.Mix(*before),
-      after=chunk.Mix(*mix),
-      end=chunk.Mix(mix[0][-1], mix[1][-1:], mix[2][-1], mix[3][-1:]),
+    want = one_chunk.ChunkDecays(
+      before=one_chunk.Mix(*before),
+      after=one_chunk.Mix(*mix),
+      end=one_chunk.Mix(mix[0][-1], mix[1][-1:], mix[2][-1], mix[3][-1:]),
       momentum_pair_end=pair[1][-1],
       momentum_start_end=np.array(start[1][-1:]),
     )
@@ -202,7 +171,8 @@ def test_products_between_keep_all_digits(size, in_kernel):
   factors[rng.uniform(size=size) < 0.1] = 0
   factors = factors.astype(np.float32).astype(np.float64)
   function = functools.partial(
-    chunk.products_between, arithmetic=chunk.Arithmetic(in_kernel=in_kernel)
+    one_chunk.products_between,
+    arithmetic=Arithmetic(in_kernel=in_kernel),
   )
   both = fast_jit(lambda x: (function(x), jax.jacrev(function)(x)))
   wanted = _between(factors)
@@ -245,4 +215,4 @@ def test_unit_lower_inverse_gradient(size, inverse):
 
 def test_unit_lower_inverse_forward_mode_and_second_order():
   full = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4)))
-  check_grads(jax.jit(chunk.unit_lower_inverse), (full,), order=2)
+  check_grads(jax.jit(one_chunk.unit_lower_inverse), (full,), order=2)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import scan
+from pallas_kernels.common import scan
 from tests.pallas_kernels.testing import fast_jit
 
 STATE_SIZE = 250  # no number of steps below

@@ -1,8 +1,8 @@
 """Scans over chunks whose backward pass recomputes instead of storing.
 
 A scan over N chunks saves N states for its backward pass. For fast weights the
-state is far larger than a chunk's tokens (spec 02, section 6), so the states
-are recomputed: `checkpointed_scan` stores O(sqrt(N)) of them.
+state is far larger than a chunk's tokens, so the states are recomputed:
+`checkpointed_scan` stores O(sqrt(N)) of them.
 
 Dimensions: B batch, H heads, T tokens, N chunks, C chunk length, G group.
 """

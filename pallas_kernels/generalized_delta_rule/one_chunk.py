@@ -1,4 +1,4 @@
-"""The generalized delta rule by chunks: matrix products, one scan over chunks.
+"""The generalized delta rule over one chunk, with matrix products.
 
 With L_t the sum of log w over the chunk's tokens up to t, u_t = S_{t-1} p_t
 what the erase reads, and for i <= t
@@ -11,7 +11,8 @@ so that, strictly lower triangular in t and i,
       <p_t, x_i> = sum_c p_tc x_ic e^{L_{t-1,c} - L_{i,c}}
 
 is one unit lower triangular system per chunk; outputs and the chunk's last
-state are products again.  Exact for any chunk length.
+state are products again.  Exact for any chunk length (docs/equations.md, "The
+generalized delta rule").
 
 The decays differ by channel, so that the products <., .> take them apart into
 e^{L_t} and e^{-L_i}.  A channel keeps at least e^{-f} of itself per token, with
@@ -23,8 +24,7 @@ that to f C = `LARGEST_EXPONENT`.  Every factor has a relative error of f C
 there would be nearer, but would let a later token into an earlier one's
 rounding.)
 
-Dimensions: B batch, H heads, T tokens, N chunks, C chunk length, K key dim, E
-value dim.
+Dimensions: B batch, H heads, C chunk length, K key dim, E value dim.
 """
 
 import functools
@@ -33,9 +33,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import scan as scan_lib
-from pallas_kernels.generalized_delta_rule.reference import DeltaRuleOutput
-from pallas_kernels.linear_rule.chunk import unit_lower_inverse
+from pallas_kernels.generalized_delta_rule.reference import Tokens
+from pallas_kernels.linear_rule.one_chunk import unit_lower_inverse
 
 MAX_CHUNK_LENGTH = 128
 FASTEST_DECAY = math.exp(-0.5)  # of RWKV-7, -log w
@@ -44,71 +43,21 @@ LARGEST_EXPONENT = FASTEST_DECAY * MAX_CHUNK_LENGTH
 _einsum = functools.partial(jnp.einsum, precision="highest")
 
 
-def generalized_delta_rule(
-  keys: jax.Array,
-  values: jax.Array,
-  *,
-  queries: jax.Array,
-  log_decay: jax.Array,
-  erase_read: jax.Array,
-  erase_write: jax.Array,
-  weight: jax.Array,
-  reset: jax.Array | None = None,
-  chunk_length: int = 16,
-  fastest_decay: float = FASTEST_DECAY,
-  checkpoint: scan_lib.CheckpointPolicy = "sqrt",
-) -> DeltaRuleOutput:
-  """S_t = S_{t-1} (diag(w_t) + p_t b_t^T) + v_t k_t^T; reads o_t = S_t r_t.
-
-  Source: RWKV-7, 2503.14456.  Everything is float32 (float64 if all is).
-
-  Args:
-    keys: k, [B, H, T, K].
-    values: v, [B, H, T, E].
-    queries: r, [B, H, T, K].
-    log_decay: log w in -fastest_decay .. 0, [B, H, T, K]; what is outside of it
-      counts as the nearer bound, and has no gradient.
-    erase_read: p, [B, H, T, K].
-    erase_write: b, [B, H, T, K].
-    weight: S before the first token, [B, H, E, K].
-    reset: bool [B, H, T]: S is zeroed before such a token.
-    chunk_length: tokens per chunk; the result does not depend on it.
-    fastest_decay: bound of -log_decay; a larger one needs shorter chunks.  With
-      17 (4 tokens) what it leaves of a state is less than float32 resolves.
-    checkpoint: what the backward pass recomputes (`scan.checkpointed_scan`).
-
-  Raises:
-    ValueError: for a chunk_length above `MAX_CHUNK_LENGTH`, or one that is too
-      long for fastest_decay.
-  """
-  longest = MAX_CHUNK_LENGTH
+def longest_chunk(fastest_decay: float) -> int:
+  """Tokens that float32 holds the factors of."""
   if fastest_decay > FASTEST_DECAY:
-    longest = int(LARGEST_EXPONENT / fastest_decay)
-  if not 0 < chunk_length <= longest:
-    raise ValueError(
-      f"{chunk_length=} is not in 1 .. {longest} for {fastest_decay=:.3g}"
-    )
-  log_decay = jnp.where(log_decay < -fastest_decay, -fastest_decay, log_decay)
-  log_decay = jnp.where(log_decay > 0, 0, log_decay)
-  num_tokens = keys.shape[2]
-  chunk_length = min(chunk_length, num_tokens)
-  # A last chunk is filled up with tokens that neither decay, erase nor write.
-  tokens = keys, values, queries, log_decay, erase_read, erase_write, reset
-  chunks = jax.tree.map(
-    lambda x: scan_lib.split_chunks(x, chunk_length), tokens
-  )
-  weight, outputs = scan_lib.checkpointed_scan(
-    functools.partial(_chunk, fastest_decay=fastest_decay),
-    weight,
-    chunks,
-    policy=checkpoint,
-  )
-  return DeltaRuleOutput(scan_lib.merge_chunks(outputs, num_tokens), weight)
+    return int(LARGEST_EXPONENT / fastest_decay)
+  return MAX_CHUNK_LENGTH
 
 
-def _chunk(weight, chunk, *, fastest_decay):
-  """One chunk of the module's docstring: (S_C, O)."""
-  k, v, r, log_w, p, b, reset = chunk
+def chunk_rule(
+  weight: jax.Array, tokens: Tokens, *, fastest_decay: float
+) -> tuple[jax.Array, jax.Array]:
+  """One chunk of the module's docstring: (S_C, O).
+
+  tokens: [B, H, C, ...], their log_decay within -fastest_decay .. 0.
+  """
+  k, v, r, log_w, p, b, reset = tokens
   log_w = jnp.cumsum(log_w, axis=-2)
   before = jnp.pad(
     log_w[..., :-1, :], [(0, 0)] * (log_w.ndim - 2) + [(1, 0), (0, 0)]
@@ -144,7 +93,9 @@ def _chunk(weight, chunk, *, fastest_decay):
   return weight * kept + add(u, b * left) + add(v, k * left), outputs
 
 
-def _masks(reset, shape):
+def _masks(
+  reset: jax.Array | None, shape: tuple[int, ...]
+) -> tuple[jax.Array, ...]:
   """Which token sees the writes i < t, i <= t and S_0; whose the end sees.
 
   A token sees what has as many resets before it.

@@ -6,12 +6,12 @@ import jax
 
 
 def load(refs: Any, index: Any = ...) -> Any:
-  """What stands at an index of every ref."""
+  """Reads every ref of the tree at `index`."""
   return jax.tree.map(lambda ref: ref[index], refs)
 
 
 def store(refs: Any, index: Any, values: Any) -> None:
-  """Writes values to an index of every ref, in its dtype."""
+  """Writes values to every ref of the tree at `index`, in its dtype."""
 
   def write(ref, value):
     ref[index] = value.astype(ref.dtype)
@@ -20,7 +20,7 @@ def store(refs: Any, index: Any, values: Any) -> None:
 
 
 def like(tree: Any, *axes: int) -> Any:
-  """Shapes and dtypes of arrays [S, ...], with more axes after the first."""
+  """Shapes and dtypes of arrays [S, ...], with `axes` after the first one."""
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((x.shape[0], *axes, *x.shape[1:]), x.dtype),
     tree,

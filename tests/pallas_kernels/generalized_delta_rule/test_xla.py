@@ -1,3 +1,5 @@
+"""`generalized_delta_rule` by chunks = token by token; fast decays."""
+
 import functools
 
 import jax
@@ -6,7 +8,6 @@ import numpy as np
 import pytest
 
 from pallas_kernels import generalized_delta_rule as rule
-from pallas_kernels.generalized_delta_rule import chunked, reference
 from tests.pallas_kernels.testing import assert_close, fast_jit
 
 B, H, T, K, E = 2, 2, 37, 5, 3
@@ -56,16 +57,22 @@ def values_and_vjp(run, arrays):
   return fast_jit(both)(arrays)
 
 
+def reference(fastest=-FASTEST):
+  return functools.partial(
+    rule.generalized_delta_rule,
+    fastest_decay=fastest,
+    implementation="reference",
+  )
+
+
 @functools.cache
 def expected(**options):
-  return values_and_vjp(
-    reference.generalized_delta_rule_reference, inputs(**options)
-  )
+  return values_and_vjp(reference(), inputs(**options))
 
 
 @pytest.mark.parametrize("chunk_length", [1, 4, 16, 32, 100])
 @pytest.mark.parametrize("resets", [True, False])
-def test_chunked_equals_reference_values_and_vjps(chunk_length, resets):
+def test_chunks_equal_reference_values_and_vjps(chunk_length, resets):
   with jax.enable_x64(True):
     run = functools.partial(
       rule.generalized_delta_rule, chunk_length=chunk_length
@@ -74,19 +81,17 @@ def test_chunked_equals_reference_values_and_vjps(chunk_length, resets):
     assert_close(got, expected(resets=resets), 1e-11)
 
 
-@pytest.mark.parametrize("chunk_length", [16, 64, chunked.MAX_CHUNK_LENGTH])
+@pytest.mark.parametrize("chunk_length", [16, 64, rule.MAX_CHUNK_LENGTH])
 def test_fastest_and_slowest_decay_keep_float32(chunk_length):
   """Channels that lose the most and those that lose nothing, side by side."""
   decays = np.where(np.arange(K) % 2, FASTEST, -1e-6)
-  arrays = dict(length=chunked.MAX_CHUNK_LENGTH, decays=decays, resets=False)
+  arrays = dict(length=rule.MAX_CHUNK_LENGTH, decays=decays, resets=False)
   run = functools.partial(
     rule.generalized_delta_rule, chunk_length=chunk_length
   )
   got = values_and_vjp(run, inputs(np.float32, **arrays))
   with jax.enable_x64(True):
-    want = values_and_vjp(
-      reference.generalized_delta_rule_reference, inputs(**arrays)
-    )
+    want = values_and_vjp(reference(), inputs(**arrays))
   assert_close(got, want, 1e-5)
 
 
@@ -106,9 +111,7 @@ def test_faster_decays_take_shorter_chunks(fastest, chunk_length):
   )
   got = values_and_vjp(run, inputs(np.float32, **arrays))
   with jax.enable_x64(True):
-    want = values_and_vjp(
-      reference.generalized_delta_rule_reference, inputs(**arrays)
-    )
+    want = values_and_vjp(reference(fastest), inputs(**arrays))
   assert_close(got, want, 2e-5)
 
 
@@ -123,20 +126,3 @@ def test_decays_outside_of_the_bounds_count_as_the_bounds():
   want[1][0].pop("log_decay")
   jax.tree.map(np.testing.assert_array_equal, got, want)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
-
-
-def test_chunks_that_are_too_long_are_refused():
-  arrays = inputs(np.float32, resets=False)
-  with pytest.raises(ValueError, match="chunk_length=129 is not in 1 .. 128"):
-    rule.generalized_delta_rule(
-      arrays.pop("keys"), arrays.pop("values"), **arrays, chunk_length=129
-    )
-
-
-def test_chunks_that_are_too_long_for_a_decay_are_refused():
-  arrays = inputs(np.float32, resets=False)
-  message = "chunk_length=16 is not in 1 .. 15 for fastest_decay=5"
-  with pytest.raises(ValueError, match=message):
-    rule.generalized_delta_rule(
-      arrays.pop("keys"), arrays.pop("values"), **arrays, fastest_decay=5.0
-    )

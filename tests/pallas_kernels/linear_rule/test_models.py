@@ -1,4 +1,4 @@
-"""The linear models of spec 02's table as choices of `linear_rule`.
+"""The linear models of docs/equations.md as choices of `linear_rule`.
 
 Each against a token loop in numpy that follows the model's own paper.
 """
@@ -37,15 +37,15 @@ def _loop(step, width=_E):
   return outputs
 
 
-def _run_model(key, u, query, *, retention, learn_rate, erase=None):
+def _run_model(key, u, query, *, retention, step_size, erase=None):
   arrays = [
     None if v is None else jnp.asarray(v)
-    for v in (key, u, query, retention, learn_rate, erase)
+    for v in (key, u, query, retention, step_size, erase)
   ]
-  key, u, query, retention, learn_rate, erase = arrays
+  key, u, query, retention, step_size, erase = arrays
 
   def run(*arrays):
-    key, u, query, retention, learn_rate, erase = arrays
+    key, u, query, retention, step_size, erase = arrays
     return linear_rule(
       key,
       u,
@@ -53,20 +53,20 @@ def _run_model(key, u, query, *, retention, learn_rate, erase=None):
       momentum=None,
       retention=retention,
       momentum_decay=None,
-      learn_rate=learn_rate,
+      step_size=step_size,
       erase=erase,
       queries=query,
       read="post",
       chunk_length=8,
     ).outputs
 
-  return fast_jit(run)(key, u, query, retention, learn_rate, erase)
+  return fast_jit(run)(key, u, query, retention, step_size, erase)
 
 
 def test_linear_attention():
   q, k, v = _model_inputs()
   ones = np.ones((_B, _H, _T))
-  got = _run_model(k, -v, q, retention=ones, learn_rate=ones)
+  got = _run_model(k, -v, q, retention=ones, step_size=ones)
   scores = np.tril(np.einsum("BHTK,BHSK->BHTS", q, k))
   want = np.einsum("BHTS,BHSE->BHTE", scores, v)
   np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
@@ -77,7 +77,7 @@ def test_retnet():
   gamma_H = 1 - 2.0 ** (-5 - np.arange(_H))
   ones = np.ones((_B, _H, _T))
   got = _run_model(
-    k, -v, q, retention=ones * gamma_H[None, :, None], learn_rate=ones
+    k, -v, q, retention=ones * gamma_H[None, :, None], step_size=ones
   )
 
   def step(state, i):
@@ -91,7 +91,7 @@ def test_mamba2():
   c, b, x = _model_inputs()
   dt, a_log, skip = _gates(3), np.array([0.3, 1.5]), np.array([0.7, -0.2])
   retention = np.exp(-dt * np.exp(a_log)[None, :, None])
-  got = _run_model(b, -x, c, retention=retention, learn_rate=dt)
+  got = _run_model(b, -x, c, retention=retention, step_size=dt)
   got += skip[None, :, None, None] * x
 
   def step(state, i):
@@ -105,7 +105,7 @@ def test_mamba2():
 def test_deltanet():
   q, k, v = _model_inputs()
   b = _gates(3)
-  got = _run_model(k, -v, q, retention=np.ones_like(b), learn_rate=b, erase=b)
+  got = _run_model(k, -v, q, retention=np.ones_like(b), step_size=b, erase=b)
 
   def step(state, i):  # move the value at k towards v by a fraction b
     state = state + b[i] * np.outer(v[i] - state @ k[i], k[i])
@@ -117,7 +117,7 @@ def test_deltanet():
 def test_gated_deltanet():
   q, k, v = _model_inputs()
   b, alpha = _gates(3), _gates(4, 0.8)
-  got = _run_model(k, -v, q, retention=alpha, learn_rate=b, erase=alpha * b)
+  got = _run_model(k, -v, q, retention=alpha, step_size=b, erase=alpha * b)
 
   def step(state, i):  # decay, then the delta rule on the decayed state
     state = alpha[i] * state
@@ -138,7 +138,7 @@ def test_comba():
     -v,
     corrected,
     retention=alpha,
-    learn_rate=b,
+    step_size=b,
     erase=c[None, :, None] * b,
   )
 
@@ -172,7 +172,7 @@ def test_linear_titans(chunk_length):
       momentum=momentum,
       retention=1 - forget,
       momentum_decay=decay,
-      learn_rate=rate,
+      step_size=rate,
       erase=None,
       queries=q,
       read="post",
@@ -224,7 +224,7 @@ def test_ttt_inner_difference():
       momentum=None,
       retention=jnp.ones_like(rate),
       momentum_decay=None,
-      learn_rate=rate,
+      step_size=rate,
       erase=None,
       queries=q,
       read="post",

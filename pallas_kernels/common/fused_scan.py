@@ -33,7 +33,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import refs, scan
+from pallas_kernels.common import refs, scan
 
 # v5e, v5p and v6e have 128 MiB of VMEM per core, of which the compiler gives a
 # kernel 16 unless asked.  States and blocks take at most a quarter of what is
@@ -119,9 +119,8 @@ def _tiled_bytes(shape: tuple[int, ...]) -> int:
 # ----------------------------------------------------------------- kernels
 
 
-def _forward_kernel(
-  initial, xs, shared, ys, final, saved, state, *, step, chunks
-):
+def _forward_kernel(inputs, outputs, state, *, step, chunks):
+  (initial, xs, shared), (ys, final, saved) = inputs, outputs
   group = pl.program_id(1)
 
   @pl.when(group == 0)
@@ -146,20 +145,10 @@ def _forward_kernel(
 
 
 def _backward_kernel(
-  xs,
-  shared,
-  saved,
-  d_ys,
-  d_final,
-  d_initial,
-  d_xs,
-  d_shared,
-  states,
-  d_state,
-  *,
-  step,
-  chunks,
+  residuals, cotangents, gradients, scratch, *, step, chunks
 ):
+  (xs, shared, saved), (d_ys, d_final) = residuals, cotangents
+  (d_initial, d_xs, d_shared), (states, d_state) = gradients, scratch
   last = pl.num_programs(1) - 1
   group = last - pl.program_id(1)
 
@@ -273,20 +262,22 @@ def _forward(state, xs, shared, step, options, *, save):
   _, groups, chunks = jax.tree.leaves(xs)[0].shape[:3]
   ys = _shape_of_ys(step, state, xs, shared)
   saved = refs.like(state, groups) if save else None
-  return _call(
+  in_specs = (
+    _by_sequence(state),
+    _by_group(xs),
+    _by_sequence(shared, _num_shared(shared)),
+  )
+  (outputs,) = _call(
     functools.partial(_forward_kernel, step=step, chunks=chunks),
     xs,
     options,
     "forward",
-    in_specs=(
-      _by_sequence(state),
-      _by_group(xs),
-      _by_sequence(shared, _num_shared(shared)),
-    ),
-    out_specs=(_by_group(ys), _by_sequence(state), _by_group(saved)),
-    out_shape=(ys, refs.like(state), saved),
+    in_specs=(in_specs,),
+    out_specs=((_by_group(ys), _by_sequence(state), _by_group(saved)),),
+    out_shape=((ys, refs.like(state), saved),),
     scratch_shapes=(_scratch(state),),
-  )(state, xs, shared)
+  )((state, xs, shared))
+  return outputs
 
 
 def _values(state, xs, shared, step, options):
@@ -306,22 +297,21 @@ def _gradients(step, options, residuals, cotangents):
   d_shared = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), shared
   )
-  d_initial, d_xs, d_shared = _call(
+  specs = _by_sequence(d_final), last_first(xs), _by_sequence(d_shared)
+  shared_specs = _by_sequence(shared, _num_shared(shared))
+  ((d_initial, d_xs, d_shared),) = _call(
     functools.partial(_backward_kernel, step=step, chunks=chunks),
     xs,
     options,
     "backward",
     in_specs=(
-      last_first(xs),
-      _by_sequence(shared, _num_shared(shared)),
-      last_first(saved),
-      last_first(d_ys),
-      _by_sequence(d_final),
+      (last_first(xs), shared_specs, last_first(saved)),
+      (last_first(d_ys), _by_sequence(d_final)),
     ),
-    out_specs=(_by_sequence(d_final), last_first(xs), _by_sequence(d_shared)),
-    out_shape=(refs.like(d_final), refs.like(xs), d_shared),
-    scratch_shapes=(_scratch(d_final, chunks), _scratch(d_final)),
-  )(xs, shared, saved, d_ys, d_final)
+    out_specs=(specs,),
+    out_shape=((refs.like(d_final), refs.like(xs), d_shared),),
+    scratch_shapes=((_scratch(d_final, chunks), _scratch(d_final)),),
+  )(residuals, cotangents)
   d_shared = jax.tree.map(
     lambda d, x: jnp.sum(d.reshape(-1, *x.shape), axis=0), d_shared, shared
   )

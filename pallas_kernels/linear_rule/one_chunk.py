@@ -1,26 +1,27 @@
-"""The learning rule over one chunk, with matrix products (spec 02, section 1).
+"""The learning rule over one chunk, with matrix products.
 
 Inside a chunk the rule of `reference.py` is linear in (W, S), so that a chunk
-is solved exactly by matrix products and one unit lower triangular system. With
-a_t = prod_{r<=t} alpha_r, b_t = prod_{r<=t} beta_r, A_ti = a_t / a_i and
-B_ti = b_t / b_i for i <= t, K = A B, m = A b, and prev = one row later:
+is solved exactly by matrix products and one unit lower triangular system
+(docs/equations.md, "The same by chunks"). With a_t = prod_{r<=t} alpha_r,
+b_t = prod_{r<=t} beta_r, A_ti = a_t / a_i and B_ti = b_t / b_i for i <= t,
+K = A B, m = A b, and prev = one row later:
 
     R   = rows r_t = W_{t-1} x_t, from
           (I + prevA diag(delta) * X X^T) R
               = prev_a * X W_0^T + prev_m * X S_0^T
-                - (prevK * X X^T) diag(eta) U
+                - (prevK * X X^T) diag(eta') U
     Y   = prev_a * Q W_0^T + prev_m * Q S_0^T
-          - (prevA * Q X^T) diag(delta) R - (prevK * Q X^T) diag(eta) U
+          - (prevA * Q X^T) diag(delta) R - (prevK * Q X^T) diag(eta') U
           (read "pre"; without prev it is the read after the token's write)
-    W_C = a_C W_0 + m_C S_0 - (diag(A_C delta) R + diag(K_C eta) U)^T X
-    S_C = b_C S_0 - (diag(B_C eta) U)^T X
+    W_C = a_C W_0 + m_C S_0 - (diag(A_C delta) R + diag(K_C eta') U)^T X
+    S_C = b_C S_0 - (diag(B_C eta') U)^T X
 
-Every implementation runs these functions: `chunked.py` with leading axes, e.g.
-[N, B, H], the Pallas kernels with none.
+Every implementation runs these functions: `xla.py` with leading axes, e.g.
+[B, H], the Pallas kernels with none.
 
 Dimensions: C chunk length, K input width, E output width. All arithmetic is in
 float32 (float64 if an input is). The paper's symbols: alpha = retention,
-beta = momentum_decay, eta = learn_rate, delta = erase.
+beta = momentum_decay, eta' = step_size, delta = erase.
 """
 
 import functools
@@ -29,10 +30,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_rule import reference
-
-LinearRuleOutput = reference.LinearRuleOutput
-Read = reference.Read
+from pallas_kernels.linear_rule.reference import (
+  LinearRuleOutput,
+  Read,
+  State,
+  Tokens,
+)
 
 _einsum = jnp.einsum
 
@@ -77,8 +80,8 @@ class Mix(NamedTuple):
 
   pair: jax.Array  # A
   start: jax.Array  # a
-  pair_momentum: Any = None  # K; None without momentum: then K = A and m = 0
-  start_momentum: Any = None  # m
+  pair_momentum: jax.Array | None = None  # K; without momentum A
+  start_momentum: jax.Array | None = None  # m; without momentum 0
 
   @property
   def writes(self) -> jax.Array:
@@ -92,8 +95,8 @@ class ChunkDecays(NamedTuple):
   before: Mix  # of the states before each token's write: prevA, prev_a ...
   after: Mix | None  # of those after it; None unless they are read
   end: Mix  # of the chunk's last state
-  momentum_pair_end: Any = None  # last row of B, [..., C]
-  momentum_start_end: Any = None  # b_C, [..., 1]
+  momentum_pair_end: jax.Array | None = None  # last row of B, [..., C]
+  momentum_start_end: jax.Array | None = None  # b_C, [..., 1]
 
 
 def chunk_decays(
@@ -254,8 +257,7 @@ class _Products:
     # Of the chunk: what is before and what is after each token.
     self.before = jnp.where(self.place == 0, 1, first * before)
     self.after = jnp.where(self.place == self.size - 1, 1, last * after)
-    self.resets: Any = None
-    self.all_resets: Any = None
+    self.resets = self.all_resets = None
     if reset is not None:
       self.resets = self._up_to(reset.astype(factor.dtype))
       self.all_resets = self._one(self.resets, self.size - 1)
@@ -420,19 +422,13 @@ def _substitute(lower):
 
 
 def chunk_rule(
-  x: jax.Array,
-  u: jax.Array,
+  tokens: Tokens,
+  state: State,
   *,
-  weight: jax.Array,
-  momentum: jax.Array | None,
   decays: ChunkDecays,
-  learn_rate: jax.Array,
+  step_size: jax.Array,
   erase: jax.Array | None,
-  queries: jax.Array | None = None,
   read: Read = "pre",
-  x_weight: jax.Array | None = None,
-  queries_weight: jax.Array | None = None,
-  gram: jax.Array | None = None,
   arithmetic: Arithmetic = XLA,
 ) -> LinearRuleOutput:
   """Solves the rule exactly over one chunk (module docstring).
@@ -442,36 +438,28 @@ def chunk_rule(
   A leading axis of decays and rates may be 1 where several maps share them.
 
   Args:
-    x: inputs, [..., C, K].
-    u: output errors, [..., C, E].
-    weight: W at the chunk's start, [..., E, K].
-    momentum: S at the chunk's start, or None: a write is not carried on.
+    tokens: of the chunk, [..., C, ...]; without queries only the state is
+      computed.
+    state: at the chunk's start.
     decays: from `chunk_decays`.
-    learn_rate: eta, [..., C].
+    step_size: eta', [..., C].
     erase: delta, [..., C], or None: no erase, hence nothing to solve.
-    queries: [..., C, K], or None: only the state is computed.
     read: whether token t's query sees the state before or after its write.
-    x_weight: x W^T if known, [..., C, E]; used only with erase.
-    queries_weight: queries W^T if known, [..., C, E].
-    gram: x x^T if known, [..., C, C]; used only with erase.
     arithmetic: how the triangular system is solved.
 
   Returns:
     outputs [..., C, E] and the state after the chunk, float32 or float64.
   """
-  gram_precision = "default" if x.dtype == jnp.bfloat16 else "highest"
-  x, u, queries, weight, momentum = jax.tree.map(
-    _widen, (x, u, queries, weight, momentum)
-  )
+  gram_precision = "default" if tokens.x.dtype == jnp.bfloat16 else "highest"
+  (x, u, queries), state = jax.tree.map(_widen, (tokens, state))
   before = decays.before
-  assert (momentum is None) == (before.pair_momentum is None)
-  rated_u = learn_rate[..., None] * u  # diag(eta) U
+  assert (state.momentum is None) == (before.pair_momentum is None)
+  rated_u = step_size[..., None] * u  # diag(eta') U
 
   r = rated_r = outputs = None  # R and diag(delta) R
   if erase is not None:
-    if gram is None:
-      gram = _einsum("...CK,...DK->...CD", x, x, precision=gram_precision)
-    r = _read_start(x, x_weight, weight, momentum, before)
+    gram = _einsum("...CK,...DK->...CD", x, x, precision=gram_precision)
+    r = _read_start(x, state, before)
     r -= _einsum("...CD,...DE->...CE", before.writes * gram, rated_u)
     lower = before.pair * gram * erase[..., None, :]
     r = arithmetic.matmul(unit_lower_inverse(lower, arithmetic), r)
@@ -479,45 +467,53 @@ def chunk_rule(
   if queries is not None:
     mix = before if read == "pre" else decays.after
     assert mix is not None, "decays were made for another read"
-    outputs = _read_start(queries, queries_weight, weight, momentum, mix)
+    outputs = _read_start(queries, state, mix)
     scores = _einsum("...CK,...DK->...CD", queries, x)
     seen = mix.writes * scores
     outputs -= _einsum("...CD,...DE->...CE", seen, rated_u)
     if rated_r is not None:
       erased = mix.pair * scores
       outputs -= _einsum("...CD,...DE->...CE", erased, rated_r)
-  state = _state_after(x, rated_u, rated_r, weight, momentum, decays)
-  return LinearRuleOutput(outputs, *state)
+  after = _state_after(x, (rated_u, rated_r), state, decays)
+  return LinearRuleOutput(outputs, *after)
 
 
-def _state_after(x, rated_u, rated_r, weight, momentum, decays):
-  """W_C and S_C of the module docstring from diag(eta) U and diag(delta) R,
-  which is None without erase."""
-  end = decays.end
+def _state_after(
+  x: jax.Array,
+  rated: tuple[jax.Array, jax.Array | None],
+  state: State,
+  decays: ChunkDecays,
+) -> State:
+  """W_C and S_C of the module docstring; `rated`: diag(eta') U and diag(delta)
+  R, which is None without erase."""
+  (rated_u, rated_r), (weight, momentum), end = rated, state, decays.end
   writes = end.writes[..., None] * rated_u
   if rated_r is not None:
     writes += end.pair[..., None] * rated_r
   next_weight = end.start[..., None] * weight
   next_weight -= _einsum("...CE,...CK->...EK", writes, x)
   if momentum is None:
-    return next_weight, None
+    return State(next_weight, None)
+  from_start, pair_end = decays.momentum_start_end, decays.momentum_pair_end
+  assert end.start_momentum is not None
+  assert from_start is not None and pair_end is not None
   next_weight += end.start_momentum[..., None] * momentum
-  writes = decays.momentum_pair_end[..., None] * rated_u
-  next_momentum = decays.momentum_start_end[..., None] * momentum
+  writes = pair_end[..., None] * rated_u
+  next_momentum = from_start[..., None] * momentum
   next_momentum -= _einsum("...CE,...CK->...EK", writes, x)
-  return next_weight, next_momentum
+  return State(next_weight, next_momentum)
 
 
-def _read_start(rows, rows_weight, weight, momentum, mix):
+def _read_start(rows: jax.Array, state: State, mix: Mix) -> jax.Array:
   """What rows read of the chunk's first state: a X W_0^T + m X S_0^T."""
-  if rows_weight is None:
-    rows_weight = _einsum("...CK,...EK->...CE", rows, weight)
-  y = mix.start[..., None] * rows_weight
+  weight, momentum = state
+  y = mix.start[..., None] * _einsum("...CK,...EK->...CE", rows, weight)
   if momentum is not None:
+    assert mix.start_momentum is not None
     rows_momentum = _einsum("...CK,...EK->...CE", rows, momentum)
     y += mix.start_momentum[..., None] * rows_momentum
   return y
 
 
-def _widen(array):
+def _widen(array: jax.Array) -> jax.Array:
   return array.astype(jnp.promote_types(jnp.float32, array.dtype))

@@ -1,0 +1,1 @@
+"""What the kernels share: scans over chunks, trees of refs."""
