@@ -5,28 +5,30 @@ dataclasses of `hope_jax/config`.  A command line can override every field of
 these, `--config.model.memory.error_clip=0.5`: it needs the groups only.
 """
 
-from typing import TYPE_CHECKING
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
-from hope_jax.config import nearest
+from hope_jax.config import Config, nearest
 
 if TYPE_CHECKING:
   import ml_collections
 
-GROUPS = {
-  "model": {"memory": {}, "cms": {}, "rope_scaling": {}},
-  "opt": {},
-  "data": {"text": {}, "records": {}, "mqar": {}},
-  "mesh": {},
-  "train": {},
-  "eval": {},
-}
+
+def _empty_groups(config: Any) -> dict[str, Any]:
+  """The groups of a dataclass and theirs, all empty."""
+  values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+  return {
+    name: _empty_groups(value)
+    for name, value in values.items()
+    if dataclasses.is_dataclass(value)
+  }
 
 
 def make(**groups: dict) -> "ml_collections.ConfigDict":
   """The given fields by group; others keep their defaults."""
   import ml_collections  # which scripts/gpu_check has to do without
 
-  config = ml_collections.ConfigDict(GROUPS)
+  config = ml_collections.ConfigDict(_empty_groups(Config()))
   config.update(groups)
   return config
 

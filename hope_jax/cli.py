@@ -108,7 +108,7 @@ def announce(config: Config, workdir: Any) -> None:
   """Says what a training run is going to do, before anything slow."""
   data, steps = config.data, config.train.steps
   tokens = steps * data.batch_size * data.sequence_length
-  source = "generated data" if data.kind == "mqar" else data.path
+  source = "generated data" if data.is_generated else data.path
   progress.say(
     f"{describe(config.model)}, {steps:,} steps of {data.batch_size} x"
     f" {data.sequence_length} = {tokens:,} tokens of {source},"

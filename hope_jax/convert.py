@@ -7,9 +7,9 @@ The first makes the folder of a run, for `hope_jax.evaluate` (on `--text`),
 `generate`, `session` and `export`, which makes it a beginning for training
 (`train.init_from`).  It holds no state of an optimizer: training does not
 resume there.  The second writes config.json, model.safetensors (float32) and
-the tokenizer's files, for `transformers`.  Which models: `training/
-hugging_face.py`.  Neither needs `transformers` or torch; a tokenizer.json needs
-the extra `convert`.
+the tokenizer's files, for `transformers`.  Which models:
+`interchange/hugging_face.py`.  Neither needs `transformers` or torch; a
+tokenizer.json needs the extra `convert`.
 
 A model's parameters have to fit into the memory of this machine in float32.
 """

@@ -1,4 +1,4 @@
-"""Every bound of `config.py` and `config/model.py`, on both of its sides."""
+"""Every bound of the groups in `hope_jax/config`, on both of its sides."""
 
 import pytest
 

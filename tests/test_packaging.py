@@ -306,7 +306,7 @@ def test_commands_of_the_wheel_work_anywhere(wheel, tmp_path):
     ("evaluate", "--workdir=run", "--split=test"),
     ("generate", "--workdir=run", "--prompt=a", "--tokens=4"),
     ("export", "--workdir=run", "--output=model"),
-    ("session", "--workdir=run", "--session=s", "--feed=book.txt"),
+    ("session", "--workdir=run", "--session=s", "--new", "--feed=book.txt"),
     ("levels", "--config=mine.py"),
     ("convert", "--workdir=run", "--to_hf=hf"),
   ):

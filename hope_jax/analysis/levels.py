@@ -151,14 +151,14 @@ def slow_weights(config: Config) -> list[Component]:
     use["ffn"] = "what the sequence layer passes on"
   use |= {"embedding": "tokens and logits", "rest": "what is none of these"}
   tokens = data.batch_size * data.sequence_length
-  seldom = _steps(config)
+  seldom, title = _steps(config), OPTIMIZERS[config.opt.name].title
 
   def rule(name: str) -> str:
     steps = seldom.get(name, 1)
     if steps == 1:
-      return f"AdamW, once per step of {tokens:,} tokens"
+      return f"{title}, once per step of {tokens:,} tokens"
     return (
-      f"AdamW: changes every {steps:,} steps of {tokens:,} tokens, by their"
+      f"{title}: changes every {steps:,} steps of {tokens:,} tokens, by their"
       " mean gradient"
     )
 

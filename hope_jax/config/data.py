@@ -92,6 +92,11 @@ class DataConfig:
   def __post_init__(self):
     check(self, "data", ("sequence_length", "batch_size", "timeout"))
 
+  @property
+  def is_generated(self) -> bool:
+    """Whether examples are generated, not read from documents."""
+    return self.kind not in ("text", "records")
+
 
 # Field -> its subgroup: until November 2026 they lay in `data` itself, and so
 # they do in runs and on command lines of that time.

@@ -1,9 +1,9 @@
-"""The model group of the configuration: memories, CMS, blocks (`config.py`).
+"""The model group of the configuration: memories, CMS, blocks.
 
 The paper's symbols become words here:
 
-  learn_rate = eta, retention = alpha, momentum_decay = beta (spec: the inner
-  rule), half life = log(1/2) / log(alpha) in tokens.
+  learn_rate = eta, retention = alpha, momentum_decay = beta
+  (docs/equations.md), half life = log(1/2) / log(alpha) in tokens.
 """
 
 import dataclasses

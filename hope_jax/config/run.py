@@ -97,7 +97,7 @@ class Config:
       )
     carries = self.train.carry_state
     is_cache = self.model.has_longest_context
-    if carries and (is_cache or self.data.kind == "mqar"):
+    if carries and (is_cache or self.data.is_generated):
       raise ConfigError(
         f"train.carry_state: {self.model.sequence_layer} on {self.data.kind}"
         " has nothing to carry; it is for memories on documents"

@@ -12,17 +12,38 @@ Legend: B batch, T tokens.
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
 
-from hope_jax.config import Config
+from hope_jax.config import Config, DataConfig
 from hope_jax.data import lanes, mqar, records, text, tokenizer
 from hope_jax.data import workers as workers_lib
 
-LOADERS = {"text": text.load, "mqar": mqar.load, "records": records.load}
+Loader = Callable[[DataConfig, int], dict[str, Any]]
+
+
+class Kind(NamedTuple):
+  """A kind of data, `data.kind`.
+
+  Attributes:
+    load: (config, vocabulary) -> sources of the splits.
+    fingerprint: config -> hashes of the data; None: they are generated.
+    load_tokenizer: config -> what made the tokens; None: there is none.
+  """
+
+  load: Loader
+  fingerprint: Callable[[DataConfig], dict[str, str]] | None = None
+  load_tokenizer: Callable[[DataConfig], tokenizer.Tokenizer] | None = None
+
+
+KINDS = {
+  "text": Kind(text.load, text.fingerprint, text.load_tokenizer),
+  "records": Kind(records.load, records.fingerprint, records.load_tokenizer),
+  "mqar": Kind(mqar.load),
+}
 PREFETCH = 8  # batches
 
 Batch = dict[str, np.ndarray]
@@ -35,7 +56,8 @@ def load(config: Config) -> dict[str, Any]:
   one step to the next, where row b ended.
   """
   records.check_alignment(config)
-  sources = LOADERS[config.data.kind](config.data, config.model.vocab_size)
+  kind = KINDS[config.data.kind]
+  sources = kind.load(config.data, config.model.vocab_size)
   if config.train.carry_state:
     size, seed = config.data.batch_size, config.data.seed
     sources["train"] = lanes.Lanes(sources["in_order"], size, seed)
@@ -43,26 +65,19 @@ def load(config: Config) -> dict[str, Any]:
 
 
 def fingerprint(config: Config) -> dict[str, str]:
-  """Hashes by which a run knows its data again: {} if they are generated.
+  """Hashes that verify that a run is resumed on the same data: {} if they are
+  generated.
 
   `content` is of all splits, `tokenizer` of the tokenizer that made them.
   """
-  if config.data.kind == "mqar":
-    return {}
-  if config.data.kind == "records":
-    return records.fingerprint(config.data)
-  return {
-    "content": text.fingerprint(config.data),
-    "tokenizer": tokenizer.load(config.data.text.tokenizer).sha256,
-  }
+  of_kind = KINDS[config.data.kind].fingerprint
+  return of_kind(config.data) if of_kind else {}
 
 
 def load_tokenizer(config: Config) -> tokenizer.Tokenizer | None:
   """The tokenizer of the data; None for generated data."""
-  if config.data.kind == "records":
-    return records.load_tokenizer(config.data)
-  is_text = config.data.kind == "text"
-  return tokenizer.load(config.data.text.tokenizer) if is_text else None
+  of_kind = KINDS[config.data.kind].load_tokenizer
+  return of_kind(config.data) if of_kind else None
 
 
 @dataclasses.dataclass(frozen=True)

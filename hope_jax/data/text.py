@@ -127,13 +127,21 @@ def read_splits(config: DataConfig) -> dict[str, np.ndarray]:
   return dict(zip(SPLITS, np.split(tokens, ends), strict=True))
 
 
-def fingerprint(config: DataConfig) -> str:
-  """SHA-256 of all splits."""
+def load_tokenizer(config: DataConfig) -> tokenizer.Tokenizer:
+  """The tokenizer of `data.text`."""
+  return tokenizer.load(config.text.tokenizer)
+
+
+def fingerprint(config: DataConfig) -> dict[str, str]:
+  """SHA-256 of all splits, and of the tokenizer."""
   digest = hashlib.sha256()
   for name, tokens in read_splits(config).items():
     digest.update(f"{name} {len(tokens)} ".encode())
     digest.update(tokens.tobytes())
-  return digest.hexdigest()
+  return {
+    "content": digest.hexdigest(),
+    "tokenizer": load_tokenizer(config).sha256,
+  }
 
 
 def load(

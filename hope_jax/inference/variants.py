@@ -19,8 +19,10 @@ def switch_off(model: ModelConfig, levels: tuple[str, ...]) -> ModelConfig:
 
 def elsewhere(config: Config, path: str) -> Config:
   """`config` on the data in `path`."""
-  if config.data.kind == "mqar":
-    raise ConfigError("--path is for data that is read, not for mqar")
+  if config.data.is_generated:
+    raise ConfigError(
+      f"--path is for data that is read, not for {config.data.kind}"
+    )
   records = dataclasses.replace(config.data.records, weights=())
   data = dataclasses.replace(config.data, path=path, records=records)
   return dataclasses.replace(config, data=data)

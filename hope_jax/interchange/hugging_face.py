@@ -2,7 +2,7 @@
 
 ARCHITECTURES has one entry per `model_type`: which fields of config.json are
 which of ours, which must have one value, and the rules between the tensors
-(`renaming.py`).  To add an architecture, write its rules there and an entry
+(`mapping.py`).  To add an architecture, write its rules there and an entry
 here; tests/test_convert.py runs over all of them.
 """
 

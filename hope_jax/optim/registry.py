@@ -32,12 +32,14 @@ class Optimizer(NamedTuple):
   """How one optimizer is made and described.
 
   Attributes:
+    title: what it is called in texts.
     transform: (config, rate, is_decayed) -> the update of one group, `rate` a
       schedule over its updates, `is_decayed` a tree of bools.
     schedule: (config, steps) -> the learning rate of the group `base`.
     describe: config -> what it remembers of past gradients.
   """
 
+  title: str
   transform: Callable[
     [OptConfig, optax.Schedule, Any], optax.GradientTransformation
   ]
@@ -46,7 +48,9 @@ class Optimizer(NamedTuple):
 
 
 OPTIMIZERS: dict[str, Optimizer] = {
-  "adamw": Optimizer(adamw.transform, schedules.warmup_cosine, adamw.describe),
+  "adamw": Optimizer(
+    "AdamW", adamw.transform, schedules.warmup_cosine, adamw.describe
+  ),
 }
 
 

@@ -8,7 +8,7 @@
   initial  what a memory starts from (M_0)                memory  no
   rate     a learned rate of a CMS level                  memory  no
 
-The groups are those of learning rates, `optim/adamw.py`.
+The groups are those of learning rates, `optim/registry.py`.
 """
 
 import dataclasses

@@ -1,1 +1,1 @@
-"""The training loop and its parts: step, sharding, checkpoints, metrics."""
+"""The training loop and its parts: step, sharding, evaluation, metrics."""

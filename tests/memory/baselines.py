@@ -1,4 +1,4 @@
-"""Token loops of TTT and Memora (spec 03), with `jax.grad` as inner gradient.
+"""Token loops of TTT and Memora, with `jax.grad` as inner gradient.
 
 One sequence and one head, as in `oracle.py`.
 """

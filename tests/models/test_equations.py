@@ -1,4 +1,4 @@
-"""Whole models against their equations (spec 02, section 3), one token or one
+"""Whole models against their equations, one token or one
 head at a time; the memories are the token loops of `tests.memory.oracle`."""
 
 import dataclasses
@@ -144,7 +144,7 @@ def ttt_layer(p, n, config, x):
 
 
 def linear_head(name, q, k, v, at):
-  """One head of a linear baseline, one token after the other (spec 03)."""
+  """One head of a linear baseline, one token after the other."""
   size = k.shape[1]
 
   def token(state, x):

@@ -1,4 +1,4 @@
-"""RWKV-7 against its equations (spec 03), one token after the other."""
+"""RWKV-7 against its equations, one token after the other."""
 
 import jax
 import jax.numpy as jnp
