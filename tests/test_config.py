@@ -120,7 +120,7 @@ HOPE = {"sequence_layer": "hope"}
     ({"model": cms(0, 8)}, "must grow from level", {"model": cms(8, 0)}),
     (
       {"model": cms(8, 0, outer_order=3)},
-      "outer_order=3 must be 1 or 2",
+      "outer_order=3 .all: 1, 2",
       {"model": cms(8, 0, outer_order=1)},
     ),
     (
@@ -160,7 +160,7 @@ HOPE = {"sequence_layer": "hope"}
     ),
     (
       {"model": {"sequence_layer": "rwkv7", "width": 96}},
-      "width=96: RWKV-7's heads of 64",
+      "width=96: rwkv7's heads of 64",
       {"model": {"sequence_layer": "rwkv7", "width": 32}},
     ),
     (
@@ -185,7 +185,7 @@ HOPE = {"sequence_layer": "hope"}
     ),
     (
       {"model": layer("titans_mac", adaptive=("k",))},
-      "titans_mac has slow projections",
+      r"adaptive=.*sequence_layer=titans_mac takes \(\)",
       {"model": layer("titans_mac", **FIXED)},
     ),
     (
@@ -206,7 +206,7 @@ HOPE = {"sequence_layer": "hope"}
     *(
       (
         {"model": layer("memora", **{**MEMORA, name: value})},
-        f"memory.{name}=.*sequence_layer=memora needs",
+        f"memory.{name}=.*sequence_layer=memora takes ",
         {"model": layer("memora", **MEMORA)},
       )
       for name, value in {
@@ -219,7 +219,7 @@ HOPE = {"sequence_layer": "hope"}
     ),
     (
       {"model": layer("memora", **MEMORA, setting="token_exact")},
-      "setting=token_exact: model.sequence_layer=memora learns",
+      "setting='token_exact': model.sequence_layer=memora takes 'chunk_l2' or",
       {"model": layer("memora", **MEMORA, setting="chunk_dot")},
     ),
   ],
@@ -281,7 +281,9 @@ def test_choices_are_checked(group, name):
 
 
 def test_unknown_boxes_are_refused():
-  with pytest.raises(ConfigError, match="unknown memory.adaptive='w' .all: k"):
+  with pytest.raises(
+    ConfigError, match="unknown model.memory.adaptive='w' .all: k"
+  ):
     from_config_dict({"model": {"memory": {"adaptive": ("k", "w")}}})
 
 

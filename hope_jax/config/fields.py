@@ -20,7 +20,7 @@ class ConfigError(ValueError):
 
 def nearest(value: Any, choices: Iterable[str]) -> str:
   """ "; did you mean ...?" with what `value` may be a slip of, or nothing."""
-  near = difflib.get_close_matches(str(value), list(choices), n=1)
+  near = difflib.get_close_matches(str(value), [*map(str, choices)], n=1)
   return f"; did you mean {near[0]!r}?" if near else ""
 
 
