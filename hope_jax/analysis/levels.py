@@ -26,7 +26,7 @@ from etils import epath
 
 from hope_jax.analysis import costs
 from hope_jax.analysis.costs import COUNTED
-from hope_jax.config import Config, ModelConfig
+from hope_jax.config import Config, Json, ModelConfig
 from hope_jax.models import cms, registry
 from hope_jax.models.interface import META_LEARNED, OUTER_LOSS
 from hope_jax.optim.registry import OPTIMIZERS
@@ -174,7 +174,7 @@ def slow_weights(config: Config) -> list[Component]:
   ]
 
 
-def report(config: Config, found: Sequence[Component]) -> dict[str, Any]:
+def report(config: Config, found: Sequence[Component]) -> Json:
   """JSON-ready; frequencies are exact, `1/16`, `0` or `inf`."""
   return {
     "model": config.model.sequence_layer,

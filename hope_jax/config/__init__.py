@@ -11,6 +11,7 @@ from hope_jax.config.data import MQARConfig as MQARConfig
 from hope_jax.config.data import RecordsConfig as RecordsConfig
 from hope_jax.config.data import TextConfig as TextConfig
 from hope_jax.config.fields import ConfigError as ConfigError
+from hope_jax.config.fields import Json as Json
 from hope_jax.config.fields import convert as convert
 from hope_jax.config.fields import nearest as nearest
 from hope_jax.config.model import CMSConfig as CMSConfig

@@ -13,6 +13,8 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Literal
 
+Json = dict[str, Any]  # a JSON object
+
 
 class ConfigError(ValueError):
   """A configuration that cannot be used; the message says what to change."""

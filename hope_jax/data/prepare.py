@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from hope_jax.config import ConfigError
+from hope_jax.config import ConfigError, Json
 from hope_jax.data import documents, packing, records
 from hope_jax.data import tokenizer as tokenizer_lib
 from hope_jax.data import workers as workers_lib
@@ -159,7 +159,7 @@ def _run_part(
   return part.bytes
 
 
-def _shards(folder: epath.Path, index: int) -> list[dict[str, Any]] | None:
+def _shards(folder: epath.Path, index: int) -> list[Json] | None:
   """What a part became; None if it is still to be prepared, or was damaged
   since (a machine's end may lose what was not on its disk yet)."""
   try:
@@ -173,9 +173,7 @@ def _shards(folder: epath.Path, index: int) -> list[dict[str, Any]] | None:
   return shards
 
 
-def _write_shard(
-  path: epath.Path, examples: Iterable[packing.Example]
-) -> dict[str, Any]:
+def _write_shard(path: epath.Path, examples: Iterable[packing.Example]) -> Json:
   """Writes a shard atomically, nothing for no examples; what it holds."""
   array_record: Any = importlib.import_module(
     "array_record.python.array_record_module"
@@ -251,7 +249,7 @@ def prepare(
   return _finish(folder, plan, parts, tokenizer_, options)
 
 
-def _claim(folder: epath.Path, plan: dict[str, Any], options: Options) -> None:
+def _claim(folder: epath.Path, plan: Json, options: Options) -> None:
   """Makes `folder` that of this preparation, or checks that it is."""
   path, text = folder / PARTS / PLAN, json.dumps(plan)
   if path.exists():
@@ -357,7 +355,7 @@ def _run(
 
 def _finish(
   folder: epath.Path,
-  plan: dict[str, Any],
+  plan: Json,
   parts: list[documents.Part],
   tokenizer: tokenizer_lib.Tokenizer,
   options: Options,

@@ -21,7 +21,7 @@ from typing import Any, cast
 import numpy as np
 from etils import epath
 
-from hope_jax.config import Config, ConfigError, DataConfig, convert
+from hope_jax.config import Config, ConfigError, DataConfig, Json, convert
 from hope_jax.data import tokenizer
 from hope_jax.data.packing import FIELDS, Example
 from hope_jax.runs import files
@@ -72,8 +72,8 @@ class Manifest:
   token_dtype: str
   tokenizer: TokenizerOf
   counts: dict[str, int]
-  options: dict[str, Any]
-  sources: list[dict[str, Any]]
+  options: Json
+  sources: list[Json]
   licence: str
   shards: list[Shard]
   version: int = VERSION
@@ -155,7 +155,7 @@ def check_shards(folder: epath.Path, manifest: Manifest) -> None:
       )
 
 
-def load(config: DataConfig, vocab_size: int) -> dict[str, Any]:
+def load(config: DataConfig, vocab_size: int) -> Json:
   """Example sources of `config.path`; `ConfigError` if unusable.
 
   `train` mixes the folders by `data.records.weights`; `in_order` holds the

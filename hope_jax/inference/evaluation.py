@@ -1,10 +1,8 @@
 """The scores of a run's newest checkpoint on a split."""
 
-from typing import Any
-
 from etils import epath
 
-from hope_jax.config import Config
+from hope_jax.config import Config, Json
 from hope_jax.data import pipeline
 from hope_jax.inference import trained, variants
 from hope_jax.runs import progress
@@ -40,7 +38,7 @@ def evaluate(
       f" {config.data.path or config.data.kind}"
     )
     step, params = trained.read_params(workdir, config, mesh)
-    scores: dict[str, Any] = evaluation.evaluate(
+    scores: Json = evaluation.evaluate(
       step_lib.make_eval_step(config, params, mesh),
       params,
       source,

@@ -31,7 +31,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from hope_jax.config import ConfigError, ModelConfig
+from hope_jax.config import ConfigError, Json, ModelConfig
 from hope_jax.inference import generation, scoring, texts
 from hope_jax.inference.lm_eval_answers import Answers
 from hope_jax.inference.sampling import Sampling
@@ -174,7 +174,7 @@ class HopeLM(TemplateLM):
     parts = [Request(*pair) for pair in map(utils.make_disjoint_window, pairs)]
     return Planned(parts, max(0, len(tokens) - length))
 
-  def _text(self, context: str, options: dict[str, Any]) -> Planned:
+  def _text(self, context: str, options: Json) -> Planned:
     """A context, as much of it as leaves room for the text after it."""
     asked = self._asked(options)
     begin = self.tok_encode(context) or [self.prefix_token_id]
@@ -320,13 +320,13 @@ class HopeLM(TemplateLM):
         )
     return [text for text, _ in found]
 
-  def _asked(self, options: dict[str, Any]) -> Asked:
+  def _asked(self, options: Json) -> Asked:
     """What a task's generation_kwargs say."""
     default, length = NEW_TOKENS, self.max_length
     if length is not None:
       default = min(default, length // 2)
     try:
-      known: dict[str, Any] = dict(normalize_gen_kwargs(options, default))
+      known: Json = dict(normalize_gen_kwargs(options, default))
       count = known["max_gen_toks"]
       sampling = Sampling(
         float(known.get("temperature", 1.0)) if known["do_sample"] else 0.0,

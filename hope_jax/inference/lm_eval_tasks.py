@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from hope_jax.config import ConfigError
+from hope_jax.config import ConfigError, Json
 from hope_jax.inference.lm_eval_answers import Answers
 from hope_jax.inference.trained import Run
 from hope_jax.runs import files
@@ -63,8 +63,8 @@ def load_tasks(
       near = difflib.get_close_matches(name, manager.all_tasks, 1)
       hint = f"; did you mean {near[0]!r}?" if near else ""
       raise ConfigError(f"--tasks: there is no task {name!r}{hint}")
-  groups: dict[str, Any] = {}
-  tasks: dict[str, Any] = {}
+  groups: Json = {}
+  tasks: Json = {}
   for name in dict.fromkeys(names):
     loaded: Any = _load(manager, name)
     found = loaded.get("groups", {})

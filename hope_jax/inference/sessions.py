@@ -12,14 +12,14 @@ Legend: B batch (1), V vocab.
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
 
 from hope_jax import config as config_lib
-from hope_jax.config import ConfigError, ModelConfig
+from hope_jax.config import ConfigError, Json, ModelConfig
 from hope_jax.data.tokenizer import Bytes, Tokenizer
 from hope_jax.inference import generation, reading, streaming, texts
 from hope_jax.inference.sampling import Sampling
@@ -62,7 +62,7 @@ def start(run: Run) -> StreamState:
   return jax.device_put(state, streaming.shardings(state, run.mesh))
 
 
-def _flat(state: StreamState) -> dict[str, Any]:
+def _flat(state: StreamState) -> Json:
   """Leaves by name, `fast.mixer.memory.now.weight.hidden`."""
   return {
     jax.tree_util.keystr(path, simple=True, separator="."): leaf
@@ -235,7 +235,7 @@ def _tokens_of(text: str, new: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
   return new
 
 
-def info(folder: epath.Path, run: Run, state: StreamState) -> dict[str, Any]:
+def info(folder: epath.Path, run: Run, state: StreamState) -> Json:
   """What a session is: tokens read, bytes, and what its levels hold."""
   return {
     "session": str(folder),

@@ -15,6 +15,7 @@ from hope_jax.config import (
   Config,
   ConfigError,
   DataConfig,
+  Json,
   ModelConfig,
   TextConfig,
 )
@@ -69,7 +70,7 @@ def _shapes(
   init = LanguageModel(model).init
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   variables: Any = jax.eval_shape(init, jax.random.key(0), tokens)
-  params: dict[str, Any] = traverse_util.flatten_dict(
+  params: Json = traverse_util.flatten_dict(
     nn.unbox(variables["params"]), sep="."
   )
   zero = np.zeros((), np.float32)  # of any shape, without its memory
@@ -155,9 +156,7 @@ def _tokenizer(folder: epath.Path) -> tokenizer.Tokenizer:
 def to_hf(folder: epath.Path, config: Config, params: Any) -> None:
   """Writes a run's parameters, config and tokenizer for transformers."""
   words = pipeline.load_tokenizer(config)
-  flat: dict[str, Any] = traverse_util.flatten_dict(
-    jax.device_get(params), sep="."
-  )
+  flat: Json = traverse_util.flatten_dict(jax.device_get(params), sep=".")
   write_checkpoint(folder, config.model, flat, words)
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from hope_jax.config import ConfigError, ModelConfig, convert
+from hope_jax.config import ConfigError, Json, ModelConfig, convert
 from hope_jax.interchange import mapping
 from hope_jax.interchange.mapping import Rule
 from hope_jax.models import linear, mamba2
@@ -37,14 +37,14 @@ class Architecture(NamedTuple):
   fields: Mapping[str, str]
   fixed: Mapping[str, Any]
   defaults: Mapping[str, Any]
-  read: Callable[[dict[str, Any]], dict[str, Any]]
-  write: Callable[[ModelConfig], dict[str, Any]]
+  read: Callable[[Json], Json]
+  write: Callable[[ModelConfig], Json]
   rules: Callable[[ModelConfig], list[Rule]]
   constants: Mapping[str, Any]
   unused: tuple[str, ...] = ()
 
 
-def _read_llama(values: dict[str, Any]) -> dict[str, Any]:
+def _read_llama(values: Json) -> Json:
   heads, dim = values["num_attention_heads"], values.get("head_dim")
   if dim and dim * heads != values["hidden_size"]:
     raise Unsupported("head_dim", dim, values["hidden_size"] // heads)
@@ -58,15 +58,15 @@ def _read_llama(values: dict[str, Any]) -> dict[str, Any]:
   }
 
 
-def _read_rope(values: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+def _read_rope(values: Json) -> tuple[float, Json]:
   """Base and scaling of rotary positions.
 
   transformers 5 keeps both in `rope_parameters`, transformers 4 in `rope_theta`
   and `rope_scaling`.  A config.json may have all of them; then they must agree,
   as some readers take these and some those.
   """
-  bases: dict[str, Any] = {"rope_theta": values.get("rope_theta")}
-  scalings: dict[str, Any] = {}
+  bases: Json = {"rope_theta": values.get("rope_theta")}
+  scalings: Json = {}
   for name in ("rope_parameters", "rope_scaling"):
     rope = values.get(name) or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -83,7 +83,7 @@ def _read_rope(values: dict[str, Any]) -> tuple[float, dict[str, Any]]:
   return _the_one(bases, ROPE_THETA), _the_one(scalings, {})
 
 
-def _the_one(found: dict[str, Any], default: Any) -> Any:
+def _the_one(found: Json, default: Any) -> Any:
   """What all names that have a value agree on."""
   found = {name: value for name, value in found.items() if value is not None}
   values = list(found.values()) or [default]
@@ -95,9 +95,9 @@ def _the_one(found: dict[str, Any], default: Any) -> Any:
   return values[0]
 
 
-def _write_llama(model: ModelConfig) -> dict[str, Any]:
+def _write_llama(model: ModelConfig) -> Json:
   """Rotary positions in both forms of `_read_rope`."""
-  scaling: dict[str, Any] | None = None
+  scaling: Json | None = None
   if model.rope_scaling.factor != 1:
     scaling = {k: getattr(model.rope_scaling, v) for k, v in SCALING.items()}
     scaling = {"rope_type": "llama3"} | scaling
@@ -111,7 +111,7 @@ def _write_llama(model: ModelConfig) -> dict[str, Any]:
   }
 
 
-def _read_mamba2(values: dict[str, Any]) -> dict[str, Any]:
+def _read_mamba2(values: Json) -> Json:
   width, heads = values["hidden_size"], values["num_heads"]
   if heads * 32 != width:  # heads of 64, twice the width
     raise Unsupported("num_heads", heads, width // 32)
@@ -123,35 +123,35 @@ def _read_mamba2(values: dict[str, Any]) -> dict[str, Any]:
   return {"num_heads": 1, "ffn_hidden": 0}
 
 
-def _write_mamba2(model: ModelConfig) -> dict[str, Any]:
+def _write_mamba2(model: ModelConfig) -> Json:
   return {"num_heads": mamba2.layout(model).heads} | _write_mamba(model)
 
 
-def _read_mamba(values: dict[str, Any]) -> dict[str, Any]:
+def _read_mamba(values: Json) -> Json:
   rank, ours = values["time_step_rank"], -(-values["hidden_size"] // 16)
   if rank not in ("auto", ours):
     raise Unsupported("time_step_rank", rank, ours)
   return {"num_heads": 1, "ffn_hidden": 0}
 
 
-def _write_mamba(model: ModelConfig) -> dict[str, Any]:
+def _write_mamba(model: ModelConfig) -> Json:
   return {
     "time_step_rank": -(-model.width // 16),
     "intermediate_size": 2 * model.width,
   }
 
 
-def _read_mistral(values: dict[str, Any]) -> dict[str, Any]:
+def _read_mistral(values: Json) -> Json:
   window = values["sliding_window"] or 0
   return _read_llama(values) | {"attention_window": window}
 
 
-def _write_mistral(model: ModelConfig) -> dict[str, Any]:
+def _write_mistral(model: ModelConfig) -> Json:
   window = model.attention_window or None
   return _write_llama(model) | {"sliding_window": window}
 
 
-def _read_qwen(values: dict[str, Any]) -> dict[str, Any]:
+def _read_qwen(values: Json) -> Json:
   layers, width = values["num_hidden_layers"], values["hidden_size"]
   every = values.get("full_attention_interval", 4)
   usual = ["full_attention"] if layers >= every else ["linear_attention"]
@@ -179,7 +179,7 @@ def _linear_heads(model: ModelConfig) -> dict[str, int]:
   }
 
 
-def _write_qwen(model: ModelConfig) -> dict[str, Any]:
+def _write_qwen(model: ModelConfig) -> Json:
   return {
     **_linear_heads(model),
     "layer_types": ["linear_attention"] * model.num_layers,
@@ -380,7 +380,7 @@ class Unsupported(ConfigError):
     )
 
 
-def read_config(values: dict[str, Any]) -> tuple[Architecture, ModelConfig]:
+def read_config(values: Json) -> tuple[Architecture, ModelConfig]:
   """What a config.json describes; `ConfigError` if it is no model of ours."""
   kind = values.get("model_type")
   if kind not in ARCHITECTURES:
@@ -410,7 +410,7 @@ def is_ignored(name: str, model: ModelConfig) -> bool:
   return is_head or name.endswith("rotary_emb.inv_freq")
 
 
-def write_config(model: ModelConfig) -> tuple[Architecture, dict[str, Any]]:
+def write_config(model: ModelConfig) -> tuple[Architecture, Json]:
   """The config.json of `model`; `ConfigError` if transformers has none."""
   kinds: dict[str, str] = {}
   for kind, found in ARCHITECTURES.items():

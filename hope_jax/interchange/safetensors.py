@@ -16,7 +16,7 @@ from etils import epath
 from flax import traverse_util
 
 from hope_jax import config as config_lib
-from hope_jax.config import Config, ConfigError
+from hope_jax.config import Config, ConfigError, Json
 from hope_jax.runs import digest, files
 from hope_jax.runs import workdir as workdir_lib
 
@@ -28,9 +28,7 @@ SHA256 = "sha256"  # of the arrays, in the file's metadata; older files lack it
 
 def save(folder: epath.Path, config: Config, params: Any) -> None:
   """Writes parameters and config; an export that is there is replaced."""
-  flat: dict[str, Any] = traverse_util.flatten_dict(
-    jax.device_get(params), sep="."
-  )
+  flat: Json = traverse_util.flatten_dict(jax.device_get(params), sep=".")
   write_tensors(folder, flat, "hope_jax")
   workdir_lib.write_json(
     folder / workdir_lib.CONFIG, config_lib.to_dict(config)
@@ -74,7 +72,7 @@ def load(folder: epath.Path, abstract: Any = None) -> Any:
       " export it again"
     )
   if abstract is not None:
-    wanted: dict[str, Any] = traverse_util.flatten_dict(abstract, sep=".")
+    wanted: Json = traverse_util.flatten_dict(abstract, sep=".")
     for name in sorted(wanted.keys() | flat.keys()):
       ours = wanted[name].shape if name in wanted else "nothing"
       theirs = flat[name].shape if name in flat else "nothing"

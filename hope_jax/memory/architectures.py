@@ -9,7 +9,7 @@ difference of each sequence.
 Legend: B batch, H heads, C tokens, K key dim, F hidden, E output dim.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ class Trace(NamedTuple):
   outputs: jax.Array
 
 
-def whole(initial: Tree, difference: Any) -> Any:
+def whole(initial: Tree, difference: Tree) -> Tree:
   """W = M_0 + D for every sequence: [H, ...] + [B, H, ...], or for one.
 
   `initial` None: the rule acts on W itself.

@@ -65,7 +65,7 @@ class ChunkState:
   start: Tree
   position: jax.Array | None
 
-  def map_weights(self, fn: Callable[[Any], Any]) -> "ChunkState":
+  def map_weights(self, fn: Callable[[Tree], Tree]) -> "ChunkState":
     """The same state with other weights."""
     now = dataclasses.replace(self.now, weight=fn(self.now.weight))
     start = None if self.start is None else fn(self.start)
@@ -77,7 +77,7 @@ class ChunkState:
     return ChunkState(now, start, self.position)
 
 
-def zeros(initial: Tree, batch_size: int) -> Any:
+def zeros(initial: Tree, batch_size: int) -> Tree:
   """D = 0 for every sequence: [B, *M_0], any tree of M_0."""
   return jax.tree.map(
     lambda w: jnp.zeros((batch_size, *w.shape), w.dtype), initial
@@ -86,7 +86,7 @@ def zeros(initial: Tree, batch_size: int) -> Any:
 
 def per_sequence(
   initial: Tree, batch_size: int, axes: tuple[str | None, ...]
-) -> Any:
+) -> Tree:
   """[B, *M_0]: M_0 for a scan over chunks, any tree; `axes`: M_0's first ones.
 
   The outer gradient of an M_0 that all sequences share would be summed over
@@ -218,7 +218,7 @@ def documents(
   )
 
 
-def choose(condition_B: jax.Array, a: Any, b: Any) -> Any:
+def choose(condition_B: jax.Array, a: Tree, b: Tree) -> Tree:
   """Per sequence `a` where the condition holds, else `b`."""
 
   def pick(x, y):
@@ -242,7 +242,7 @@ class Places(NamedTuple):
   index: jax.Array | None = None
 
 
-Step = Callable[[Any, Fast, Any, Places], tuple[Fast, Any]]
+Step = Callable[[Tree, Fast, Tree, Places], tuple[Fast, Tree]]
 
 
 def scan_chunks(
@@ -320,7 +320,7 @@ _MAX_COUNT_APART = 16
 
 def _outputs(
   body: Callable, now: Tree, xs: Tree, count: int, policy: CheckpointPolicy
-) -> Any:
+) -> Tree:
   """What `body` returns for every chunk, without the last state.
 
   Nothing reads what the last chunk writes, so that it runs after the scan,
@@ -338,7 +338,7 @@ def _outputs(
   return jax.tree.map(lambda ys, y: jnp.concatenate([ys, y[None]]), ys, y)
 
 
-def where(condition: jax.Array, a: Any, b: Any) -> Any:
+def where(condition: jax.Array, a: Tree, b: Tree) -> Tree:
   """The tree `a` where one condition for all holds, else `b`."""
   return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
@@ -347,21 +347,21 @@ class MemoryOutput(NamedTuple):
   """What was read; the state after (None if none was given); scalars about the
   learning (None unless asked for)."""
 
-  outputs: Any
+  outputs: Tree
   state: Tree
   dynamics: dict[str, Tree] | None
 
 
-def _heads(initial: Tree, batch_size: int) -> Any:
+def _heads(initial: Tree, batch_size: int) -> Tree:
   return per_sequence(initial, batch_size, ("heads",))
 
 
-def _same_tokens(base: Tree, xs: Tree, live: jax.Array | None) -> Any:
+def _same_tokens(base: Tree, xs: Tree, live: jax.Array | None) -> Tree:
   del base, live
   return xs
 
 
-def _same_outputs(base: Tree, tokens: Tree, read: Tree) -> Any:
+def _same_outputs(base: Tree, tokens: Tree, read: Tree) -> Tree:
   del base, tokens
   return read
 
@@ -390,14 +390,14 @@ class Memory(NamedTuple):
 
   chunk_length: int
   policy: CheckpointPolicy
-  step: Callable[..., tuple[Fast, Any, Any]]
-  prepare: Callable[[Any, Any, Any], Any] = _same_tokens
-  finish: Callable[[Any, Any, Any], Any] = _same_outputs
+  step: Callable[..., tuple[Fast, Tree, Tree]]
+  prepare: Callable[[Tree, Tree, Tree], Tree] = _same_tokens
+  finish: Callable[[Tree, Tree, Tree], Tree] = _same_outputs
   dynamics: Callable[..., dict[str, Tree]] | None = None
-  spread: Callable[[Any, int], Any] = _heads
+  spread: Callable[[Tree, int], Tree] = _heads
   has_momentum: bool = False
   acts_on_whole: bool = False
-  kernel: Callable[..., tuple[Any, ChunkState | None]] | None = None
+  kernel: Callable[..., tuple[Tree, ChunkState | None]] | None = None
 
 
 def run(

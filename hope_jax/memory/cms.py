@@ -23,7 +23,7 @@ Legend: B batch, T tokens, C chunk length, D model, F hidden.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -121,7 +121,7 @@ def _rule_per_sequence(rule: Rule, batch_size: int) -> Rule:
   return rule._replace(learn_rate=learn_rate, log_retention=log_retention)
 
 
-def _whole_rows(*arrays: jax.Array | None) -> list[Any]:
+def _whole_rows(*arrays: jax.Array | None) -> list[Tree]:
   """[B, T, D] with all of D on a device, not gathered in every chunk."""
   axes = "batch", "length", "act"
   return [
@@ -310,7 +310,7 @@ def run_nested(
   *,
   policy: CheckpointPolicy,
   keys: jax.Array | None = None,
-  state: Sequence[Any] | None = None,
+  state: Sequence[Tree] | None = None,
   segments: jax.Array | None = None,
   with_dynamics: bool = False,
 ) -> MemoryOutput:
@@ -375,14 +375,14 @@ def run_nested(
 
 
 def _after(
-  carry: tuple[Any, ...],
-  state: Sequence[Any],
+  carry: tuple[Tree, ...],
+  state: Sequence[Tree],
   layout: chunks.Layout,
   levels: Sequence[NestedLevel],
 ) -> list[chunks.ChunkState]:
   """The levels' states when all tokens are read."""
   lengths = [level.rule.chunk_length for level in levels]
-  ends: list[Any] = [s.position + layout.tokens for s in state]
+  ends: list[Tree] = [s.position + layout.tokens for s in state]
   at_end = [end % c == 0 for end, c in zip(ends, lengths, strict=True)]
   return [
     chunks.ChunkState(chunks.Fast(now), start, (end % c).astype(jnp.int32))
@@ -393,7 +393,7 @@ def _after(
 
 
 def _borders(
-  layout: chunks.Layout, state: Sequence[Any], lengths: Sequence[int]
+  layout: chunks.Layout, state: Sequence[Tree], lengths: Sequence[int]
 ) -> list[jax.Array]:
   """Per level [N]: whether one of its chunks ends before each of the shortest
   chunks (at the first of them it has been seen to already)."""
@@ -405,7 +405,9 @@ def _borders(
 
 
 def _restart(
-  carry: tuple[Any, ...], borders: Sequence[Any], levels: Sequence[NestedLevel]
+  carry: tuple[Tree, ...],
+  borders: Sequence[Tree],
+  levels: Sequence[NestedLevel],
 ) -> tuple[Tree, ...]:
   """(start, now) of every level where chunks may have ended (`borders`)."""
   pairs = list(carry)

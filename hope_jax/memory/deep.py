@@ -16,7 +16,7 @@ F hidden, E output dim.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from flax.typing import ArrayPytree as Tree
@@ -189,7 +189,7 @@ def learn_chunk(
   weight, momentum = now.weight, now.momentum or Weights(None, None)
   rule = rules.LayerRule(x.tokens.gates, x.decays, cfg, cfg.chunk_length)
 
-  def layer(index, inputs, queries, *, exact=False) -> tuple[Tree, Any]:
+  def layer(index, inputs, queries, *, exact=False) -> tuple[Tree, Tree]:
     """Writes one layer and reads its fast part at the queries."""
     token_read = cfg.read != "chunk"
     out = rules.write_layer(

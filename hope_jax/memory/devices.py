@@ -13,7 +13,7 @@ from flax.typing import ArrayPytree as Tree
 from jax.sharding import AxisType, PartitionSpec
 
 
-def _mesh() -> Any:
+def _mesh() -> Tree:
   """The mesh to split work over; None where there is one device only, or where
   this already is the work of one of them."""
   mesh = jax.sharding.get_abstract_mesh()
@@ -28,7 +28,7 @@ def _ways(mesh: Any, axis: Any) -> int:
   return math.prod(mesh.shape[name] for name in names if name is not None)
 
 
-def by_rows(run: Callable, results: Callable[[Any, Any], Any]) -> Callable:
+def by_rows(run: Callable, results: Callable[[Tree, Tree], Tree]) -> Callable:
   """`run(shared, rows, state)` by every device on its rows, for loops inside
   which devices are not to talk.
 
@@ -44,7 +44,7 @@ def by_rows(run: Callable, results: Callable[[Any, Any], Any]) -> Callable:
   if mesh is None:
     return run
 
-  def sharded(shared: Tree, rows: Tree, state: Tree) -> Any:
+  def sharded(shared: Tree, rows: Tree, state: Tree) -> Tree:
     count, split = len(jax.tree.leaves(rows)[0]), ()
     for axis in nn.logical_to_mesh_axes(("batch", "heads")) or ():
       names = axis if isinstance(axis, tuple) else (axis,)
@@ -56,7 +56,7 @@ def by_rows(run: Callable, results: Callable[[Any, Any], Any]) -> Callable:
       lambda x: layered if x.ndim > 1 else PartitionSpec(), state
     )
 
-    def local(shared: Tree, rows: Tree, state: Tree) -> Any:
+    def local(shared: Tree, rows: Tree, state: Tree) -> Tree:
       with nn.logical_axis_rules(()):  # nothing is split any more
         return run(shared, rows, state)
 

@@ -10,7 +10,6 @@ Legend: B batch, H heads, T tokens, N chunks, C chunk length.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ from pallas_kernels.linear_rule import one_chunk as chunk_lib
 KERNEL = chunk_lib.Arithmetic(in_kernel=True)
 
 
-def kernel(function: Callable, cfg: MemoryConfig, *, name: str) -> Any:
+def kernel(function: Callable, cfg: MemoryConfig, *, name: str) -> Tree:
   """`chunks.Memory.kernel` of `function`, see `_Step`; None: not chosen."""
   if not is_chosen(cfg.implementation):
     return None
@@ -65,7 +64,7 @@ class _Step:
   length: int
 
   def __call__(
-    self, initial: Tree, now: chunks.Fast, x: Any, index: jax.Array
+    self, initial: Tree, now: chunks.Fast, x: Tree, index: jax.Array
   ) -> tuple[Tree, chunks.Fast]:
     tokens, begins = x
     if begins is not None:

@@ -22,10 +22,9 @@ Legend: B batch, H heads, T tokens, C chunk length, K key dim, F hidden,
 E output dim.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.config import MemoryConfig
 from hope_jax.memory import architectures, chunks, deep, norms, rules
@@ -157,7 +156,7 @@ def learn_chunk(
   after = Weights(hidden, output)
   if cfg.read == "chunk":
     return after, read_at(weights, queries, cfg)[0]
-  each: Any = Weights(hidden_each, output_each)
+  each: Tree = Weights(hidden_each, output_each)
   if base is not None:
     each = jax.tree.map(lambda z, b: z + b[..., None, :, :], each, base)
   # Every token is a chunk of one of its own memory.

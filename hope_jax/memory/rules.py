@@ -24,7 +24,7 @@ P subchunks of a chunk, C tokens.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +123,7 @@ def _subchunks(length: int) -> int:
   return next(divisors, 1)
 
 
-def _cut(tree: Tree, count: int, axis: int) -> list[Any]:
+def _cut(tree: Tree, count: int, axis: int) -> list[Tree]:
   """A tree's parts along an axis, counted from the end; slices."""
 
   def part(i: int, x: jax.Array) -> jax.Array:
@@ -138,7 +138,7 @@ def subchunk_decays(
   live: jax.Array | None = None,
   read: chunk_lib.Read = "pre",
   arithmetic: chunk_lib.Arithmetic = chunk_lib.XLA,
-) -> Any:
+) -> Tree:
   """Decays of a chunk's subchunks for `write_layer`: [..., P, B, H, C / P ...].
 
   `gates` [..., B, H, C]; `live` [..., C] says which places hold a token.  In a

@@ -21,7 +21,7 @@ F hidden of one box, E output dim.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -400,7 +400,7 @@ def _unless_frozen(
     return new
   projections, gates = members(cfg, PROJECTIONS), members(cfg, GATES)
 
-  def choose(boxes: tuple[str, ...], new: Any, old: Tree) -> Any:
+  def choose(boxes: tuple[str, ...], new: Tree, old: Tree) -> Tree:
     if new is None:
       return None
     is_on = [box not in frozen for box in boxes]

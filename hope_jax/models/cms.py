@@ -22,7 +22,7 @@ Legend: B batch, T tokens, D model, F hidden.
 import dataclasses
 import math
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -74,12 +74,12 @@ def _owner(level: int) -> tuple[str, ...]:
 
 def _weights(
   module: nn.Module, config: ModelConfig, hidden: int, owner: tuple[str, ...]
-) -> Any:
+) -> Tree:
   """W_0 of a block as parameters of `module`."""
   std, width = layers.INIT_STD, config.width
   down_std = std / (2 * config.num_layers) ** 0.5
 
-  def weight(name: str, std: float, axes: tuple[str, str]) -> Any:
+  def weight(name: str, std: float, axes: tuple[str, str]) -> Tree:
     shape = (width, hidden) if axes[0] == "embed" else (hidden, width)
     init = nn.initializers.normal(std)
     return parameter(module, name, init, shape, axes, owner=owner)
@@ -110,7 +110,7 @@ def _rule(
   return cms.Rule(rate, log_retention, length, cfg.error_clip)
 
 
-def _scalar(module: nn.Module, name: str, start: float, level: int) -> Any:
+def _scalar(module: nn.Module, name: str, start: float, level: int) -> Tree:
   """A learned number of a level."""
   # Not weakly typed, or a step compiles again.
   init = lambda key, shape: jnp.full(shape, start, jnp.float32)
@@ -139,7 +139,7 @@ class _Tokens(NamedTuple):
   None: each level's own input."""
 
   keys: jax.Array | None
-  values: Any
+  values: Tree
   segments: jax.Array | None
 
 
@@ -150,7 +150,7 @@ class Scale(nn.Module):
   owner: tuple[str, ...]
 
   @nn.compact
-  def __call__(self) -> Any:
+  def __call__(self) -> Tree:
     return parameter(
       self,
       "scale",
@@ -319,7 +319,7 @@ class ContinuumMemory(nn.Module):
       x_BTD = x_BTD + y
     return x_BTD, after
 
-  def _signal(self, mixed: MixerOutput | None) -> tuple[Tree, Any]:
+  def _signal(self, mixed: MixerOutput | None) -> tuple[Tree, Tree]:
     """Keys (None: each level's own input) and values of all levels."""
     cfg = self.config
     if not cfg.cms.fast_lengths or cfg.cms.signal == "next_token":

@@ -9,8 +9,7 @@ learn from the model's own loss, a `NextTokenState`.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import flax.struct
 import jax
@@ -21,7 +20,7 @@ from hope_jax.config import ModelConfig
 from hope_jax.memory import dynamics
 from hope_jax.memory.chunks import ChunkState
 from hope_jax.memory.cms import LevelWeights
-from hope_jax.models.interface import FastState, Level, owned
+from hope_jax.models.interface import FastState, Level, Parts, owned
 
 
 @flax.struct.dataclass
@@ -38,11 +37,11 @@ class BlockState(FastState):
 
   mixer: Tree
   cms: Tree
-  ffn: Any = owned("ffn", default=None)
+  ffn: Tree = owned("ffn", default=None)
   given: Tree = None
   stream: Tree = None
 
-  def parts(self, config: ModelConfig) -> Iterator[tuple[tuple[str, ...], Any]]:
+  def parts(self, config: ModelConfig) -> Parts:
     """See `FastState`."""
     yield from self.mixer.parts(config)
     yield from (((name,), level) for name, level in self.cms.items())
@@ -79,7 +78,7 @@ def levels(params: Tree, fast: Tree, config: ModelConfig) -> dict[str, Level]:
   return found
 
 
-def reset(fast: Tree, names: Sequence[str], config: ModelConfig) -> Any:
+def reset(fast: Tree, names: Sequence[str], config: ModelConfig) -> Tree:
   """`fast` in which the levels `names` are as at the start: D and S are zero.
 
   What they have of a chunk that is not complete is zero, too; the chunk ends
@@ -106,15 +105,15 @@ def relative_change(
   return changes
 
 
-def _is_chunk_state(x: Any) -> bool:
+def _is_chunk_state(x: Tree) -> bool:
   return isinstance(x, ChunkState)
 
 
-def at_border(fast: Tree, like: Tree) -> Any:
+def at_border(fast: Tree, like: Tree) -> Tree:
   """Drops the place within the chunk of levels that `like`, a state of the same
   model, keeps at chunk borders."""
 
-  def convert(level: Any, like: Tree) -> Any:
+  def convert(level: Tree, like: Tree) -> Tree:
     if not _is_chunk_state(level) or like.position is not None:
       return level
     return ChunkState(level.now, None, None)
@@ -122,10 +121,10 @@ def at_border(fast: Tree, like: Tree) -> Any:
   return jax.tree.map(convert, fast, like, is_leaf=_is_chunk_state)
 
 
-def anywhere(fast: Tree, before: Any) -> Any:
+def anywhere(fast: Tree, before: Tree) -> Tree:
   """Inverse of `at_border`: `fast` followed `before`, at whole chunks."""
 
-  def convert(old: Tree, level: Any) -> Any:
+  def convert(old: Tree, level: Tree) -> Tree:
     if not _is_chunk_state(level) or level.position is not None:
       return level
     return ChunkState(level.now, level.now.weight, old.position)

@@ -41,6 +41,10 @@ class Level(NamedTuple):
   momentum: Tree
 
 
+# What a state holds: components, and what they share in equal parts.
+Parts = Iterator[tuple[tuple[str, ...], Tree]]
+
+
 @flax.struct.dataclass
 class FastState:
   """What a layer keeps of the sequences that it reads, [B, ...] each.
@@ -48,7 +52,7 @@ class FastState:
   Fields are states themselves, or trees of arrays made with `owned`.
   """
 
-  def parts(self, config: ModelConfig) -> Iterator[tuple[tuple[str, ...], Any]]:
+  def parts(self, config: ModelConfig) -> Parts:
     """All that is kept, by the components that share it in equal parts."""
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
@@ -58,7 +62,7 @@ class FastState:
         yield (field.metadata["owner"],), value
 
   def fast_levels(
-    self, initial: Mapping[str, Any], config: ModelConfig
+    self, initial: Mapping[str, Tree], config: ModelConfig
   ) -> dict[str, Level]:
     """Its fast levels by name; `initial`: the slow parameters of M_0."""
     del initial, config

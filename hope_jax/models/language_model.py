@@ -34,7 +34,7 @@ class ModelOutput(NamedTuple):
 
 def init_state(
   config: ModelConfig, batch_size: int, read_size: int | None = None
-) -> Any:
+) -> Tree:
   """Fast state of all layers before the first token, layers on axis 0.
 
   With a `read_size` every call must bring so many tokens; memories whose
@@ -65,7 +65,7 @@ def forward(
   """The model as a function of its parameters, all its levels learning."""
   config = model.config
 
-  def apply(tokens: jax.Array, state: Tree, segments: Any) -> ModelOutput:
+  def apply(tokens: jax.Array, state: Tree, segments: Tree) -> ModelOutput:
     output = model.apply(
       {"params": params}, tokens, state=state, segments=segments
     )
@@ -161,7 +161,7 @@ def _read_layers(
   return jax.lax.scan(_remat(config, layer), x_BTD, (params, mixer, levels))
 
 
-def _top(config: ModelConfig, params: Tree) -> Any:
+def _top(config: ModelConfig, params: Tree) -> Tree:
   """The parameters of `_finish`."""
   count = next_token_levels.learning_layers(config)
   top = {"blocks": jax.tree.map(lambda x: x[-count:], params["blocks"])}
@@ -227,7 +227,7 @@ def _embed(
 
 def _remat(
   config: ModelConfig, layer: Any, transform: Callable = jax.checkpoint
-) -> Any:
+) -> Tree:
   """`layer` with what the outer backward pass keeps of it, for a scan."""
   if config.remat == "none":
     return layer

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.typing import Initializer
 
 from hope_jax.config import ModelConfig
 from hope_jax.memory import products
@@ -24,12 +25,14 @@ from hope_jax.optim.roles import Role
 INIT_STD = 0.02
 
 
-def uniform(scale: float, fan: Literal["fan_in", "fan_avg"] = "fan_in") -> Any:
+def uniform(
+  scale: float, fan: Literal["fan_in", "fan_avg"] = "fan_in"
+) -> Initializer:
   """U(-b, b) with b^2 = 3 scale / (inputs, or mean of inputs and outputs)."""
   return nn.initializers.variance_scaling(scale, fan, "uniform")
 
 
-def initializer(config: ModelConfig, *, is_output: bool) -> Any:
+def initializer(config: ModelConfig, *, is_output: bool) -> Initializer:
   """The start of a linear map from n inputs, D model width, L blocks.
 
   `is_output`: it ends on the residual stream, to which a block adds r times.
@@ -66,7 +69,7 @@ def dense(
   name: str,
   *,
   is_output: bool = False,
-  kernel_init: Any = None,
+  kernel_init: Initializer | None = None,
   role: Role = "weight",
   owner: tuple[str, ...] = (),
 ) -> nn.Dense:
@@ -159,7 +162,7 @@ class ShortConv(nn.Module):
   ) -> tuple[jax.Array, jax.Array]:
     batch, length, width = x_BTD.shape
     bound = self.window**-0.5
-    init: Any = lambda key, shape: jax.random.uniform(
+    init: Initializer = lambda key, shape: jax.random.uniform(
       key, shape, minval=-bound, maxval=bound
     )
     of_bias = init
@@ -210,7 +213,7 @@ def projections(
   segments: jax.Array | None,
   *,
   use_bias: bool = False,
-  kernel_init: Any = None,
+  kernel_init: Initializer | None = None,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
   """A linear map to each width, then a causal convolution where configured.
 

@@ -32,12 +32,14 @@ Legend: B batch, T tokens, D model, H heads, K head dim, E value dim of a head.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax.typing import ArrayPytree as Tree
+from flax.typing import Initializer
 
 from hope_jax.config import ModelConfig
 from hope_jax.memory import devices
@@ -78,7 +80,7 @@ class GateInputs(NamedTuple):
 
   ones: jax.Array
   per_token: Callable[[str], jax.Array]
-  per_head: Callable[[str, Any], jax.Array]
+  per_head: Callable[[str, Tree], jax.Array]
   config: ModelConfig
 
 
@@ -105,7 +107,7 @@ class Variant(NamedTuple):
   gain: Callable[[int], tuple[float, float]] | None = None
 
 
-def log_decay_rate(lowest: float) -> Any:
+def log_decay_rate(lowest: float) -> Initializer:
   """A: log of uniform(lowest, 16), where 0 means a little more."""
   low = max(lowest, 1e-4)
   return lambda key, shape: jnp.log(
@@ -113,7 +115,7 @@ def log_decay_rate(lowest: float) -> Any:
   )
 
 
-def _constant(value: float) -> Any:
+def _constant(value: float) -> Initializer:
   return lambda key, shape: jnp.full(shape, value, jnp.float32)
 
 
@@ -237,7 +239,9 @@ def init_state(
   return zero_state(config, batch_size, layout(config), _widths(config))
 
 
-def _kernel_init(config: ModelConfig, *, is_output: bool = False) -> Any:
+def _kernel_init(
+  config: ModelConfig, *, is_output: bool = False
+) -> Initializer | None:
   """The published start of the maps; None: the config's."""
   gain = _variant(config).gain
   if gain is None:
@@ -257,7 +261,7 @@ class Gates(nn.Module):
   config: ModelConfig
   rule: Callable[[GateInputs], Rule]
   heads: int
-  kernel_init: Any = None
+  kernel_init: Initializer | None = None
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> Rule:
@@ -278,7 +282,7 @@ class Gates(nn.Module):
     )
     return dense(x_BTD).swapaxes(1, 2).astype(jnp.float32)
 
-  def _per_head(self, name: str, init: Any) -> jax.Array:
+  def _per_head(self, name: str, init: Initializer) -> jax.Array:
     value = parameter(
       self,
       name,
@@ -422,7 +426,7 @@ class ReadOut(nn.Module):
     )(y)
 
 
-def norm_scale(module: nn.Module, size: int) -> Any:
+def norm_scale(module: nn.Module, size: int) -> Tree:
   """The scale of a norm, a parameter of `module`."""
   ones = nn.initializers.ones
   return parameter(module, "norm_scale", ones, (size,), ("norm",), role="norm")

@@ -33,7 +33,7 @@ learning layers, V vocab.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,10 +73,10 @@ class Parts(NamedTuple):
       fast state of the K - 1 sequence layers above.
   """
 
-  apply: Callable[..., Any]
-  begin: Callable[..., Any]
+  apply: Callable[..., Tree]
+  begin: Callable[..., Tree]
   top: Tree
-  finish: Callable[..., Any]
+  finish: Callable[..., Tree]
 
 
 def forward(
@@ -209,7 +209,7 @@ class _Chunk(NamedTuple):
 class _Top(NamedTuple):
   """The learning layers, from the first one's levels on."""
 
-  finish: Callable[..., Any]
+  finish: Callable[..., Tree]
   params: Tree
   config: ModelConfig
 
@@ -327,14 +327,14 @@ _MAX_COUNT_APART = 16
 
 
 def _scan(
-  finish: Callable[..., Any],
+  finish: Callable[..., Tree],
   params: Tree,
   sequence: tuple[jax.Array, jax.Array, jax.Array | None],
   carry: _Carry,
   *,
   config: ModelConfig,
   is_whole: bool,
-) -> tuple[jax.Array, _Carry, Any]:
+) -> tuple[jax.Array, _Carry, Tree]:
   """(logits [B, T, V], what the last chunk began with, the fast state of the
   layers above after it).
 

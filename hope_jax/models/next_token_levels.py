@@ -8,8 +8,7 @@ learning layers.
 """
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -20,7 +19,7 @@ from hope_jax.config import ModelConfig
 from hope_jax.memory import chunks
 from hope_jax.memory.cms import LevelWeights
 from hope_jax.models import cms as cms_layer
-from hope_jax.models.interface import FastState, owned
+from hope_jax.models.interface import FastState, Parts, owned
 
 
 class Level(NamedTuple):
@@ -48,7 +47,7 @@ class NextTokenState(FastState):
 
   mixer: Tree
   levels: dict[str, Level]
-  start: Any = owned("cms_0")
+  start: Tree = owned("cms_0")
   tokens: jax.Array = owned("cms_0")
   stream: jax.Array = owned("cms_0")
   pending: jax.Array = owned("cms_0")
@@ -57,7 +56,7 @@ class NextTokenState(FastState):
   first_document: jax.Array = owned("cms_0")
   begins: jax.Array = owned("cms_0")
 
-  def parts(self, config: ModelConfig) -> Iterator[tuple[tuple[str, ...], Any]]:
+  def parts(self, config: ModelConfig) -> Parts:
     """See `FastState`."""
     for name, level in self.levels.items():
       yield (name,), level
@@ -115,7 +114,7 @@ def learning_layers(config: ModelConfig) -> int:
   return max(1, round(config.cms.learning_share * config.num_layers))
 
 
-def layers_above(mixer: Tree, config: ModelConfig) -> Any:
+def layers_above(mixer: Tree, config: ModelConfig) -> Tree:
   """The part of the last K - 1 layers, above the first level that learns."""
   count = learning_layers(config) - 1
   return jax.tree.map(lambda x: x[-count:], mixer) if count else None

@@ -33,11 +33,11 @@ class Parameter(nn.LogicallyPartitioned):
 
 
 def boxed(
-  init: Callable[..., Any],
+  init: Callable[..., Tree],
   axes: Axes,
   role: Role = "weight",
   owner: tuple[str, ...] = (),
-) -> Callable[..., Any]:
+) -> Callable[..., Tree]:
   """The initializer `init`, whose array is put into a `Parameter`."""
 
   def make(*args: Any, **kwargs: Any) -> Parameter:
@@ -49,13 +49,13 @@ def boxed(
 def parameter(
   module: nn.Module,
   name: str,
-  init: Callable[..., Any],
+  init: Callable[..., Tree],
   shape: tuple[int, ...],
   axes: Axes,
   *,
   role: Role = "weight",
   owner: tuple[str, ...] = (),
-) -> Any:
+) -> Tree:
   """The parameter `name` of `module`, float32, from `init(key, shape)`."""
   return module.param(name, boxed(init, axes, role, owner), shape)
 
@@ -69,7 +69,7 @@ _PLACES = {
 }
 
 
-def kinds(params: Tree) -> Any:
+def kinds(params: Tree) -> Tree:
   """`Kind` of every boxed parameter, as a tree like the parameters.
 
   A parameter that names no owner belongs to the part of a block that it lies
@@ -77,7 +77,7 @@ def kinds(params: Tree) -> Any:
   `embedding`.
   """
 
-  def kind(path: tuple[Any, ...], box: Parameter) -> Kind:
+  def kind(path: tuple[Tree, ...], box: Parameter) -> Kind:
     names = {str(getattr(key, "key", key)) for key in path}
     places = [owner for name, owner in _PLACES.items() if name in names]
     owner = box.owner or (places[0] if places else "embedding",)

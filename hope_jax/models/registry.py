@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+from flax.typing import ArrayPytree as Tree
 
 from hope_jax.config import ModelConfig
 from hope_jax.config.layers import LAYERS as TRAITS
@@ -57,12 +58,12 @@ class Layer(NamedTuple):
   """
 
   module: type[nn.Module]
-  init_state: Callable[[ModelConfig, int, int | None], Any]
+  init_state: Callable[[ModelConfig, int, int | None], Tree]
   describe: Callable[[ModelConfig], Sequence[Problem]]
   block: type[nn.Module] = Block
-  begin: Callable[[ModelConfig, jax.Array], Any] = _same
-  end: Callable[[ModelConfig, Any], jax.Array] = _normed
-  init_ffn: Callable[[ModelConfig, int], Any] = lambda config, batch_size: None
+  begin: Callable[[ModelConfig, jax.Array], Tree] = _same
+  end: Callable[[ModelConfig, Tree], jax.Array] = _normed
+  init_ffn: Callable[[ModelConfig, int], Tree] = lambda config, batch_size: None
 
 
 _ATTENTION = Layer(
@@ -141,7 +142,7 @@ def make_block(config: ModelConfig, **options: Any) -> nn.Module:
 
 def init_state(
   config: ModelConfig, batch_size: int, read_size: int | None = None
-) -> Any:
+) -> Tree:
   """The state before the first token: a block's, or a tuple of a turn's."""
   turn = pattern(config)
   if len(turn) > 1:
@@ -171,7 +172,7 @@ class Turn(nn.Module):
     x_BTD: jax.Array,
     state: tuple[BlockState, ...] | None,
     segments: jax.Array | None,
-  ) -> tuple[jax.Array, tuple[Any, ...] | None]:
+  ) -> tuple[jax.Array, tuple[Tree, ...] | None]:
     after = []
     for i, config in enumerate(pattern(self.config)):
       layer = LAYERS[config.sequence_layer]
@@ -181,7 +182,7 @@ class Turn(nn.Module):
     return x_BTD, tuple(after) if state else None
 
 
-def stack(config: ModelConfig) -> tuple[type[nn.Module], tuple[Any, ...]]:
+def stack(config: ModelConfig) -> tuple[type[nn.Module], tuple[Tree, ...]]:
   """(module, its arguments) that is repeated along the depth of the model."""
   if len(config.blocks) > 1:
     return Turn, (config,)

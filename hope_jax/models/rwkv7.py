@@ -25,6 +25,7 @@ Legend: B batch, T tokens, D model, H heads, K head dim, F hidden.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -32,6 +33,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax.typing import ArrayPytree as Tree
+from flax.typing import Initializer
 
 from hope_jax.config import ModelConfig
 from hope_jax.memory import chunks
@@ -118,13 +120,13 @@ def lerp(x: jax.Array, y: jax.Array, share: jax.Array) -> jax.Array:
   return x + (y - x) * share.astype(x.dtype)
 
 
-def _uniform(bound: float) -> Any:
+def _uniform(bound: float) -> Initializer:
   return lambda key, shape, dtype: jax.random.uniform(
     key, shape, dtype, -bound, bound
   )
 
 
-def _relative(layer: jax.Array, config: ModelConfig) -> tuple[Tree, Any]:
+def _relative(layer: jax.Array, config: ModelConfig) -> tuple[Tree, Tree]:
   """1 - l / L and l / (L - 1)."""
   down = 1.0 - layer / config.num_layers
   return down, layer / max(1, config.num_layers - 1)
@@ -137,7 +139,9 @@ class _Layer(nn.Module):
   role: Role = "weight"
   owner: tuple[str, ...] = ()
 
-  def channels(self, name: str, init: Any, axis: str = "heads") -> Any:
+  def channels(
+    self, name: str, init: Callable[[jax.Array], Tree], axis: str = "heads"
+  ) -> Tree:
     """[1, 1, D]; `init` makes the start from the channels' i / D."""
     width = self.config.width
     start = lambda key, shape: jnp.broadcast_to(

@@ -19,7 +19,6 @@ Legend: B batch, T tokens, D model, H heads, K head dim, R = 3 K + 4 rows.
 
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -56,7 +55,7 @@ class SRWMState(FastState):
   memory: chunks.Fast = owned("memory")
 
   def fast_levels(
-    self, initial: Mapping[str, Any], config: ModelConfig
+    self, initial: Mapping[str, Tree], config: ModelConfig
   ) -> dict[str, Level]:
     """See `FastState`."""
     del config
@@ -89,7 +88,7 @@ class InitialMatrix(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self) -> Any:
+  def __call__(self) -> Tree:
     dim, rows = self.config.head_dim, num_rows(self.config)
 
     def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -154,7 +153,7 @@ def _by_token(x: jax.Array) -> jax.Array:
   return jnp.moveaxis(x, 2 if x.ndim == 4 else 1, 0)
 
 
-def _step(initial: jax.Array, dim: int) -> Any:
+def _step(initial: jax.Array, dim: int) -> Tree:
   """(D, (phi(x) [B, H, K], is first of a document [B])) -> (D, y)."""
 
   def step(d_BHRK: jax.Array, token: Tree) -> tuple[jax.Array, jax.Array]:

@@ -18,8 +18,7 @@ G memories side by side.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import flax.linen as nn
 import flax.struct
@@ -33,7 +32,13 @@ from hope_jax.memory.architectures import Weights
 from hope_jax.memory.norms import rms_normalize
 from hope_jax.memory.self_modifying import Boxes
 from hope_jax.models import layers
-from hope_jax.models.interface import FastState, Level, MixerOutput, owned
+from hope_jax.models.interface import (
+  FastState,
+  Level,
+  MixerOutput,
+  Parts,
+  owned,
+)
 from hope_jax.models.parameters import parameter
 
 
@@ -164,7 +169,7 @@ class InitialWeights(nn.Module):
 
     return weights("memory", memory, output_std), weights("boxes", boxes, 0.02)
 
-  def _weight(self, name: str, std: float, shape: tuple[int, ...]) -> Any:
+  def _weight(self, name: str, std: float, shape: tuple[int, ...]) -> Tree:
     axes = ("heads", *("boxes",) * (len(shape) - 3), "memory_out", "memory_in")
     kind = name.removeprefix("boxes_")
     return parameter(
@@ -212,7 +217,7 @@ class TitansState(FastState):
   boxes: chunks.ChunkState = owned("boxes")
   conv: dict[str, jax.Array] = owned("projections")
 
-  def parts(self, config: ModelConfig) -> Iterator[tuple[tuple[str, ...], Any]]:
+  def parts(self, config: ModelConfig) -> Parts:
     """See `FastState`; boxes of a kind share their arrays."""
     for owner, part in super().parts(config):
       if owner != ("boxes",):
@@ -225,7 +230,7 @@ class TitansState(FastState):
       yield config.memory.adaptive or ("memory",), part.position
 
   def fast_levels(
-    self, initial: Mapping[str, Any], config: ModelConfig
+    self, initial: Mapping[str, Tree], config: ModelConfig
   ) -> dict[str, Level]:
     """See `FastState`."""
     found = {"memory": memory_level(initial, self.memory)}
@@ -253,13 +258,15 @@ class TitansState(FastState):
     return dataclasses.replace(self, boxes=boxes)
 
 
-def memory_level(initial: Mapping[str, Any], state: chunks.ChunkState) -> Level:
+def memory_level(
+  initial: Mapping[str, Tree], state: chunks.ChunkState
+) -> Level:
   """The main memory of a state."""
   start = Weights(*(initial.get(f"memory_{name}") for name in Weights._fields))
   return Level(start, state.now.weight, state.now.momentum)
 
 
-def _only_box(boxes: Boxes | None, box: str, config: ModelConfig) -> Any:
+def _only_box(boxes: Boxes | None, box: str, config: ModelConfig) -> Tree:
   """The weights of one box; None without momenta."""
   return boxes and self_modifying.only_box(boxes, box, config.memory)
 

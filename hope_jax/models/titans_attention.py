@@ -24,7 +24,7 @@ K head dim, P persistent tokens.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -106,7 +106,7 @@ class ContextState(FastState):
   conv: dict[str, jax.Array] = owned("projections")
 
   def fast_levels(
-    self, initial: Mapping[str, Any], config: ModelConfig
+    self, initial: Mapping[str, Tree], config: ModelConfig
   ) -> dict[str, Level]:
     """See `FastState`."""
     del config
@@ -225,7 +225,7 @@ class MemoryAsContext(nn.Module):
     )
     return rules.retained(gates, cfg)
 
-  def _kernel(self, name: str) -> Any:
+  def _kernel(self, name: str) -> Tree:
     shape = self.config.width, self.config.width
     init = nn.initializers.normal(layers.INIT_STD)
     return parameter(self, name, init, shape, ("embed", "heads"))

@@ -19,13 +19,13 @@ Legend: B batch, T tokens, D model, H heads, K head dim, F memory hidden.
 import dataclasses
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 from flax.typing import ArrayPytree as Tree
+from flax.typing import Initializer
 
 from hope_jax.config import ModelConfig
 from hope_jax.memory import chunks, ttt
@@ -68,7 +68,7 @@ class TTTState(FastState):
   conv: dict[str, jax.Array] = owned("projections")
 
   def fast_levels(
-    self, initial: Mapping[str, Any], config: ModelConfig
+    self, initial: Mapping[str, Tree], config: ModelConfig
   ) -> dict[str, Level]:
     """See `FastState`; without the biases."""
     del config
@@ -111,7 +111,7 @@ class Initial(nn.Module):
     heads, dim = self.config.num_heads, self.config.head_dim
     shapes = initial_shapes(self.config)
 
-    def layer(name: str, shape: ttt.Layer | None) -> Any:
+    def layer(name: str, shape: ttt.Layer | None) -> Tree:
       if shape is None:
         return None
       axes = ("heads", "memory_out", "memory_in")
@@ -133,7 +133,9 @@ class Initial(nn.Module):
     position = self._parameter("position", _zeros, length, (None,))
     return weights, norm, position
 
-  def _parameter(self, name: str, init: Any, shape: Any, axes: Any) -> Any:
+  def _parameter(
+    self, name: str, init: Initializer, shape: Tree, axes: Tree
+  ) -> Tree:
     return parameter(
       self, name, init, shape, axes, role="initial", owner=("memory",)
     )

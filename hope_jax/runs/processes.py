@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
-from hope_jax.config import ConfigError
+from hope_jax.config import ConfigError, Json
 from hope_jax.runs.interruption import RESUMABLE
 
 T = TypeVar("T")
@@ -238,7 +238,7 @@ def from_first(action: Callable[[], Any]) -> Any:
   return json.loads(share(json.dumps(value))[0])
 
 
-def check_same(values: dict[str, Any]) -> None:
+def check_same(values: Json) -> None:
   """`ConfigError` unless all processes give the same `values` (JSON)."""
   if _group is None:
     return

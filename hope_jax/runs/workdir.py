@@ -25,7 +25,7 @@ from typing import Any
 from etils import epath
 
 from hope_jax import config as config_lib
-from hope_jax.config import Config, ConfigError
+from hope_jax.config import Config, ConfigError, Json
 from hope_jax.runs import files
 
 CONFIG, DATA = "config.json", "data.json"
@@ -68,7 +68,7 @@ def read_config(workdir: epath.Path) -> Config:
   return config_lib.from_config_dict(read_object(workdir / CONFIG))
 
 
-def read_result(workdir: epath.Path) -> dict[str, Any] | None:
+def read_result(workdir: epath.Path) -> Json | None:
   """result.json of a finished run, or None; `ConfigError` if it is damaged."""
   path = workdir / RESULT
   if not path.exists():
@@ -81,7 +81,7 @@ def read_result(workdir: epath.Path) -> dict[str, Any] | None:
     ) from error
 
 
-def read_object(path: epath.Path) -> dict[str, Any]:
+def read_object(path: epath.Path) -> Json:
   """A file's JSON object; `ConfigError` if it holds anything else."""
   try:
     values = json.loads(path.read_text(), parse_constant=_no_constant)
@@ -233,10 +233,10 @@ def code() -> str:
   return digest.hexdigest()[:16]
 
 
-def flatten(config: Config) -> dict[str, Any]:
+def flatten(config: Config) -> Json:
   """Config -> {"group.field": value}."""
 
-  def walk(values: dict[str, Any], prefix: str):
+  def walk(values: Json, prefix: str):
     for key, value in values.items():
       if isinstance(value, dict):
         yield from walk(value, f"{prefix}{key}.")

@@ -9,7 +9,7 @@ from flax.typing import ArrayPytree as Tree
 from jax.sharding import Mesh
 
 from hope_jax.analysis import dynamics
-from hope_jax.config import Config
+from hope_jax.config import Config, Json
 from hope_jax.data import pipeline, tokenizer
 from hope_jax.runs import progress
 from hope_jax.training import sharding, step
@@ -25,7 +25,7 @@ def evaluate(
   config: Config,
   mesh: Mesh,
   with_positions: bool = False,
-) -> dict[str, Any]:
+) -> Json:
   """Mean over all weighted targets of a split (`config.eval.batches`).
 
   Returns loss (nats per target), accuracy and the number of targets, and
@@ -43,13 +43,13 @@ def evaluate(
   finally:
     compiling.end()
   total = np.asarray(sums, np.float64).sum(axis=0)  # [3, T]
-  scores: dict[str, Any] = _means(total)
+  scores: Json = _means(total)
   if with_positions:
     scores["by_position"] = by_position(total)
   return scores
 
 
-def _means(sums: np.ndarray) -> dict[str, Any]:
+def _means(sums: np.ndarray) -> Json:
   """`Sums` [3, T] -> loss, accuracy and number of all targets."""
   total = step.Sums(*sums.sum(axis=1))
   return {
@@ -59,7 +59,7 @@ def _means(sums: np.ndarray) -> dict[str, Any]:
   }
 
 
-def by_position(sums: np.ndarray) -> list[dict[str, Any]]:
+def by_position(sums: np.ndarray) -> list[Json]:
   """The means of positions 0 to 63, 64 to 127, 128 to 255 ...; `end` is the
   first position after them.  Positions without a target are left out."""
   count, ends = sums.shape[1], [FIRST_POSITIONS]
@@ -76,7 +76,7 @@ def by_position(sums: np.ndarray) -> list[dict[str, Any]]:
 
 def inner_dynamics(
   params: Tree, source: Any, *, config: Config, mesh: Mesh
-) -> dict[str, Any]:
+) -> Json:
   """The dynamics of the split's first batch, by layer and level.
 
   Returns `dynamics` (`training.dynamics.flatten`) and `relative_change`: per

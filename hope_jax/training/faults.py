@@ -15,7 +15,7 @@ import threading
 from collections.abc import Generator, Iterator
 from typing import Any
 
-from hope_jax.config import TrainConfig
+from hope_jax.config import Json, TrainConfig
 from hope_jax.runs.errors import Diverged, NoData
 
 _HISTORY = 50  # logged losses that a spike is measured against
@@ -26,7 +26,7 @@ _GRACE_SECONDS = 5.0  # for data workers to end
 class Guard:
   """Watches the logged losses."""
 
-  def __init__(self, config: TrainConfig, records: list[dict[str, Any]]):
+  def __init__(self, config: TrainConfig, records: list[Json]):
     """`records`: of earlier sessions."""
     self._config = config
     self._losses: collections.deque[float] = collections.deque(maxlen=_HISTORY)

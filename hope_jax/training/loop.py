@@ -12,7 +12,7 @@ from flax.typing import ArrayPytree as Tree
 
 from hope_jax import config as config_lib
 from hope_jax.analysis import dynamics, flops
-from hope_jax.config import Config
+from hope_jax.config import Config, Json
 from hope_jax.data import pipeline
 from hope_jax.interchange import safetensors as safetensors_lib
 from hope_jax.runs import compilation, files, interruption, processes, progress
@@ -21,7 +21,7 @@ from hope_jax.training import evaluation, faults, metrics, sharding
 from hope_jax.training import step as step_lib
 
 
-def run(config: Config, workdir: epath.Path) -> dict[str, Any]:
+def run(config: Config, workdir: epath.Path) -> Json:
   """Trains, resuming if `workdir` holds a checkpoint; returns the result.
 
   Interrupted and resumed, a run gives what it would have given at once, bit
@@ -44,7 +44,7 @@ def run(config: Config, workdir: epath.Path) -> dict[str, Any]:
   processes.check_same({f"data's {name}": data[name] for name in data})
   with contextlib.ExitStack() as stack:
 
-    def enter() -> dict[str, Any] | None:
+    def enter() -> Json | None:
       workdir_lib.claim(workdir, config, data)
       stack.enter_context(workdir_lib.locked(workdir))
       return workdir_lib.read_result(workdir)
@@ -86,9 +86,9 @@ def train(
   mesh: jax.sharding.Mesh,
   *,
   compiled: step_lib.Compiled,
-  sources: dict[str, Any],
+  sources: Json,
   data: dict[str, str],
-) -> dict[str, Any]:
+) -> Json:
   """The run itself, in a folder that is claimed and locked: its result."""
   from hope_jax.runs import checkpoints  # half a second, after first lines
 

@@ -20,12 +20,12 @@ from etils import epath
 from flax.typing import ArrayPytree as Tree
 
 from hope_jax import config as config_lib
-from hope_jax.config import Config, ConfigError
+from hope_jax.config import Config, ConfigError, Json
 from hope_jax.runs import files
 from hope_jax.runs import workdir as workdir_lib
 
 
-def read(workdir: epath.Path) -> list[dict[str, Any]]:
+def read(workdir: epath.Path) -> list[Json]:
   """All records of a run; a line that is none is left out, such as one cut
   short by a crash.  Numbers that are not finite are None."""
   path = workdir / workdir_lib.METRICS
@@ -68,7 +68,7 @@ class Writer:
     self._wandb = _start_wandb(workdir, config)
     self._steps, self._start = config.train.steps, start_step
 
-  def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+  def write(self, kind: str, step: int, values: Json) -> None:
     """Adds one record and shows it."""
     record = {"step": step, "kind": kind, **workdir_lib.finite(values)}
     self.records.append(record)
@@ -94,7 +94,7 @@ class Writer:
     lines = [json.dumps(record) + "\n" for record in self.records]
     files.write_text(self._path, "".join(lines))
 
-  def find(self, kind: str, step: int, split: str) -> dict[str, Any] | None:
+  def find(self, kind: str, step: int, split: str) -> Json | None:
     """The values of an earlier record."""
     for record in self.records:
       if (record["kind"], record["step"], record.get("split")) == (
@@ -105,7 +105,7 @@ class Writer:
         return record
     return None
 
-  def _show(self, kind: str, step: int, values: dict[str, Any]) -> None:
+  def _show(self, kind: str, step: int, values: Json) -> None:
     if "loss" not in values:
       shown = " ".join(f"{name} {value}" for name, value in values.items())
       print(f"step {step} {kind}: {shown}", flush=True)
@@ -235,7 +235,7 @@ class Meter:
     return float(np.median(rates[1:] or rates or [0.0]))
 
 
-def _named(kind: str, values: dict[str, Any]) -> dict[str, Any]:
+def _named(kind: str, values: Json) -> Json:
   """{"loss": ...} -> {"train/loss": ...} or {"eval/valid/loss": ...}."""
   if kind == "dynamics":  # names itself
     return values
