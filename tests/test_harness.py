@@ -54,7 +54,7 @@ PAIRS = [
 @pytest.fixture(autouse=True)
 def one_length(monkeypatch):
   """Of padded blocks: fewer programs to compile."""
-  monkeypatch.setattr(scoring, "LEAST", scoring.BLOCK)
+  monkeypatch.setattr(scoring, "LEAST", scoring.NODE_LENGTH)
 
 
 def make_run(folder, model):
@@ -141,7 +141,7 @@ def bounded(run, context, continuation):
 
 
 def test_scores_equal_a_full_pass(run, full, monkeypatch):
-  monkeypatch.setattr(scoring, "LEAST_CACHE", scoring.BLOCK)
+  monkeypatch.setattr(scoring, "LEAST_CACHE", scoring.NODE_LENGTH)
   found = ask(run, "loglikelihood", PAIRS)
   for pair, (log_prob, is_greedy) in zip(PAIRS, found, strict=True):
     context, continuation = bounded(run, *pair)
@@ -206,13 +206,13 @@ def test_rolling_scores_every_token_once(run, full):
 
 
 def test_what_is_shared_is_read_once(transformer, monkeypatch):
-  count, original = [0], scoring.read_piece
+  count, original = [0], scoring.read_once
 
   def counted(params, states, tokens, is_read, **options):
     count[0] += int(is_read.sum()) * tokens.shape[1]
     return original(params, states, tokens, is_read, **options)
 
-  monkeypatch.setattr(scoring, "read_piece", counted)
+  monkeypatch.setattr(scoring, "read_once", counted)
   header = "".join(map(chr, range(32, 107)))  # 75 bytes: a block and a part
   pairs = [(header + end, choice) for end in "abc" for choice in ("x", "yz")]
   shared = ask(transformer, "loglikelihood", pairs)
@@ -226,7 +226,7 @@ def test_batches_do_not_matter_and_few_programs_are_compiled(transformer):
   alone = ask(transformer, "loglikelihood", PAIRS, batch_size=1)
   np.testing.assert_allclose(together, alone, atol=TOLERANCE)
   programs = lambda: (
-    scoring.read_piece._cache_size() + scoring.read_last._cache_size()
+    scoring.read_once._cache_size() + scoring.read_last._cache_size()
   )
   before = programs()
   others = [(c[1:] + "and more", " of " + t) for c, t in PAIRS[:4]]

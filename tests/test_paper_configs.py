@@ -71,7 +71,7 @@ def clone(tmp_path_factory):
       "id": f"<urn:uuid:{start}-{count}>",
       "dump": "CC-MAIN-2013-20",
       "url": f"https://example.org/{start}",
-      "file_path": "s3://example/segments/0.warc.gz",
+      "file_path": "s3://example/documents/0.warc.gz",
       "language": "en",
       "language_score": 0.97,
       "token_count": 40 * count,

@@ -221,7 +221,7 @@ def test_levels_are_reset_before_texts_are_read(run, saved, tmp_path):
 def test_perplexity_is_of_all_tokens_but_a_sessions_first(
   run, saved, tmp_path, capsys, monkeypatch
 ):
-  monkeypatch.setattr(sessions, "BLOCK", 16)
+  monkeypatch.setattr(sessions, "BAR_STEP", 16)
   parts, real = [], streaming.extend
 
   def spy(params, state, tokens, **options):

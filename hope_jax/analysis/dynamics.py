@@ -30,7 +30,7 @@ def build(config: Config, mesh: Mesh) -> Callable[[Any, Any], Any]:
     _, sown = model.apply(
       {"params": params},
       batch["tokens"],
-      segments=batch.get("segments"),
+      documents=batch.get("segments"),
       mutable=["dynamics"],
     )
     # Leaves [layers, ...]: one number a layer.

@@ -1,4 +1,4 @@
-"""Continuing token sequences: prefill in pieces, then one token at a time.
+"""Continuing token sequences: prefill in a few reads, then one token at a time.
 
 Everything that a model remembers is in an explicit state of constant size (an
 attention cache excepted).  Prompts of any length are read each by itself
@@ -22,8 +22,8 @@ from hope_jax.inference import streaming
 from hope_jax.inference.sampling import Sampling
 from hope_jax.models import language_model, next_token_levels
 
-PIECE = streaming.PIECE  # tokens of prefill at a time
-BLOCK = 32  # tokens decoded between two looks at the stop condition
+READ_SIZE = streaming.READ_SIZE  # tokens of prefill at a time
+DECODE_STEPS = 32  # tokens decoded between two looks at the stop condition
 
 
 def draw(key: jax.Array, logits_V: jax.Array, sampling: Sampling) -> jax.Array:
@@ -55,7 +55,11 @@ def prefill(
   state with batch 1)."""
   assert len(prompt), "an empty prompt"
   read = streaming.extend(
-    params, streaming.start(config), prompt[None], config=config, piece=PIECE
+    params,
+    streaming.start(config),
+    prompt[None],
+    config=config,
+    read_size=READ_SIZE,
   )
   return read.logits[0], read.state.fast
 
@@ -158,7 +162,7 @@ def go_on(
   root = jax.random.key(seed)
   found = [np.zeros(0, np.int32) for _ in logits]
   numbers_N = jnp.asarray(range(len(found)) if numbers is None else numbers)
-  for first in range(0, count, BLOCK):
+  for first in range(0, count, DECODE_STEPS):
     keys = jax.vmap(jax.random.fold_in, (None, 0))(
       jax.random.fold_in(root, first), numbers_N
     )
@@ -168,7 +172,7 @@ def go_on(
       logits,
       keys,
       config=config,
-      count=min(BLOCK, count - first),
+      count=min(DECODE_STEPS, count - first),
       sampling=sampling,
       vocab_size=vocab_size,
     )

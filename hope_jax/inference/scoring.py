@@ -6,12 +6,12 @@ before its choices), up to the last whole block, is a node that is read once.
 Its state is kept until all that follows it is read.
 
 Nodes are read in batches of rows, each row at its own place with a state of its
-own: a step reads a piece of `streaming.py`'s few sizes in the rows that want
-it, the others wait.  So nothing is padded where a state is wanted, and a row's
+own: a step reads one of `streaming.py`'s few sizes in the rows that want it,
+and the others wait.  So nothing is padded where a state is wanted, and a row's
 result does not depend on the rows beside it.  A sequence's last block, after
 which no state is wanted, is padded on the right.
 
-Legend: N rows, T tokens of a piece, V vocab.
+Legend: N rows, T tokens of a read, V vocab.
 """
 
 import collections
@@ -33,8 +33,8 @@ from hope_jax.inference.streaming import Scores, StreamState
 from hope_jax.memory import chunks
 from hope_jax.models import next_token_levels
 
-BLOCK = 64  # tokens of a node, at least
-PIECE = 512  # tokens of a row at a time: logits [N, T, V] are held
+NODE_LENGTH = 64  # tokens of a node, at least
+READ_SIZE = 512  # tokens of a row at a time: logits [N, T, V] are held
 LEAST = 32  # tokens of the shortest padded block
 LEAST_CACHE = 256  # places of attention's smallest cache
 
@@ -87,8 +87,8 @@ def block_length(config: ModelConfig) -> int:
   """Tokens of a node: where it ends, CMS levels that learn from the next token
   may read on by any number."""
   if next_token_levels.is_on(config):
-    return math.lcm(BLOCK, config.cms.fast_lengths[0])
-  return BLOCK
+    return math.lcm(NODE_LENGTH, config.cms.fast_lengths[0])
+  return NODE_LENGTH
 
 
 def grow(sequences: Sequence[Sequence[int]], block: int) -> Node:
@@ -116,7 +116,7 @@ def _children(node: Node) -> list[Node]:
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="states")
-def read_piece(
+def read_once(
   params: Tree,
   states: StreamState,
   tokens_NT: jax.Array,
@@ -124,7 +124,7 @@ def read_piece(
   *,
   config: ModelConfig,
 ) -> tuple[Scores, StreamState]:
-  """Reads a piece in the rows that `is_read_N` names; others stay as they are.
+  """Reads tokens in the rows that `is_read_N` names; others stay as they are.
 
   Returns `Scores` [N, T] (of the other rows: without meaning) and the states.
   """
@@ -184,8 +184,8 @@ def read(
   while True:
     sizes = [
       next(
-        streaming.piece_sizes(
-          row.before.position + n, len(row.tokens) - n, PIECE
+        streaming.read_sizes(
+          row.before.position + n, len(row.tokens) - n, READ_SIZE
         ),
         0,
       )
@@ -202,7 +202,7 @@ def read(
         is_read[n] = True
         tokens[n] = row.tokens[done[n] : done[n] + size]
         done[n] += size
-    scores, states = read_piece(
+    scores, states = read_once(
       params, states, jnp.asarray(tokens), jnp.asarray(is_read), config=config
     )
     found.append((is_read, scores))

@@ -38,7 +38,7 @@ from hope_jax.models import fast_state
 from hope_jax.runs import digest, errors, files, progress
 from hope_jax.runs import workdir as workdir_lib
 
-BLOCK = 4 * streaming.PIECE  # tokens between two movements of the bar
+BAR_STEP = 4 * streaming.READ_SIZE  # tokens between two movements of the bar
 
 
 class Read(NamedTuple):
@@ -168,8 +168,8 @@ def feed(run: Run, state: StreamState, path: epath.Path) -> Read:
   with tqdm.tqdm(
     total=total, desc=path.name, unit=" tokens", unit_scale=True, disable=None
   ) as bar:
-    first = BLOCK - begin % BLOCK  # then only whole pieces, to the last block
-    for tokens in reading.read_text(path, run.tokenizer, first, BLOCK):
+    first = BAR_STEP - begin % BAR_STEP  # then whole steps, to the last one
+    for tokens in reading.read_text(path, run.tokenizer, first, BAR_STEP):
       with progress.waiting(f"reading {path.name}", patience=5.0):
         read = streaming.extend(run.params, state, tokens[None], config=model)
       known = read.log_probs[0, 0 if begin or scored else 1 :]
@@ -269,7 +269,7 @@ def check_room(
   for path in paths:
     if files.is_read_once(path):
       continue
-    parts = reading.read_text(path, run.tokenizer, BLOCK, BLOCK)
+    parts = reading.read_text(path, run.tokenizer, BAR_STEP, BAR_STEP)
     tokens = sum(map(len, parts))
     streaming.check_room(model, position, tokens)
     position += tokens

@@ -9,8 +9,8 @@ outside of training: prompts, sessions and long streams all come through
 `inference/reading.py` makes tokens of a file without holding all of it; `reset`
 and `relative_change` look after single levels of a state.
 
-Tokens go to the device in pieces of a few sizes (4096, 512, 64, 8, 1), so that
-few programs are compiled.  Every piece begins at a multiple of its size: of a
+Tokens go to the device in reads of a few sizes (4096, 512, 64, 8, 1), so that
+few programs are compiled.  Every read begins at a multiple of its size: of a
 level whose chunk length is a power of two it is whole chunks, which is cheaper,
 or it lies inside a single one.
 
@@ -36,8 +36,8 @@ from hope_jax.training import sharding
 
 State = TypeVar("State")
 
-PIECE = 4096  # tokens of the largest piece, a power of two
-RATIO = 8  # of a piece's size to the next smaller one's
+READ_SIZE = 4096  # tokens of the largest read, a power of two
+RATIO = 8  # of a read's size to the next smaller one's
 
 
 @flax.struct.dataclass
@@ -118,7 +118,7 @@ def score(logits: jax.Array, tokens: jax.Array) -> Scores:
 def read(
   params: Tree, state: StreamState, tokens_BT: jax.Array, *, config: ModelConfig
 ) -> tuple[Scores, StreamState]:
-  """(`Scores` [B, T], state after) of one piece."""
+  """(`Scores` [B, T], state after) of one read."""
   batch_size, length = tokens_BT.shape
   shapes = jax.eval_shape(
     lambda: language_model.init_state(config, batch_size, length)
@@ -138,16 +138,16 @@ def read(
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def read_piece(
+def read_once(
   params: Tree, state: StreamState, tokens_BT: jax.Array, *, config: ModelConfig
 ) -> tuple[jax.Array, StreamState]:
-  """(log-probabilities [B, T], state after) of one piece."""
+  """(log-probabilities [B, T], state after) of one read."""
   scores, state = read(params, state, tokens_BT, config=config)
   return scores.log_probs, state
 
 
-def piece_sizes(position: int, count: int, largest: int) -> Iterator[int]:
-  """In which pieces `count` tokens are read that follow `position` others."""
+def read_sizes(position: int, count: int, largest: int) -> Iterator[int]:
+  """In which sizes `count` tokens are read that follow `position` others."""
   while count:
     size = largest
     while size > count or position % size:
@@ -162,7 +162,7 @@ def extend(
   tokens: np.ndarray,
   *,
   config: ModelConfig,
-  piece: int = PIECE,
+  read_size: int = READ_SIZE,
 ) -> Extension:
   """Reads `tokens` [B, T], any T, on from `state`, which is used up (`copy`).
 
@@ -180,9 +180,9 @@ def extend(
   position, count = int(state.processed), tokens.shape[1]
   check_room(config, position, count)
   found, begin = [np.zeros((len(tokens), 0), np.float32)], 0
-  for size in piece_sizes(position, count, piece):
+  for size in read_sizes(position, count, read_size):
     part = jnp.asarray(tokens[:, begin : begin + size], jnp.int32)
-    log_probs, state = read_piece(params, state, part, config=config)
+    log_probs, state = read_once(params, state, part, config=config)
     found.append(log_probs)
     begin += size
   log_probs = np.concatenate(jax.device_get(found), axis=1)

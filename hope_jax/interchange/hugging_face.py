@@ -195,7 +195,10 @@ SIZES = {
   "num_hidden_layers": "num_layers",
   "tie_word_embeddings": "tied_embeddings",
 }
-BLOCK = SIZES | {"intermediate_size": "ffn_hidden", "rms_norm_eps": "norm_eps"}
+BLOCK_FIELDS = SIZES | {
+  "intermediate_size": "ffn_hidden",
+  "rms_norm_eps": "norm_eps",
+}
 SCALING = {
   "factor": "factor",
   "low_freq_factor": "low_frequency_factor",
@@ -223,7 +226,7 @@ ATTENTION = {
 LLAMA = Architecture(
   name="LlamaForCausalLM",
   layer="transformer",
-  fields=BLOCK
+  fields=BLOCK_FIELDS
   | {
     "num_attention_heads": "num_heads",
     "max_position_embeddings": "context_length",
@@ -262,7 +265,7 @@ QWEN = ATTENTION | {
 QWEN3_NEXT = Architecture(
   name="Qwen3NextForCausalLM",
   layer="gated_deltanet",
-  fields=BLOCK | {"linear_conv_kernel_dim": "conv_window"},
+  fields=BLOCK_FIELDS | {"linear_conv_kernel_dim": "conv_window"},
   fixed=ALWAYS,
   defaults={
     "rms_norm_eps": 1e-6,

@@ -6,9 +6,9 @@ at the chunk's first token, and `now`, what the tokens so far made of them.
 Training starts at a chunk's border, where both are the same; a session may
 stop and go on at any token.
 
-Several documents may follow each other in a sequence (`segments`, their
-numbers).  Document 0 is the one that a given state belongs to, so that a piece
-that begins with another number begins with a new document.
+Several documents may follow each other in a sequence (`documents`, their
+numbers).  Document 0 is the one that a given state belongs to, so that what
+begins with another number begins with a new document.
 
 A memory is a `Memory`, a tuple of pure functions; `run` runs it.
 
@@ -58,7 +58,7 @@ class ChunkState:
     now: after the tokens so far.
     start: `now.weight` as it was at the current chunk's first token.
     position: tokens of the current chunk that are already written, int32.
-      None (and no `start`): pieces are whole chunks, which is cheaper.
+      None (and no `start`): whole chunks are read only, which is cheaper.
   """
 
   now: Fast
@@ -109,13 +109,13 @@ def zero_state(
 
 
 def fresh(
-  now: Fast, chunk_length: int = 0, piece_length: int | None = None
+  now: Fast, chunk_length: int = 0, read_size: int | None = None
 ) -> ChunkState:
   """The state at the start of a chunk.
 
-  With a `piece_length`, all pieces to come have so many tokens.
+  With a `read_size`, all reads to come have so many tokens.
   """
-  if piece_length and piece_length % chunk_length == 0:
+  if read_size and read_size % chunk_length == 0:
     return ChunkState(now, None, None)
   return ChunkState(now, now.weight, jnp.zeros((), jnp.int32))
 
@@ -148,15 +148,15 @@ class Layout(NamedTuple):
     y = merge_chunks(y, self.count * self.length, axis)
     return jax.lax.dynamic_slice_in_dim(y, self.offset, self.tokens, axis)
 
-  def number(self, segments: jax.Array) -> jax.Array:
+  def number(self, documents: jax.Array) -> jax.Array:
     """Document numbers [B, T] of all places: [N, B, C].
 
-    Places before the first token belong to its document, so that a piece may
+    Places before the first token belong to its document, so that tokens may
     begin with a new one wherever it begins; those after the last to its.
     """
     first = 0 if self.offset is None else self.offset
     token = jnp.arange(self.count * self.length) - first
-    numbers = jnp.take(segments, jnp.clip(token, 0, self.tokens - 1), axis=1)
+    numbers = jnp.take(documents, jnp.clip(token, 0, self.tokens - 1), axis=1)
     return split_chunks(numbers, self.length, 1)
 
 
@@ -197,17 +197,17 @@ class Documents(NamedTuple):
   origin: Fast
 
 
-def documents(
-  segments: jax.Array | None, layout: Layout, origin: Fast
+def lay_documents(
+  documents: jax.Array | None, layout: Layout, origin: Fast
 ) -> Documents | None:
-  """`segments` [B, T] as seen by chunks; None without.
+  """`documents` [B, T] as seen by chunks; None without.
 
   Only levels that mask (the CMS) allow a document to begin inside a chunk; for
   the others documents must begin on a chunk's border (docs/equations.md).
   """
-  if segments is None:
+  if documents is None:
     return None
-  number = layout.number(segments)
+  number = layout.number(documents)
   first, last = number[..., :1], number[..., -1:]
   before = jnp.pad(last[:-1], ((1, 0), (0, 0), (0, 0)))
   return Documents(
@@ -262,7 +262,7 @@ def scan_chunks(
     xs: inputs with chunks first (`Layout.split`).
     return_state: if False, None is returned and the last chunk's write is
       skipped.
-    docs: from `documents`.
+    docs: from `lay_documents`.
   """
   # Per chunk: a new document begins it; its first document also ends it.
   borders = None if docs is None else (docs.begins, docs.keeps[..., 0])
@@ -407,7 +407,7 @@ def run(
   *,
   axis: int,
   state: ChunkState | None = None,
-  segments: jax.Array | None = None,
+  documents: jax.Array | None = None,
   with_dynamics: bool = False,
 ) -> MemoryOutput:
   """Runs a memory along the sequence.
@@ -416,7 +416,7 @@ def run(
     initial: M_0, any tree.
     tokens: what the memory sees, any tree of [B, ...] with T on `axis`.
     state: from an earlier call or `fresh`; None: a new sequence.
-    segments: [B, T] document numbers, see the module.
+    documents: [B, T] document numbers, see the module.
     with_dynamics: also returns what `memory.dynamics` says.
   """
   shape = jax.tree.leaves(tokens)[0].shape
@@ -430,7 +430,7 @@ def run(
     whole = lambda fast: jax.tree.map(lambda m, d: m[None] + d, initial, fast)
     slow, state = None, state.map_weights(whole)
     origin = dataclasses.replace(origin, weight=whole(origin.weight))
-  docs = documents(segments, layout, origin)
+  docs = lay_documents(documents, layout, origin)
   how: Any = dict(
     chunk_length=memory.chunk_length, return_state=return_state, docs=docs
   )

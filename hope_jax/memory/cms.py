@@ -138,7 +138,7 @@ def run_level(
   policy: CheckpointPolicy,
   keys: jax.Array | None = None,
   state: chunks.ChunkState | None = None,
-  segments: jax.Array | None = None,
+  documents: jax.Array | None = None,
   with_dynamics: bool = False,
 ) -> MemoryOutput:
   """Runs one fast level along the sequence.
@@ -149,7 +149,7 @@ def run_level(
     values: [B, T, D], what the block learns to answer.
     policy: what the backward pass stores (`checkpointed_scan`).
     keys: [B, T, D], to what it learns to answer; None: to `inputs`.
-    segments: [B, T] document numbers (`memory/chunks.py`).
+    documents: [B, T] document numbers (`memory/chunks.py`).
 
   Returns:
     y [B, T, D], the state after, scalars about the learning.
@@ -178,7 +178,7 @@ def run_level(
     Tokens(reads, written, values),
     axis=1,
     state=state,
-    segments=segments,
+    documents=documents,
     with_dynamics=with_dynamics,
   )
 
@@ -283,12 +283,12 @@ def _ages(length: int, live: jax.Array | None) -> tuple[jax.Array, jax.Array]:
 
 
 class NestedLevel(NamedTuple):
-  """A level of `run_nested`: its norm's scale [D] and epsilon; `live` off: D
+  """A level of `run_nested`: its norm's scale [D] and epsilon; `writes` off: D
   stays 0."""
 
   scale: jax.Array
   rule: Rule
-  live: bool
+  writes: bool
   epsilon: float = 1e-6
 
   def per_sequence(self, batch_size: int) -> "NestedLevel":
@@ -311,7 +311,7 @@ def run_nested(
   policy: CheckpointPolicy,
   keys: jax.Array | None = None,
   state: Sequence[Tree] | None = None,
-  segments: jax.Array | None = None,
+  documents: jax.Array | None = None,
   with_dynamics: bool = False,
 ) -> MemoryOutput:
   """Levels in sequence that share W_0, each restarting from the next one.
@@ -329,7 +329,7 @@ def run_nested(
   first = None if state is None else state[0]
   layout = chunks.plan(x.shape[1], lengths[0], first)
   states = state or [chunks.fresh(origin) for _ in levels]
-  docs = chunks.documents(segments, layout, origin)
+  docs = chunks.lay_documents(documents, layout, origin)
   borders = _borders(layout, states, lengths)
   nothing = ((origin.weight,) * 2,) * len(levels)
   base = _per_sequence(slow, x.shape[0])
@@ -349,7 +349,7 @@ def run_nested(
       tokens = Tokens(slow_products(base, copy.normalize(x)), written, values)
       new, read = learn_chunk((base, start, now), tokens, copy.rule, places)
       x = x + read.y
-      new = new if level.live else now
+      new = new if level.writes else now
       if with_dynamics:
         dynamics[f"cms_{i}"] = _dynamics(
           slow, (start, new), tokens, level.rule, places.live
@@ -413,7 +413,7 @@ def _restart(
   pairs = list(carry)
   for i in reversed(range(len(levels))):
     start, now = pairs[i]
-    if i + 1 < len(levels) and levels[i].live:
+    if i + 1 < len(levels) and levels[i].writes:
       now = chunks.where(borders[i + 1], pairs[i + 1][1], now)
     pairs[i] = chunks.where(borders[i], now, start), now
   return tuple(pairs)

@@ -55,8 +55,8 @@ def run_memory(
   cfg: MemoryConfig,
   *,
   state: chunks.ChunkState | None = None,
-  segments: jax.Array | None = None,
-  live: bool = True,
+  documents: jax.Array | None = None,
+  writes: bool = True,
   with_dynamics: bool = False,
 ) -> MemoryOutput:
   """Reads and writes one memory per head along the sequence.
@@ -64,14 +64,14 @@ def run_memory(
   Args:
     initial: M_0, hidden [H, F, K] (None: matrix memory), output [H, E, F].
     state: from an earlier call or `chunks.fresh`, None: a new sequence.
-    segments: [B, T] document numbers (`memory/chunks.py`).
-    live: off: nothing is written, o_t = M_0(q_t) (the twin).
+    documents: [B, T] document numbers (`memory/chunks.py`).
+    writes: off: nothing is written, o_t = M_0(q_t) (the twin).
     with_dynamics: also returns what `dynamics_of` says.
 
   Returns:
     o [B, H, T, E], the state after, scalars about the learning.
   """
-  if not live:
+  if not writes:
     base = chunks.per_sequence(initial, tokens.keys.shape[0], ("heads",))
     trace = architectures.forward(base, tokens.queries, cfg.activation)
     return MemoryOutput(trace.outputs, state, None)
@@ -81,7 +81,7 @@ def run_memory(
     tokens._replace(gates=rules.retained(tokens.gates, cfg)),
     axis=2,
     state=state,
-    segments=segments,
+    documents=documents,
     with_dynamics=with_dynamics,
   )
 

@@ -47,12 +47,12 @@ def run_memory(
   cfg: MemoryConfig,
   *,
   state: chunks.ChunkState | None = None,
-  segments: jax.Array | None = None,
-  live: bool = True,
+  documents: jax.Array | None = None,
+  writes: bool = True,
   with_dynamics: bool = False,
 ) -> MemoryOutput:
   """As `deep.run_memory`, with Z_0 as `initial`."""
-  if not live:
+  if not writes:
     outputs, _ = read_at(simplex(initial), tokens.queries, cfg)
     return MemoryOutput(outputs, state, None)
   return chunks.run(
@@ -61,7 +61,7 @@ def run_memory(
     tokens._replace(gates=rules.retained(tokens.gates, cfg)),
     axis=2,
     state=state,
-    segments=segments,
+    documents=documents,
     with_dynamics=with_dynamics,
   )
 

@@ -216,7 +216,7 @@ def run_projections(
   cfg: MemoryConfig,
   *,
   state: chunks.ChunkState | None = None,
-  segments: jax.Array | None = None,
+  documents: jax.Array | None = None,
   frozen: tuple[str, ...] = (),
   with_dynamics: bool = False,
 ) -> MemoryOutput:
@@ -225,7 +225,7 @@ def run_projections(
   Args:
     initial: M_0 of the boxes.
     p: slow projections and gate terms of the whole sequence.
-    state, segments, with_dynamics: as in `deep.run_memory`.
+    state, documents, with_dynamics: as in `deep.run_memory`.
     frozen: boxes that are not written to; all of them: the twin.
   """
   if not cfg.adaptive:
@@ -238,7 +238,7 @@ def run_projections(
     p,
     axis=2,
     state=state,
-    segments=segments,
+    documents=documents,
     with_dynamics=with_dynamics,
   )
 

@@ -87,8 +87,8 @@ def run_memory(
   cfg: MemoryConfig,
   *,
   state: chunks.ChunkState | None = None,
-  segments: jax.Array | None = None,
-  live: bool = True,
+  documents: jax.Array | None = None,
+  writes: bool = True,
   with_dynamics: bool = False,
 ) -> MemoryOutput:
   """Reads and writes one memory per head along the sequence.
@@ -96,10 +96,10 @@ def run_memory(
   Args:
     initial: `Layer`s hidden (None: linear) and output, with heads first.
     state: from an earlier call or `chunks.fresh`.
-    segments: [B, T] document numbers.
-    live: off: nothing is written, o_t = f(q_t; W_0).
+    documents: [B, T] document numbers.
+    writes: off: nothing is written, o_t = f(q_t; W_0).
   """
-  if not live:
+  if not writes:
     batch_size = tokens.keys.shape[0]
     base = chunks.per_sequence(initial, batch_size, ("heads",))
     outputs = _read(norm, base, None, tokens.queries, None)
@@ -111,7 +111,7 @@ def run_memory(
     tokens,
     axis=2,
     state=state,
-    segments=segments,
+    documents=documents,
     with_dynamics=with_dynamics,
   )
 

@@ -4,7 +4,7 @@ Causal, RoPE on q and k, optional causal depthwise convolution on q, k and v;
 groups of query heads may share a head of keys and values (2305.13245).
 With `attention_window` W token t sees tokens t - W + 1 .. t only (Samba's
 attention, 2406.07522): blocks of W queries against two blocks of keys, so that
-time and memory grow with T W.  Of a sequence that is read in pieces a cache is
+time and memory grow with T W.  Of a sequence that is read in parts a cache is
 kept: of `context_length` positions, or of the last W, however long it is.
 
 Legend: B batch, T tokens, L cache places, W window, H heads (G of keys and
@@ -70,15 +70,15 @@ def init_state(
 
 
 def document_place(
-  state: AttentionState, segments: jax.Array | None
+  state: AttentionState, documents: jax.Array | None
 ) -> jax.Array:
   """[B]: where the last token's document begins, if tokens with these numbers
   [B, T] follow the `position` places that are taken."""
-  if segments is None:
+  if documents is None:
     return state.first
-  is_last = segments == segments[:, -1:]
+  is_last = documents == documents[:, -1:]
   place = state.position + jnp.argmax(is_last, axis=1).astype(jnp.int32)
-  return jnp.where(segments[:, -1] == 0, state.first, place)
+  return jnp.where(documents[:, -1] == 0, state.first, place)
 
 
 def cache_numbers(state: AttentionState) -> jax.Array:
@@ -157,15 +157,15 @@ def full_pass(
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
-  segments: jax.Array | None,
+  documents: jax.Array | None,
   config: ModelConfig,
 ) -> jax.Array:
   """Causal attention of whole sequences [B, T, H or G, K]."""
   position = jnp.arange(q.shape[1])
   q, k = (rotary.rotate_positions(x, position, config) for x in (q, k))
   mask = None
-  if segments is not None:
-    mask = (segments[:, :, None] == segments[:, None, :])[:, None]
+  if documents is not None:
+    mask = (documents[:, :, None] == documents[:, None, :])[:, None]
   return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
 
 
@@ -179,7 +179,7 @@ class Heads(NamedTuple):
 
 def full_extend(
   tokens: Heads,
-  segments: jax.Array | None,
+  documents: jax.Array | None,
   state: AttentionState,
   config: ModelConfig,
 ) -> tuple[jax.Array, AttentionState]:
@@ -191,13 +191,13 @@ def full_extend(
   insert = jax.lax.dynamic_update_slice_in_dim
   keys = insert(state.keys, k, begin, axis=1)
   values = insert(state.values, v, begin, axis=1)
-  if segments is None:
-    segments = jnp.zeros(q.shape[:2], jnp.int32)
-  numbers = insert(cache_numbers(state), segments, begin, axis=1)
+  if documents is None:
+    documents = jnp.zeros(q.shape[:2], jnp.int32)
+  numbers = insert(cache_numbers(state), documents, begin, axis=1)
   past = jnp.arange(keys.shape[1])[None] <= position[:, None]
-  mask = past[None] & (segments[:, :, None] == numbers[:, None])
+  mask = past[None] & (documents[:, :, None] == numbers[:, None])
   y = jax.nn.dot_product_attention(q, keys, values, mask=mask[:, None])
-  first = document_place(state, segments)
+  first = document_place(state, documents)
   return y, dataclasses.replace(
     state, keys=keys, values=values, position=begin + length, first=first
   )
@@ -205,7 +205,7 @@ def full_extend(
 
 def window_extend(
   tokens: Heads,
-  segments: jax.Array | None,
+  documents: jax.Array | None,
   state: AttentionState,
   config: ModelConfig,
   *,
@@ -217,11 +217,11 @@ def window_extend(
   batch, length, *heads = q.shape
   window = config.attention_window
   block = min(window, length)
-  if segments is None:
-    segments = jnp.zeros((batch, length), jnp.int32)
+  if documents is None:
+    documents = jnp.zeros((batch, length), jnp.int32)
   keys = jnp.concatenate([state.keys, k], axis=1)
   values = jnp.concatenate([state.values, v], axis=1)
-  numbers = jnp.concatenate([cache_numbers(state), segments], axis=1)
+  numbers = jnp.concatenate([cache_numbers(state), documents], axis=1)
   place = jnp.arange(window + length)
   in_blocks = lambda x: fold_chunks(x, block, axis=1).reshape(-1, block, *heads)
   rotated = rotary.rotate_positions(keys, place, config)
@@ -246,7 +246,7 @@ def window_extend(
     plain=in_blocks(q),
     persistent=persistent,
   )
-  first = jnp.maximum(document_place(state, segments) - length, 0)
+  first = jnp.maximum(document_place(state, documents) - length, 0)
   return y.reshape(batch, -1, *heads)[:, :length], dataclasses.replace(
     state, keys=keys[:, length:], values=values[:, length:], first=first
   )
@@ -262,7 +262,7 @@ class Attention(nn.Module):
     self,
     x_BTD: jax.Array,
     state: AttentionState | None = None,
-    segments: jax.Array | None = None,
+    documents: jax.Array | None = None,
   ) -> MixerOutput:
     cfg = self.config
     batch, length, _ = x_BTD.shape
@@ -271,7 +271,7 @@ class Attention(nn.Module):
       widths(cfg),
       cfg,
       state.conv if state else None,
-      segments,
+      documents,
     )
     heads = (batch, length, -1, cfg.head_dim)
     q, k, v = (
@@ -281,13 +281,13 @@ class Attention(nn.Module):
     is_short = not 0 < cfg.attention_window < length and persistent is None
     with jax.named_scope("scores"):
       if state is None and is_short:
-        y = full_pass(q, k, v, segments, cfg)
+        y = full_pass(q, k, v, documents, cfg)
       else:
         extend = full_extend
         if cfg.attention_window:
           extend = functools.partial(window_extend, persistent=persistent)
         before = state or init_state(cfg, batch)
-        y, after = extend(Heads(q, k, v), segments, before, cfg)
+        y, after = extend(Heads(q, k, v), documents, before, cfg)
         if state is not None:
           state = dataclasses.replace(after, conv=conv)
     y_BTD = layers.dense(

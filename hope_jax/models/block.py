@@ -37,35 +37,37 @@ class Block(nn.Module):
     self,
     x_BTD: jax.Array,
     state: BlockState | None,
-    segments: jax.Array | None,
+    documents: jax.Array | None,
   ) -> tuple[jax.Array, BlockState | None]:
-    mixed = self.mix(x_BTD, state.mixer if state else None, segments)
+    mixed = self.mix(x_BTD, state.mixer if state else None, documents)
     x_BTD = x_BTD + mixed.y
     if state is not None:
       state = dataclasses.replace(state, mixer=mixed.state)
     if not self.half:
-      x_BTD, state = self.transform(x_BTD, mixed, state, segments)
+      x_BTD, state = self.transform(x_BTD, mixed, state, documents)
     return layers.residual(x_BTD), state
 
   def mix(
-    self, x_BTD: jax.Array, state: Tree, segments: jax.Array | None
+    self, x_BTD: jax.Array, state: Tree, documents: jax.Array | None
   ) -> MixerOutput:
     """What the sequence layer reads."""
     normed = layers.rms_norm(self.config, "norm_mixer")(x_BTD)
     mixer: Any = self.mixer(self.config, name="mixer")
-    return mixer(normed, state, segments)
+    return mixer(normed, state, documents)
 
   def transform(
     self,
     x_BTD: jax.Array,
     mixed: MixerOutput,
     state: BlockState | None,
-    segments: jax.Array | None,
+    documents: jax.Array | None,
   ) -> tuple[jax.Array, BlockState | None]:
     """x after the FFN or CMS, and the state after all."""
     cfg = self.config
     if cfg.cms.levels:
-      return cms.ContinuumMemory(cfg, name="cms")(x_BTD, mixed, state, segments)
+      return cms.ContinuumMemory(cfg, name="cms")(
+        x_BTD, mixed, state, documents
+      )
     if cfg.ffn_hidden:
       normed = layers.rms_norm(cfg, "norm_ffn")(x_BTD)
       x_BTD = x_BTD + layers.SwiGLU(cfg, cfg.ffn_hidden, name="ffn")(normed)

@@ -140,7 +140,7 @@ class _Tokens(NamedTuple):
 
   keys: jax.Array | None
   values: Tree
-  segments: jax.Array | None
+  documents: jax.Array | None
 
 
 class Scale(nn.Module):
@@ -193,7 +193,7 @@ class FastLevel(nn.Module):
       keys=tokens.keys,
       policy=cfg.memory.remat,
       state=state,
-      segments=tokens.segments,
+      documents=tokens.documents,
       with_dynamics=layers.wants_dynamics(self),
     )
     layers.sow_dynamics(self, level, out.dynamics)
@@ -232,7 +232,7 @@ class NestedLevels(nn.Module):
         n = rms_normalize(x, cfg.norm_eps) * scale[None, None]
         x = x + _given(slow, n, level)
       scales = scales[len(learned) :]
-    elif any(level.live for level in levels):
+    elif any(level.writes for level in levels):
       out = cms.run_nested(
         slow,
         x,
@@ -241,7 +241,7 @@ class NestedLevels(nn.Module):
         keys=tokens.keys,
         policy=cfg.memory.remat,
         state=list(state.values()) if state else None,
-        segments=tokens.segments,
+        documents=tokens.documents,
         with_dynamics=layers.wants_dynamics(self),
       )
       x = out.outputs
@@ -267,10 +267,10 @@ class ContinuumMemory(nn.Module):
     x_BTD: jax.Array,
     mixed: MixerOutput | None,
     state: BlockState | None = None,
-    segments: jax.Array | None = None,
+    documents: jax.Array | None = None,
   ) -> tuple[jax.Array, BlockState | None]:
     cfg, input_BTD = self.config, x_BTD
-    tokens = _Tokens(*self._signal(mixed), segments)
+    tokens = _Tokens(*self._signal(mixed), documents)
     fast = state.cms if state else None
     given = state.given if state else None
     if cfg.cms.connection == "nested":

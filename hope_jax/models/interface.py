@@ -1,7 +1,7 @@
 """What every sequence layer is, to the block and to everything above it.
 
 A sequence layer is a Linen module with
-`__call__(x_BTD, state, segments) -> MixerOutput` and, beside it, two functions:
+`__call__(x_BTD, state, documents) -> MixerOutput` and, beside it, the functions
 `init_state(config, batch_size, read_size) -> FastState` and
 `describe(config) -> [Problem]`.  Without a state it starts a sequence and
 returns none; with a state it continues one, so that training, prefill, decoding

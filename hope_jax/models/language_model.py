@@ -60,19 +60,19 @@ def forward(
   tokens_BT: jax.Array,
   *,
   state: Tree = None,
-  segments: jax.Array | None = None,
+  documents: jax.Array | None = None,
 ) -> ModelOutput:
   """The model as a function of its parameters, all its levels learning."""
   config = model.config
 
-  def apply(tokens: jax.Array, state: Tree, segments: Tree) -> ModelOutput:
+  def apply(tokens: jax.Array, state: Tree, documents: Tree) -> ModelOutput:
     output = model.apply(
-      {"params": params}, tokens, state=state, segments=segments
+      {"params": params}, tokens, state=state, documents=documents
     )
     return cast(ModelOutput, output)
 
   if not next_token_levels.is_on(config):
-    return apply(tokens_BT, state, segments)
+    return apply(tokens_BT, state, documents)
   is_whole = state is None
   if is_whole:
     batch_size, length = tokens_BT.shape
@@ -91,7 +91,7 @@ def forward(
       tokens_BT,
       config=config,
       state=state,
-      segments=segments,
+      documents=documents,
       is_whole=is_whole,
     )
   )
@@ -102,7 +102,7 @@ def _begin(
   params: Tree,
   tokens_BT: jax.Array,
   mixer: Tree,
-  segments: jax.Array | None,
+  documents: jax.Array | None,
 ) -> tuple[jax.Array, Tree]:
   """All that lies before the first level that learns from the next token.
 
@@ -120,7 +120,7 @@ def _begin(
     if mixer is not None:
       mixer_below = jax.tree.map(lambda x: x[:count], mixer)
     x_BTD, after = _read_layers(
-      config, below, x_BTD, mixer_below, levels={}, segments=segments
+      config, below, x_BTD, mixer_below, levels={}, documents=documents
     )
   of_first = lambda x: x[count]
   one: Any = registry.make_block(config, half=True)
@@ -128,7 +128,10 @@ def _begin(
   if mixer is not None:
     state = BlockState(jax.tree.map(of_first, mixer), {})
   x_BTD, state = one.apply(
-    {"params": jax.tree.map(of_first, params["blocks"])}, x_BTD, state, segments
+    {"params": jax.tree.map(of_first, params["blocks"])},
+    x_BTD,
+    state,
+    documents,
   )
   if state is None:
     return x_BTD, None
@@ -145,7 +148,7 @@ def _read_layers(
   mixer: Tree,
   *,
   levels: Tree,
-  segments: jax.Array | None,
+  documents: jax.Array | None,
 ) -> tuple[jax.Array, Tree]:
   """(stream, fast state after) of some layers, all arguments layers first."""
 
@@ -155,7 +158,7 @@ def _read_layers(
     if mixer is not None:
       state = BlockState(mixer, {}, given=levels)
     apply: Any = registry.make_block(config).apply
-    x_BTD, state = apply({"params": params}, x_BTD, state, segments)
+    x_BTD, state = apply({"params": params}, x_BTD, state, documents)
     return x_BTD, state and state.mixer
 
   return jax.lax.scan(_remat(config, layer), x_BTD, (params, mixer, levels))
@@ -174,7 +177,7 @@ def _finish(
   x_BTD: jax.Array,
   levels: Tree,
   mixer: Tree,
-  segments: jax.Array | None,
+  documents: jax.Array | None,
   *,
   config: ModelConfig,
 ) -> tuple[jax.Array, Tree]:
@@ -195,12 +198,12 @@ def _finish(
     x_BTD,
     None,
     BlockState(None, {}, given=first[1]),
-    segments,
+    documents,
   )
   if mixer is not None:
     params, levels = rest
     x_BTD, mixer = _read_layers(
-      config, params, x_BTD, mixer, levels=levels, segments=segments
+      config, params, x_BTD, mixer, levels=levels, documents=documents
     )
   norm: Any = layers.rms_norm(config, "norm_out")
   x_BTD = norm.apply({"params": top["norm_out"]}, x_BTD)
@@ -256,7 +259,7 @@ class LanguageModel(nn.Module):
   """tokens [B, T] -> logits [B, T, V] of the next token.
 
   `state` (from `init_state` or an earlier call) continues a sequence;
-  `segments` [B, T] are document numbers: nothing passes from one to another;
+  `documents` [B, T] are document numbers: nothing passes from one to another;
   0 is the document that `state` belongs to.
   """
 
@@ -267,7 +270,7 @@ class LanguageModel(nn.Module):
     self,
     tokens_BT: jax.Array,
     state: Tree = None,
-    segments: jax.Array | None = None,
+    documents: jax.Array | None = None,
   ) -> ModelOutput:
     cfg = self.config
     embed = nn.Embed(
@@ -293,7 +296,7 @@ class LanguageModel(nn.Module):
     )
     ends = registry.layer_of(cfg)
     blocks = layer(*arguments, name="blocks")
-    stream, state = blocks(ends.begin(cfg, x_BTD), state, segments)
+    stream, state = blocks(ends.begin(cfg, x_BTD), state, documents)
     x_BTD = ends.end(cfg, stream)
     if cfg.tied_embeddings:
       logits = _tied_logits(cfg, embed.embedding, x_BTD)

@@ -122,13 +122,13 @@ def residual(x_BTD: jax.Array) -> jax.Array:
   return nn.with_logical_constraint(x_BTD, ("batch", "length", "act"))
 
 
-def document_starts(segments: jax.Array) -> jax.Array:
+def document_starts(documents: jax.Array) -> jax.Array:
   """Whether a token is the first of a document: numbers [B, T] -> bool.
 
   Document 0 is the one that a given state belongs to.
   """
-  before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
-  return segments != before
+  before = jnp.pad(documents[:, :-1], ((0, 0), (1, 0)))
+  return documents != before
 
 
 def step_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -158,7 +158,7 @@ class ShortConv(nn.Module):
     self,
     x_BTD: jax.Array,
     state: jax.Array | None = None,
-    segments: jax.Array | None = None,
+    documents: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array]:
     batch, length, width = x_BTD.shape
     bound = self.window**-0.5
@@ -180,14 +180,14 @@ class ShortConv(nn.Module):
       state = jnp.zeros((batch, self.window - 1, width), x_BTD.dtype)
     padded = jnp.concatenate([state.astype(x_BTD.dtype), x_BTD], axis=1)
     number = None
-    if segments is not None:
-      number = jnp.pad(segments, ((0, 0), (self.window - 1, 0)))
+    if documents is not None:
+      number = jnp.pad(documents, ((0, 0), (self.window - 1, 0)))
     y_BTD = x_BTD * kernel_WD[0][None, None]
     for back in range(1, self.window):
       start = self.window - 1 - back
       tap_BTD = jax.lax.dynamic_slice_in_dim(padded, start, length, axis=1)
       if number is not None:
-        same = segments == number[:, start : start + length]
+        same = documents == number[:, start : start + length]
         tap_BTD = jnp.where(same[:, :, None], tap_BTD, 0)
       y_BTD = y_BTD + tap_BTD * kernel_WD[back][None, None]
     if self.use_bias:
@@ -210,7 +210,7 @@ def projections(
   widths: Mapping[str, int],
   config: ModelConfig,
   state: Mapping[str, jax.Array] | None,
-  segments: jax.Array | None,
+  documents: jax.Array | None,
   *,
   use_bias: bool = False,
   kernel_init: Initializer | None = None,
@@ -224,14 +224,14 @@ def projections(
     name: dense(width, config, axes, name, kernel_init=kernel_init)(x_BTD)
     for name, width in widths.items()
   }
-  return convolve(projected, config, state, segments, use_bias=use_bias)
+  return convolve(projected, config, state, documents, use_bias=use_bias)
 
 
 def convolve(
   projected: Mapping[str, jax.Array],
   config: ModelConfig,
   state: Mapping[str, jax.Array] | None,
-  segments: jax.Array | None,
+  documents: jax.Array | None,
   *,
   use_bias: bool = False,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
@@ -243,7 +243,7 @@ def convolve(
   for name, p in projected.items():
     conv = ShortConv(config.conv_window, p.dtype, use_bias, name=f"conv_{name}")
     convolved[name], new_state[name] = conv(
-      p, state[name] if state else None, segments
+      p, state[name] if state else None, documents
     )
   return convolved, new_state
 

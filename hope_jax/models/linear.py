@@ -305,7 +305,7 @@ class LinearMemory(nn.Module):
     self,
     x_BTD: jax.Array,
     state: LinearState | None = None,
-    segments: jax.Array | None = None,
+    documents: jax.Array | None = None,
   ) -> MixerOutput:
     cfg, variant = self.config, _variant(self.config)
     shape = layout(cfg)
@@ -315,7 +315,7 @@ class LinearMemory(nn.Module):
       _widths(cfg),
       cfg,
       before.conv,
-      segments,
+      documents,
       kernel_init=_kernel_init(cfg),
     )
     if cfg.conv_window:
@@ -338,7 +338,7 @@ class LinearMemory(nn.Module):
     if rule.correction is not None:
       q = l2_normalize(q - rule.correction[..., None] * k)
     tokens = Tokens(k, v, q * shape.key_dim**-0.5, rule)
-    o, after = run_rule(tokens, before.memory, segments, cfg)
+    o, after = run_rule(tokens, before.memory, documents, cfg)
     if state is not None:
       state = LinearState(after, conv)
     y_BTD = ReadOut(cfg, name="readout")(x_BTD, o)
@@ -357,7 +357,7 @@ class Tokens(NamedTuple):
 def run_rule(
   tokens: Tokens,
   before: Matrix,
-  segments: jax.Array | None,
+  documents: jax.Array | None,
   config: ModelConfig,
 ) -> tuple[jax.Array, Matrix]:
   """(o [B, H, T, E], the memory after) by `linear_rule`, on every device's
@@ -365,8 +365,8 @@ def run_rule(
   name = config.memory.implementation
   heads, length = tokens.keys.shape[1:3]
   reset = None
-  if segments is not None:
-    reset = layers.document_starts(segments)[:, None].repeat(heads, 1)
+  if documents is not None:
+    reset = layers.document_starts(documents)[:, None].repeat(heads, 1)
 
   def run(tokens, weight, reset):
     return linear_rule(

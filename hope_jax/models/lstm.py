@@ -67,7 +67,7 @@ class LSTM(nn.Module):
     self,
     x_BTD: jax.Array,
     state: LSTMState | None = None,
-    segments: jax.Array | None = None,
+    documents: jax.Array | None = None,
   ) -> MixerOutput:
     cfg, width = self.config, self.config.width
     recurrent = parameter(
@@ -101,7 +101,7 @@ class LSTM(nn.Module):
       return Cell(cell, hidden), hidden.astype(x.dtype)
 
     start = (state or init_state(cfg, x_BTD.shape[0])).memory
-    reset = None if segments is None else layers.document_starts(segments)
+    reset = None if documents is None else layers.document_starts(documents)
     by_token = lambda x: x.swapaxes(0, 1)
     with jax.named_scope("recurrence"):
       end, y = jax.lax.scan(

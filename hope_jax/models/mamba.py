@@ -165,12 +165,12 @@ class Mamba(nn.Module):
     self,
     x_BTD: jax.Array,
     state: MambaState | None = None,
-    segments: jax.Array | None = None,
+    documents: jax.Array | None = None,
   ) -> MixerOutput:
     cfg = self.config
     before = state or init_state(cfg, x_BTD.shape[0])
     projected, conv = layers.projections(
-      x_BTD, _widths(cfg), cfg, before.conv, segments, use_bias=True
+      x_BTD, _widths(cfg), cfg, before.conv, documents, use_bias=True
     )
     v_BTE = nn.silu(projected["value"])
     k_BTK, q_BTK = (
@@ -178,7 +178,7 @@ class Mamba(nn.Module):
       for name in ("key", "query")
     )
     step_BTE, rate_EK = Gates(cfg, name="gates")(v_BTE)
-    reset = None if segments is None else layers.document_starts(segments)
+    reset = None if documents is None else layers.document_starts(documents)
     o_BTE, memory = run_scan(
       Tokens(v_BTE, step_BTE, k_BTK, q_BTK, reset), rate_EK, before.memory, cfg
     )

@@ -64,12 +64,12 @@ class Mamba2(nn.Module):
     self,
     x_BTD: jax.Array,
     state: linear.LinearState | None = None,
-    segments: jax.Array | None = None,
+    documents: jax.Array | None = None,
   ) -> MixerOutput:
     cfg, heads = self.config, layout(self.config).heads
     before = state or init_state(cfg, x_BTD.shape[0])
     projected, conv = layers.projections(
-      x_BTD, _widths(cfg), cfg, before.conv, segments, use_bias=True
+      x_BTD, _widths(cfg), cfg, before.conv, documents, use_bias=True
     )
     if cfg.conv_window:
       projected = {name: nn.silu(p) for name, p in projected.items()}
@@ -80,7 +80,7 @@ class Mamba2(nn.Module):
     )
     v = layers.split_heads(projected["value"], heads)
     o, after = linear.run_rule(
-      linear.Tokens(k, v, q, rule), before.memory, segments, cfg
+      linear.Tokens(k, v, q, rule), before.memory, documents, cfg
     )
     if state is not None:
       state = linear.LinearState(after, conv)

@@ -17,7 +17,7 @@ A chunk's last target is the first token of the next one: the update is made on
 its receipt, before it is read.  So the state holds, beside what the model
 remembers, the tokens of the last chunk, the residual stream that the first
 learning level read there, and what the sequence layers above it remembered at
-the chunk's start.  A piece of text inside a chunk is read at that chunk's
+the chunk's start.  Text inside a chunk is read at that chunk's
 weights by the whole model (`_read`), and the chunk is computed once more for
 its gradient when the next one begins (`_learn`).
 
@@ -64,12 +64,12 @@ class Parts(NamedTuple):
   """The model, whole and in two parts, as functions.
 
   Attributes:
-    apply: (tokens, `BlockState`, segments) -> `ModelOutput`, with given D.
-    begin: (tokens, mixer, segments) -> the stream that the first learning
+    apply: (tokens, `BlockState`, documents) -> `ModelOutput`, with given D.
+    begin: (tokens, mixer, documents) -> the stream that the first learning
       level reads [B, T, D], and the fast state of the sequence layers up to
       there, both as given: L - K + 1 layers first, or None.
     top: the parameters of the rest, K layers first in "blocks".
-    finish: (top, stream, levels, mixer, segments) -> logits [B, T, V] and the
+    finish: (top, stream, levels, mixer, documents) -> logits [B, T, V] and the
       fast state of the K - 1 sequence layers above.
   """
 
@@ -85,7 +85,7 @@ def forward(
   *,
   config: ModelConfig,
   state: NextTokenState,
-  segments: jax.Array | None,
+  documents: jax.Array | None,
   is_whole: bool = False,
 ) -> tuple[jax.Array, NextTokenState | None]:
   """Reads `tokens` [B, T] on from `state`: (logits [B, T, V], state).
@@ -93,14 +93,14 @@ def forward(
   They must begin at a chunk's border, or lie inside one chunk.
 
   Args:
-    segments: [B, T] document numbers, 0: the state's document.
+    documents: [B, T] document numbers, 0: the state's document.
     is_whole: the tokens are a whole sequence, `state` is the one before it, and
       None is returned in place of the state after it.
   """
   if is_whole:
-    return _read_chunks(parts, tokens, state, segments, config, is_whole=True)
+    return _read_chunks(parts, tokens, state, documents, config, is_whole=True)
   length = config.cms.fast_lengths[0]
-  numbers = _numbers(state, tokens, segments)
+  numbers = _numbers(state, tokens, documents)
   state = jax.lax.cond(
     state.pending == length,
     lambda state: _learn(parts, state, tokens[:, 0], numbers[:, 0], config),
@@ -108,33 +108,33 @@ def forward(
     state,
   )
   if tokens.shape[1] < length:
-    return _read(parts, state, tokens, segments, config)
-  return _read_chunks(parts, tokens, state, segments, config)
+    return _read(parts, state, tokens, documents, config)
+  return _read_chunks(parts, tokens, state, documents, config)
 
 
 def _numbers(
-  state: NextTokenState, tokens: jax.Array, segments: jax.Array | None
+  state: NextTokenState, tokens: jax.Array, documents: jax.Array | None
 ) -> jax.Array:
   """[B, T] numbers of the tokens' documents, as the state counts them."""
   numbers = jnp.broadcast_to(state.document[:, None], tokens.shape)
-  return numbers if segments is None else numbers + segments
+  return numbers if documents is None else numbers + documents
 
 
 def _read(
   parts: Parts,
   state: NextTokenState,
   tokens: jax.Array,
-  segments: jax.Array | None,
+  documents: jax.Array | None,
   config: ModelConfig,
 ) -> tuple[jax.Array, NextTokenState]:
   """Tokens [B, T] of one chunk, at the weights that it began with."""
   is_first = state.pending == 0
-  numbers = _numbers(state, tokens, segments)
+  numbers = _numbers(state, tokens, documents)
   first = jnp.where(is_first, numbers[:, 0], state.first_document)
   begins = _differs(numbers[:, 0], state.document)
   inherits = numbers == first[:, None]
   fast = blocks(state.mixer, weights_of(state.levels), inherits, config)
-  output = parts.apply(tokens, fast, segments)
+  output = parts.apply(tokens, fast, documents)
   insert = jax.lax.dynamic_update_slice_in_dim
   before = layers_above(state.mixer, config)
   first_layer = config.num_layers - learning_layers(config)
@@ -172,10 +172,10 @@ def _learn(
   targets = jnp.concatenate([state.tokens[:, 1:], token[:, None]], axis=1)
   top = _Top(parts.finish, parts.top, config)
   # A chunk of several documents teaches nothing: it is taken for one.
-  segments = jnp.broadcast_to(state.begins[:, None], targets.shape)
+  documents = jnp.broadcast_to(state.begins[:, None], targets.shape)
   gradients, _ = top.gradients(
     weights_of(state.levels),
-    _Chunk(state.stream[0], segments),
+    _Chunk(state.stream[0], documents),
     state.start,
     targets,
   )
@@ -196,13 +196,13 @@ class _Chunk(NamedTuple):
 
   Attributes:
     stream: [B, C, D].
-    segments: [B, C] document numbers, 0: the one that ended the last chunk.
+    documents: [B, C] document numbers, 0: the one that ended the last chunk.
     inherits: [B, C] which places read D.  Both are None where there is one
       document only.
   """
 
   stream: jax.Array
-  segments: jax.Array | None = None
+  documents: jax.Array | None = None
   inherits: jax.Array | None = None
 
 
@@ -222,7 +222,9 @@ class _Top(NamedTuple):
       count = learning_layers(self.config)
       inherits = jnp.broadcast_to(inherits, (count, *inherits.shape))
     levels = {n: cms_layer.GivenLevel(w, inherits) for n, w in weights.items()}
-    return self.finish(self.params, chunk.stream, levels, mixer, chunk.segments)
+    return self.finish(
+      self.params, chunk.stream, levels, mixer, chunk.documents
+    )
 
   def gradients(
     self,
@@ -257,18 +259,18 @@ def _read_chunks(
   parts: Parts,
   tokens: jax.Array,
   state: NextTokenState,
-  segments: jax.Array | None,
+  documents: jax.Array | None,
   config: ModelConfig,
   *,
   is_whole: bool = False,
 ) -> tuple[jax.Array, NextTokenState | None]:
   """Tokens [B, T] from a chunk's border on, all that is below D at once."""
-  numbers = None if segments is None else _numbers(state, tokens, segments)
+  numbers = None if documents is None else _numbers(state, tokens, documents)
   below = None
   if not is_whole:
     count = config.num_layers - learning_layers(config) + 1
     below = jax.tree.map(lambda x: x[:count], state.mixer)
-  stream, below = parts.begin(tokens, below, segments)
+  stream, below = parts.begin(tokens, below, documents)
   scan = functools.partial(
     _scan, parts.finish, config=config, is_whole=is_whole
   )

@@ -171,13 +171,13 @@ class Turn(nn.Module):
     self,
     x_BTD: jax.Array,
     state: tuple[BlockState, ...] | None,
-    segments: jax.Array | None,
+    documents: jax.Array | None,
   ) -> tuple[jax.Array, tuple[Tree, ...] | None]:
     after = []
     for i, config in enumerate(pattern(self.config)):
       layer = LAYERS[config.sequence_layer]
       block: Any = layer.block(config, layer.module, name=f"block_{i}")
-      x_BTD, one = block(x_BTD, state[i] if state else None, segments)
+      x_BTD, one = block(x_BTD, state[i] if state else None, documents)
       after.append(one)
     return x_BTD, tuple(after) if state else None
 

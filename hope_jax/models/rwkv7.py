@@ -103,16 +103,16 @@ def init_shift(config: ModelConfig, batch_size: int) -> jax.Array:
 
 
 def token_shift(
-  x_BTD: jax.Array, last_BD: jax.Array | None, segments: jax.Array | None
+  x_BTD: jax.Array, last_BD: jax.Array | None, documents: jax.Array | None
 ) -> jax.Array:
   """The token before each: the first has `last_BD`, a document's first 0."""
   if last_BD is None:
     last_BD = jnp.zeros_like(x_BTD[:, 0])
   before = jnp.concatenate([last_BD[:, None].astype(x_BTD.dtype), x_BTD], 1)
   before = before[:, :-1]
-  if segments is None:
+  if documents is None:
     return before
-  return jnp.where(layers.document_starts(segments)[..., None], 0, before)
+  return jnp.where(layers.document_starts(documents)[..., None], 0, before)
 
 
 def lerp(x: jax.Array, y: jax.Array, share: jax.Array) -> jax.Array:
@@ -274,13 +274,13 @@ class TimeMix(nn.Module):
     self,
     x_BTD: jax.Array,
     state: RWKV7State | None,
-    segments: jax.Array | None,
+    documents: jax.Array | None,
     depth: Depth,
   ) -> MixerOutput:
     cfg, heads = self.config, num_heads(self.config)
     layer = depth.layer.astype(jnp.float32)
     start = state or init_state(cfg, x_BTD.shape[0])
-    before_BTD = token_shift(x_BTD, start.shift, segments)
+    before_BTD = token_shift(x_BTD, start.shift, documents)
     shifted, (r, k, v) = Projections(cfg, name="projections")(
       x_BTD, before_BTD, layer
     )
@@ -291,8 +291,8 @@ class TimeMix(nn.Module):
     k = k * (1 + (gates["rate"] - 1) * gates["key_rate"])
     rkv = split(r), split(k), split(v)
     reset = None
-    if segments is not None:
-      reset = layers.document_starts(segments)[:, None].repeat(heads, 1)
+    if documents is not None:
+      reset = layers.document_starts(documents)[:, None].repeat(heads, 1)
     with jax.named_scope("recurrence"):
       out = rule.generalized_delta_rule(
         rkv[1],
@@ -320,13 +320,13 @@ class ChannelMix(_Layer):
     self,
     x_BTD: jax.Array,
     last_BD: jax.Array | None,
-    segments: jax.Array | None,
+    documents: jax.Array | None,
     layer: jax.Array,
   ) -> tuple[jax.Array, jax.Array]:
     cfg = self.config
     down, _ = _relative(layer.astype(jnp.float32), cfg)
     mix = self.channels("shift_key", lambda i: 1 - i ** (down**4), "embed")
-    before_BTD = token_shift(x_BTD, last_BD, segments)
+    before_BTD = token_shift(x_BTD, last_BD, documents)
     mixed = lerp(x_BTD, before_BTD, mix)
     init = _uniform(0.5 * cfg.width**-0.5)
     hidden = layers.dense(
@@ -352,19 +352,19 @@ class RWKV7Block(Block):
     self,
     stream: tuple[jax.Array, Depth],
     state: BlockState | None,
-    segments: jax.Array | None,
+    documents: jax.Array | None,
   ) -> tuple[tuple[jax.Array, Depth], BlockState | None]:
     cfg, (x_BTD, depth) = self.config, stream
     normed = _layer_norm(cfg, "norm_mixer")(x_BTD)
     mixed = TimeMix(cfg, name="mixer")(
-      normed, state.mixer if state else None, segments, depth
+      normed, state.mixer if state else None, documents, depth
     )
     x_BTD = x_BTD + mixed.y
     last_BD = state.ffn if state else None
     if cfg.ffn_hidden:
       normed = _layer_norm(cfg, "norm_ffn")(x_BTD)
       y_BTD, last_BD = ChannelMix(cfg, name="ffn")(
-        normed, last_BD, segments, depth.layer
+        normed, last_BD, documents, depth.layer
       )
       x_BTD = x_BTD + y_BTD
     if state is not None:

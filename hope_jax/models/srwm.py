@@ -72,7 +72,7 @@ class SRWMState(FastState):
 def init_state(
   config: ModelConfig, batch_size: int, read_size: int | None = None
 ) -> SRWMState:
-  """D = W - W_0 = 0; it is written at every token, whatever the piece."""
+  """D = W - W_0 = 0; it is written at every token, however many are read."""
   del read_size
   shape = batch_size, config.num_heads, num_rows(config), config.head_dim
   return _state(jnp.zeros(shape, jnp.float32))
@@ -118,7 +118,7 @@ class SelfReferentialMatrix(nn.Module):
     self,
     x_BTD: jax.Array,
     state: SRWMState | None = None,
-    segments: jax.Array | None = None,
+    documents: jax.Array | None = None,
   ) -> MixerOutput:
     cfg = self.config
     initial = InitialMatrix(cfg, name="initial")()
@@ -126,7 +126,7 @@ class SelfReferentialMatrix(nn.Module):
     difference = start.memory.weight.output
     x = nn.softmax(layers.split_heads(x_BTD, cfg.num_heads))
     if cfg.is_live("memory"):
-      reset = None if segments is None else layers.document_starts(segments)
+      reset = None if documents is None else layers.document_starts(documents)
       difference, y = checkpointed_scan(
         _step(initial, cfg.head_dim),
         difference,

@@ -52,11 +52,11 @@ class SlowProjections(nn.Module):
     self,
     x_BTD: jax.Array,
     conv_state: dict[str, jax.Array] | None,
-    segments: jax.Array | None,
+    documents: jax.Array | None,
   ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     cfg = self.config
     projected, new_state = layers.projections(
-      x_BTD, layers.full_widths(cfg), cfg, conv_state, segments
+      x_BTD, layers.full_widths(cfg), cfg, conv_state, documents
     )
     projected = {
       name: layers.split_heads(nn.silu(p), cfg.num_heads)
@@ -312,22 +312,22 @@ class DeepMemory(nn.Module):
     self,
     x_BTD: jax.Array,
     state: TitansState | None = None,
-    segments: jax.Array | None = None,
+    documents: jax.Array | None = None,
   ) -> MixerOutput:
-    return read(self, x_BTD, state, segments)
+    return read(self, x_BTD, state, documents)
 
 
 def read(
   module: nn.Module,
   x_BTD: jax.Array,
   state: TitansState | None,
-  segments: jax.Array | None,
+  documents: jax.Array | None,
 ) -> MixerOutput:
   """The memory layer, with its parts as submodules of `module`."""
   cfg: ModelConfig = getattr(module, "config")  # noqa: B009
   with_dynamics = layers.wants_dynamics(module)
   projected, conv = SlowProjections(cfg, name="projections")(
-    x_BTD, state.conv if state else None, segments
+    x_BTD, state.conv if state else None, documents
   )
   gates = Gates(cfg, name="gates")(x_BTD)
   memory, boxes = InitialWeights(cfg, name="initial")()
@@ -343,7 +343,7 @@ def read(
     ),
     cfg.memory,
     state=state.boxes if state else None,
-    segments=segments,
+    documents=documents,
     frozen=tuple(b for b in cfg.memory.adaptive if not cfg.is_live(b)),
     with_dynamics=with_dynamics,
   )
@@ -356,8 +356,8 @@ def read(
     deep.Tokens(k, v, q, opened),
     cfg.memory,
     state=state.memory if state else None,
-    segments=segments,
-    live=cfg.is_live("memory"),
+    documents=documents,
+    writes=cfg.is_live("memory"),
     with_dynamics=with_dynamics,
   )
   layers.sow_dynamics(module, "memory", out.dynamics)

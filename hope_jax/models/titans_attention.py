@@ -77,16 +77,16 @@ class MemoryAndAttention(nn.Module):
     self,
     x_BTD: jax.Array,
     state: BesideState | None = None,
-    segments: jax.Array | None = None,
+    documents: jax.Array | None = None,
   ) -> MixerOutput:
     cfg = self.config
-    read = titans.read(self, x_BTD, state, segments)
+    read = titans.read(self, x_BTD, state, documents)
     normed = layers.rms_norm(cfg, "norm_memory")(read.y)
     is_gate = cfg.sequence_layer == "titans_mag"
     attended = attention.Attention(cfg, name="attention")(
       x_BTD if is_gate else normed,
       state.attention if state else None,
-      segments,
+      documents,
     )
     y_BTD = attended.y
     if is_gate:
@@ -169,7 +169,7 @@ class MemoryAsContext(nn.Module):
     self,
     x_BTD: jax.Array,
     state: ContextState | None = None,
-    segments: jax.Array | None = None,
+    documents: jax.Array | None = None,
   ) -> MixerOutput:
     cfg, shape = self.config, x_BTD.shape
     made = {
@@ -180,7 +180,7 @@ class MemoryAsContext(nn.Module):
       {name: p for name, (p, _) in made.items()},
       cfg,
       state.conv if state else None,
-      segments,
+      documents,
     )
     kernels = _Kernels(
       key=made["key"][1],
@@ -205,7 +205,7 @@ class MemoryAsContext(nn.Module):
       tokens,
       axis=2,
       state=state.memory if state else None,
-      segments=segments,
+      documents=documents,
       with_dynamics=layers.wants_dynamics(self) and cfg.is_live("memory"),
     )
     layers.sow_dynamics(self, "memory", out.dynamics)

@@ -154,7 +154,7 @@ class TestTimeTraining(nn.Module):
     self,
     x_BTD: jax.Array,
     state: TTTState | None = None,
-    segments: jax.Array | None = None,
+    documents: jax.Array | None = None,
     stream_BTD: jax.Array | None = None,
   ) -> MixerOutput:
     cfg, conv = self.config, {}
@@ -168,7 +168,7 @@ class TestTimeTraining(nn.Module):
         use_bias=True,
         is_normal=True,
         name=f"conv_{name}",
-      )(x, state.conv[name] if state else None, segments)
+      )(x, state.conv[name] if state else None, documents)
       return x
 
     first_BTD = jnp.zeros_like(x_BTD)
@@ -201,8 +201,8 @@ class TestTimeTraining(nn.Module):
       tokens,
       cfg.memory,
       state=before,
-      segments=segments,
-      live=cfg.is_live("memory"),
+      documents=documents,
+      writes=cfg.is_live("memory"),
       with_dynamics=layers.wants_dynamics(self),
     )
     layers.sow_dynamics(self, "memory", out.dynamics)
@@ -260,12 +260,12 @@ class TTTBlock(Block):
   """The block, whose sequence layer reads the residual stream, too."""
 
   def mix(
-    self, x_BTD: jax.Array, state: Tree, segments: jax.Array | None
+    self, x_BTD: jax.Array, state: Tree, documents: jax.Array | None
   ) -> MixerOutput:
     """What the sequence layer reads."""
     normed = layers.rms_norm(self.config, "norm_mixer")(x_BTD)
     mixer = TestTimeTraining(self.config, name="mixer")
-    return mixer(normed, state, segments, x_BTD)
+    return mixer(normed, state, documents, x_BTD)
 
 
 def describe(config: ModelConfig) -> list[Problem]:

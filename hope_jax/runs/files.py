@@ -19,7 +19,7 @@ from etils import epath
 
 from hope_jax.config import ConfigError
 
-_BLOCK = 1 << 24  # bytes copied at a time
+_COPY_BYTES = 1 << 24  # bytes copied at a time
 
 
 def reason(error: Exception) -> str:
@@ -158,7 +158,7 @@ def writing(
 
 def _copy(source: epath.Path, target: epath.Path) -> None:
   with source.open("rb") as reader, target.open("wb") as writer:
-    shutil.copyfileobj(reader, writer, _BLOCK)
+    shutil.copyfileobj(reader, writer, _COPY_BYTES)
 
 
 def write_text(path: epath.Path, text: str) -> None:

@@ -90,7 +90,7 @@ def batch_sums(
   `axis` 0 sums over rows only, so that every position has its own [T].
   """
   output = language_model.forward(
-    model, params, batch["tokens"], state=fast, segments=batch.get("segments")
+    model, params, batch["tokens"], state=fast, documents=batch.get("segments")
   )
   logits = output.logits.astype(jnp.float32)
   targets, weights = batch["targets"], batch["weights"]

@@ -48,7 +48,7 @@ def rows(
     start = time.perf_counter()
     piece = min(PIECE, places[0])
     state = streaming.extend(
-      params, state, text, config=config, piece=piece
+      params, state, text, config=config, read_size=piece
     ).state
     jax.block_until_ready(state)
     reading = time.perf_counter() - start
@@ -100,7 +100,7 @@ def _speed(
       logits,
       keys,
       config=config,
-      count=generation.BLOCK,
+      count=generation.DECODE_STEPS,
       sampling=generation.Sampling(),
       vocab_size=config.vocab_size,
     )
@@ -108,7 +108,7 @@ def _speed(
     seconds.append(time.perf_counter() - start)
     if len(seconds) > 1 and time.perf_counter() - begin > SECONDS:
       break
-  taken = statistics.median(seconds[1:]) / generation.BLOCK
+  taken = statistics.median(seconds[1:]) / generation.DECODE_STEPS
   return {
     "blocks": len(seconds) - 1,
     "token ms": 1e3 * taken,

@@ -23,8 +23,8 @@ PROMPTS = [np.array([5, 1, 7, 20, 30]), np.array([3]), np.arange(9) * 7 % 31]
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-  monkeypatch.setattr(generation, "PIECE", 4)
-  monkeypatch.setattr(generation, "BLOCK", 3)
+  monkeypatch.setattr(generation, "READ_SIZE", 4)
+  monkeypatch.setattr(generation, "DECODE_STEPS", 3)
 
 
 @pytest.fixture(

@@ -41,8 +41,8 @@ class Model(NamedTuple):
 @pytest.fixture(autouse=True)
 def small_sizes(monkeypatch):
   """Every border is met by short sequences."""
-  monkeypatch.setattr(scoring, "BLOCK", BLOCK)
-  monkeypatch.setattr(scoring, "PIECE", PIECE)
+  monkeypatch.setattr(scoring, "NODE_LENGTH", BLOCK)
+  monkeypatch.setattr(scoring, "READ_SIZE", PIECE)
   monkeypatch.setattr(scoring, "LEAST", BLOCK)
   monkeypatch.setattr(scoring, "LEAST_CACHE", 32)
 
@@ -166,7 +166,7 @@ def test_states_after_sequences_are_those_of_reading_alone(model):
       streaming.start(config),
       np.array([tokens], np.int32),
       config=config,
-      piece=PIECE,
+      read_size=PIECE,
     )
     jax.tree.map(
       lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-4),
@@ -180,13 +180,13 @@ def test_states_after_sequences_are_those_of_reading_alone(model):
 def test_shared_blocks_are_read_once_in_pieces_of_few_sizes(model, monkeypatch):
   if model.config.sequence_layer != "gated_deltanet":
     return
-  sizes, original = [], scoring.read_piece
+  sizes, original = [], scoring.read_once
 
   def counted(params, states, tokens, is_read, **options):
     sizes.append((tokens.shape, int(is_read.sum())))
     return original(params, states, tokens, is_read, **options)
 
-  monkeypatch.setattr(scoring, "read_piece", counted)
+  monkeypatch.setattr(scoring, "read_once", counted)
   score(model, [Request(TEXT[:41], [n]) for n in range(7)])
   assert sizes == [((BATCH, 8), 1)] * 5
 
@@ -211,12 +211,12 @@ def test_tree_holds_every_sequence_where_it_ends():
 def test_pieces_begin_at_multiples_of_their_size(monkeypatch):
   sizes = []
 
-  def read_piece(_, states, tokens, is_read, **options):
+  def read_once(_, states, tokens, is_read, **options):
     sizes.append(tokens.shape[1])
     return streaming.Scores(np.zeros(tokens.shape), tokens > 0), states
 
-  monkeypatch.setattr(scoring, "PIECE", 64)
-  monkeypatch.setattr(scoring, "read_piece", read_piece)
+  monkeypatch.setattr(scoring, "READ_SIZE", 64)
+  monkeypatch.setattr(scoring, "read_once", read_once)
   before: Any = scoring.Read(8, (), {"state": np.zeros(2)})
   scoring.read(
     None, [scoring.Row(before, TEXT[:72])], config=make("lstm"), batch_size=1
@@ -247,7 +247,7 @@ def test_rows_that_wait_are_as_before(model):
   tokens = np.array([TEXT[:1], OTHER[:1], TEXT[1:2]], np.int32)
   is_read = np.array([False, True, False])
   before = jax.device_get(states)
-  _, after = scoring.read_piece(
+  _, after = scoring.read_once(
     model.params, states, tokens, is_read, config=config
   )
   jax.tree.map(

@@ -61,7 +61,7 @@ def model(request):
     nn.unbox(shapes["params"]),
   )
   full = fast_jit(lambda x: language_model.forward(network, params, x).logits)
-  programs = streaming.read_piece._cache_size()
+  programs = streaming.read_once._cache_size()
   return Model(config, params, tokens, full(tokens), programs)
 
 
@@ -73,7 +73,7 @@ def read(model, parts, begin=0, state=None):
   for count in parts:
     part = tokens[:, begin : begin + count]
     found.append(
-      streaming.extend(params, state, part, config=config, piece=PIECE)
+      streaming.extend(params, state, part, config=config, read_size=PIECE)
     )
     state, begin = found[-1].state, begin + count
   return found
@@ -101,13 +101,13 @@ def test_extend_in_parts_equals_one_pass(model, parts):
 
 def test_extend_never_reads_a_token_twice(model, monkeypatch):
   config, params, tokens, *_ = model
-  sent, real = [], streaming.read_piece
+  sent, real = [], streaming.read_once
 
   def spy(params, state, piece, **kwargs):
     sent.append(np.asarray(piece))
     return real(params, state, piece, **kwargs)
 
-  monkeypatch.setattr(streaming, "read_piece", spy)
+  monkeypatch.setattr(streaming, "read_once", spy)
   (*_, last) = read(model, PARTS[1])
   np.testing.assert_array_equal(np.concatenate(sent, axis=1), tokens)
   assert int(last.state.processed) == T
@@ -117,7 +117,7 @@ def test_extend_never_reads_a_token_twice(model, monkeypatch):
 def test_one_program_per_size_of_pieces(model):
   read(model, PARTS[1])
   read(model, PARTS[2])
-  assert streaming.read_piece._cache_size() - model.programs == 2
+  assert streaming.read_once._cache_size() - model.programs == 2
 
 
 def test_state_does_not_grow(model):
@@ -146,7 +146,7 @@ def test_extend_refuses_what_it_cannot_read(model):
 
 @hypothesis.given(st.integers(0, 10**6), st.integers(0, 10**5))
 def test_pieces_are_aligned_and_few(position, count):
-  sizes = list(streaming.piece_sizes(position, count, 4096))
+  sizes = list(streaming.read_sizes(position, count, 4096))
   begins = position + np.cumsum([0, *sizes])
   assert begins[-1] == position + count
   for begin, size in zip(begins, sizes, strict=False):

@@ -133,8 +133,8 @@ def test_level_is_causal_and_reads_whole_chunks():
 
 def test_level_starts_anew_with_a_document():
   slow, n, value = random_level()
-  segments = (jnp.arange(T) >= 8).astype(jnp.int32)[None].repeat(B, 0)
-  packed, _, _ = run(slow, n, value, segments=segments)
+  documents = (jnp.arange(T) >= 8).astype(jnp.int32)[None].repeat(B, 0)
+  packed, _, _ = run(slow, n, value, documents=documents)
   apart, _, _ = run(slow, n[:, 8:], value[:, 8:])
   np.testing.assert_allclose(packed[:, 8:], apart, atol=1e-12)
 
@@ -142,8 +142,8 @@ def test_level_starts_anew_with_a_document():
 def test_document_may_begin_inside_a_chunk():
   """Its tokens read W_0 until the chunk ends; the old document's are gone."""
   slow, n, value = random_level()
-  segments = (jnp.arange(T) >= 10).astype(jnp.int32)[None].repeat(B, 0)
-  packed, _, _ = run(slow, n, value, segments=segments)
+  documents = (jnp.arange(T) >= 10).astype(jnp.int32)[None].repeat(B, 0)
+  packed, _, _ = run(slow, n, value, documents=documents)
   before, _, _ = run(slow, n[:, :10], value[:, :10])
   # As if the chunk's first two places had been empty.
   alone = [jnp.pad(x[:, 10:], ((0, 0), (2, 0), (0, 0))) for x in (n, value)]
@@ -159,18 +159,18 @@ def test_documents_in_pieces_equal_one_pass(size):
   """Pieces number their documents anew: 0 goes on with the state's."""
   slow, n, value = random_level()
   number = jnp.repeat(jnp.arange(4), jnp.array([3, 7, 2, 10]))
-  whole, _, _ = run(slow, n, value, segments=number[None].repeat(B, 0))
+  whole, _, _ = run(slow, n, value, documents=number[None].repeat(B, 0))
   state, outputs = chunks.fresh(cms.zero_state(slow, B)), []
   step = fast_jit(
-    lambda n, value, state, segments: run(
-      slow, n, value, state, segments=segments
+    lambda n, value, state, documents: run(
+      slow, n, value, state, documents=documents
     )
   )
   for first in range(0, T, size):
     piece = slice(first, first + size)
     last = number[max(first - 1, 0)]
-    segments = (number[piece] - last)[None].repeat(B, 0)
-    y, state, _ = step(n[:, piece], value[:, piece], state, segments)
+    documents = (number[piece] - last)[None].repeat(B, 0)
+    y, state, _ = step(n[:, piece], value[:, piece], state, documents)
     outputs.append(y)
   np.testing.assert_allclose(jnp.concatenate(outputs, 1), whole, atol=1e-12)
 
@@ -262,12 +262,12 @@ def test_nested_levels_start_anew_with_a_document(border):
   """Inside a chunk, too: see `test_document_may_begin_inside_a_chunk`.  At 17
   it begins inside one of every level, the slowest having learned before."""
   slow, x, value = random_level()
-  segments = (jnp.arange(T) >= border).astype(jnp.int32)[None].repeat(B, 0)
-  packed, _, _ = run_nested(slow, x, value, segments=segments)
+  documents = (jnp.arange(T) >= border).astype(jnp.int32)[None].repeat(B, 0)
+  packed, _, _ = run_nested(slow, x, value, documents=documents)
   before, _, _ = run_nested(slow, x[:, :border], value[:, :border])
   np.testing.assert_allclose(packed[:, :border], before, atol=1e-12)
   other = x.at[:, : border - 1].add(1.0)
-  again, _, _ = run_nested(slow, other, value, segments=segments)
+  again, _, _ = run_nested(slow, other, value, documents=documents)
   np.testing.assert_array_equal(packed[:, border:], again[:, border:])
   if border == LENGTHS[-1]:
     apart, _, _ = run_nested(slow, x[:, border:], value[:, border:])

@@ -323,7 +323,7 @@ def test_memory_without_writes_is_the_slow_model():
     cfg = MemoryConfig(chunk_length=4, retention=retention, setting=setting)
     off = gates._replace(learn_rate=jnp.zeros_like(gates.learn_rate))
     live = jax.jit(chunked, static_argnums=3)(initial, sequence, off, cfg)
-    slow = jax.jit(lambda *a, cfg=cfg: chunked(*a, cfg, live=False))(
+    slow = jax.jit(lambda *a, cfg=cfg: chunked(*a, cfg, writes=False))(
       initial, sequence, gates
     )
     np.testing.assert_array_equal(live, slow)
@@ -345,7 +345,7 @@ def test_memory_without_writes_keeps_its_state():
   state = chunks.fresh(
     chunks.zero_state(initial, B, has_momentum=cfg.momentum != "none")
   )
-  out = run_memory(initial, sequence, gates, cfg, state=state, live=False)
+  out = run_memory(initial, sequence, gates, cfg, state=state, writes=False)
   assert out.state is state
 
 
@@ -383,14 +383,14 @@ def test_memory_in_pieces_equals_one_pass(retention, pieces):
 def test_memory_forgets_at_document_borders(retention):
   cfg = MemoryConfig(chunk_length=4, read="token_post", retention=retention)
   initial, sequence, gates = random_memory(length=20)
-  segments = jnp.repeat(jnp.array([0, 1]), jnp.array([8, 12]))[None]
+  documents = jnp.repeat(jnp.array([0, 1]), jnp.array([8, 12]))[None]
   packed = compiled(
     chunked,
     initial,
     sequence,
     gates,
     cfg=cfg,
-    segments=jnp.repeat(segments, B, 0),
+    documents=jnp.repeat(documents, B, 0),
   )
   part = lambda first, last: compiled(
     chunked,
@@ -412,7 +412,7 @@ def test_memory_forgets_wherever_the_number_of_a_document_changes():
     sequence,
     gates,
     cfg=MemoryConfig(chunk_length=4),
-    segments=jnp.repeat(jnp.array(numbers), 4)[None].repeat(B, 0),
+    documents=jnp.repeat(jnp.array(numbers), 4)[None].repeat(B, 0),
   )
   np.testing.assert_array_equal(packed(0, 2, 1), packed(0, 1, 2))
 

@@ -42,7 +42,7 @@ def _values_and_vjp(run, *inputs):
   return fast_jit(both)(*inputs)
 
 
-def _memory(cfg, segments=None):
+def _memory(cfg, documents=None):
   """Outputs and the state after, of a memory."""
 
   def run(initial, sequence, gates, now):
@@ -52,30 +52,30 @@ def _memory(cfg, segments=None):
       deep.Tokens(*sequence, gates),
       cfg,
       state=state,
-      segments=segments,
+      documents=documents,
     )
     return out.outputs, out.state.now
 
   return run
 
 
-def _boxes(cfg, segments=None):
+def _boxes(cfg, documents=None):
   """Outputs and the state after, of the adaptive boxes."""
 
   def run(initial, p, now):
     state = chunks.ChunkState(now, None, None)
     made, state, _ = self_modifying.run_projections(
-      initial, p, cfg, state=state, segments=segments
+      initial, p, cfg, state=state, documents=documents
     )
     return made, state.now
 
   return run
 
 
-def _check(make, cfg, inputs, segments=None):
+def _check(make, cfg, inputs, documents=None):
   xla = dataclasses.replace(cfg, implementation="xla")
-  got = _values_and_vjp(make(cfg, segments), *inputs)
-  want = _values_and_vjp(make(xla, segments), *inputs)
+  got = _values_and_vjp(make(cfg, documents), *inputs)
+  want = _values_and_vjp(make(xla, documents), *inputs)
   assert_close(got, want, 1e-10)
 
 
@@ -154,11 +154,11 @@ cfg = MemoryConfig(implementation="pallas_interpret", chunk_length=4)
 test_deep.B, test_deep.H = 4, 6
 initial, sequence, gates = test_deep.random_memory(length=12)
 
-segments = np.repeat([[0, 0, 1], [0, 1, 1], [0, 1, 2], [1, 1, 1]], 4, 1)
+documents = np.repeat([[0, 0, 1], [0, 1, 1], [0, 1, 2], [1, 1, 1]], 4, 1)
 
 def loss(initial, sequence, gates):
   tokens = deep.Tokens(*sequence, gates)
-  out = deep.run_memory(initial, tokens, cfg, segments=segments)
+  out = deep.run_memory(initial, tokens, cfg, documents=documents)
   return out.outputs.sum()
 
 def gradients(data, fsdp, tensor, count):

@@ -49,10 +49,10 @@ def plain(params, x_TD, config, window, numbers):
 
 @pytest.mark.parametrize("window", [0, 1, 7, 39, 64])
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one", "documents"])
-def test_attention_equals_a_mask_over_all_pairs(window, segments):
+def test_attention_equals_a_mask_over_all_pairs(window, documents):
   config, apply, params, x = layer(conv_window=0, attention_window=window)
-  y = apply(params, x, None, segments).y
-  numbers = np.zeros((B, T)) if segments is None else segments
+  y = apply(params, x, None, documents).y
+  numbers = np.zeros((B, T)) if documents is None else documents
   for row in range(B):
     expected = plain(params, x[row], config, window, numbers[row])
     np.testing.assert_allclose(y[row], expected, atol=2e-5)
@@ -67,19 +67,19 @@ PIECES = {
 @pytest.mark.parametrize("window", [0, 6, 64])
 @pytest.mark.parametrize("pieces", PIECES)
 @pytest.mark.parametrize("segments", [SEGMENTS, None], ids=["documents", "one"])
-def test_pieces_equal_one_pass(window, pieces, segments):
+def test_pieces_equal_one_pass(window, pieces, documents):
   """Pieces shorter and longer than the window; new documents anywhere."""
   config, apply, params, x = layer(attention_window=window)
-  whole = apply(params, x, None, segments).y
+  whole = apply(params, x, None, documents).y
   state = attention.init_state(config, B)
   sizes = jax.tree.map(jnp.shape, state)
   outputs, begin, last = [], 0, np.zeros((B, 1), int)
   for count in PIECES[pieces]:
     piece = slice(begin, begin + count)
     numbers = None
-    if segments is not None:
-      numbers = segments[:, piece] - last
-      last = segments[:, piece][:, -1:]
+    if documents is not None:
+      numbers = documents[:, piece] - last
+      last = documents[:, piece][:, -1:]
     y, _, _, state = apply(params, x[:, piece], state, numbers)
     outputs.append(y)
     begin += count

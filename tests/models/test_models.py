@@ -125,8 +125,8 @@ def check_prefill_and_decode_equal_the_full_pass(apply, tokens, full, state):
 
 
 def check_documents_do_not_see_each_other(apply, tokens):
-  segments = (jnp.arange(T) >= 16).astype(jnp.int32)[None].repeat(B, 0)
-  packed = apply(tokens, segments).logits
+  documents = (jnp.arange(T) >= 16).astype(jnp.int32)[None].repeat(B, 0)
+  packed = apply(tokens, documents).logits
   apart = apply(jnp.roll(tokens, -16, axis=1)).logits
   np.testing.assert_allclose(
     packed[:, 16:], apart[:, : T - 16], atol=2e-5, rtol=1e-4
@@ -140,7 +140,7 @@ def test_sequence_layer(name, subtests):
   model, params, tokens = init(config)
   apply = fast_jit(lambda *a: model.apply({"params": params}, *a))
   one = jnp.zeros((B, T), jnp.int32)
-  packed = lambda tokens, segments=one: apply(tokens, None, segments)
+  packed = lambda tokens, documents=one: apply(tokens, None, documents)
   full = packed(tokens).logits
   with subtests.test("causal"):
     check_causal(packed, tokens, full)
@@ -326,7 +326,7 @@ def test_piece_may_begin_with_a_new_document_anywhere(name):
 
 
 @pytest.mark.parametrize(
-  ("name", "piece_length"),
+  ("name", "read_size"),
   [
     ("titans_mac", None),
     ("hope", 8),
@@ -337,20 +337,20 @@ def test_piece_may_begin_with_a_new_document_anywhere(name):
     slow_case("ttt_mlp", None),
   ],
 )
-def test_documents_in_pieces_equal_one_pass(name, piece_length):
+def test_documents_in_pieces_equal_one_pass(name, read_size):
   """A long document goes on in the next piece; a new one starts anew."""
   cms = dataclasses.replace(CMS, chunk_lengths=(4, 20, 0))
   config = make(name, cms=cms if name == "hope" else CMSConfig())
   model, params, tokens = init(config)
   number = jnp.repeat(jnp.arange(3), jnp.array([8, 24, 8]))
-  segments = number[None].repeat(B, 0)
+  documents = number[None].repeat(B, 0)
   apply = fast_jit(lambda *a: model.apply({"params": params}, *a))
-  whole = apply(tokens, None, segments).logits
-  state = language_model.init_state(config, B, piece_length)
+  whole = apply(tokens, None, documents).logits
+  state = language_model.init_state(config, B, read_size)
   logits = []
   for first in range(0, T, 8):
     piece = slice(first, first + 8)
-    numbers = segments[:, piece] - number[max(first - 1, 0)]
+    numbers = documents[:, piece] - number[max(first - 1, 0)]
     out = apply(tokens[:, piece], state, numbers)
     logits.append(out.logits)
     state = out.state
@@ -372,9 +372,9 @@ def test_convolution_in_pieces_stops_at_documents():
   conv = layers.ShortConv(4, jnp.float32)
   x = jax.random.normal(jax.random.key(0), (B, 12, 6))
   number = jnp.repeat(jnp.arange(5), jnp.array([5, 1, 2, 1, 3]))
-  segments = number[None].repeat(B, 0)
+  documents = number[None].repeat(B, 0)
   params = nn.unbox(conv.init(jax.random.key(1), x))
-  whole, _ = conv.apply(params, x, None, segments)
+  whole, _ = conv.apply(params, x, None, documents)
   apart = [
     conv.apply(params, x[:, a:b])[0] for a, b in ((0, 5), (5, 6), (6, 8))
   ]
@@ -385,7 +385,7 @@ def test_convolution_in_pieces_stops_at_documents():
     state, outputs = jnp.zeros((B, 3, 6)), []
     for first in range(0, 12, size):
       piece = slice(first, first + size)
-      here = segments[:, piece] - number[max(first - 1, 0)]
+      here = documents[:, piece] - number[max(first - 1, 0)]
       y, state = conv.apply(params, x[:, piece], state, here)
       outputs.append(y)
     np.testing.assert_allclose(

@@ -205,8 +205,8 @@ def test_training_form_equals_streaming_form(layer, fields):
   config = make(sequence_layer=layer, context_length=2 * T, **fields)
   model, params, tokens = init(config)
   step = fast_jit(
-    lambda state, part, segments: language_model.forward(
-      model, params, part, state=state, segments=segments
+    lambda state, part, documents: language_model.forward(
+      model, params, part, state=state, documents=documents
     )
   )
   first = tokens[:, :8]
@@ -236,8 +236,8 @@ def test_piece_without_numbers_goes_on_with_the_last_document():
   config = make(sequence_layer="titans", learning_share=0.1)
   model, params, tokens = init(config)
   step = fast_jit(
-    lambda state, part, segments: language_model.forward(
-      model, params, part, state=state, segments=segments
+    lambda state, part, documents: language_model.forward(
+      model, params, part, state=state, documents=documents
     )
   )
   for sizes in ((10, 2, 4, 4), (4, 2, 2, 4)):
@@ -444,20 +444,20 @@ def test_documents_do_not_leak():
   config = make(sequence_layer="titans")
   model, params, tokens = init(config)
   run = fast_jit(
-    lambda tokens, segments: (
-      language_model.forward(model, params, tokens, segments=segments).logits
+    lambda tokens, documents: (
+      language_model.forward(model, params, tokens, documents=documents).logits
     )
   )
   for border in (8, 10):
     number = (jnp.arange(T) >= border).astype(jnp.int32)
-    segments = jnp.broadcast_to(number, (B, T))
-    packed = run(tokens, segments)
-    other = run((tokens + (segments == 0)) % V, segments)
+    documents = jnp.broadcast_to(number, (B, T))
+    packed = run(tokens, documents)
+    other = run((tokens + (documents == 0)) % V, documents)
     np.testing.assert_allclose(packed[:, border:], other[:, border:], atol=1e-6)
     if border % CHUNKS[1] == 0:
       # What follows does not count, and so needs no program of its own.
       followed = jnp.roll(tokens, -border, axis=1)
-      alone = run(followed, jnp.zeros_like(segments))[:, : T - border]
+      alone = run(followed, jnp.zeros_like(documents))[:, : T - border]
       np.testing.assert_allclose(packed[:, border:], alone, atol=2e-5)
 
 

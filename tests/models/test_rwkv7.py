@@ -66,7 +66,7 @@ def time_mix(p, x, last, state, first, heads):
   return y, np.stack(new), v
 
 
-def plain_model(params, tokens, segments, heads):
+def plain_model(params, tokens, documents, heads):
   """Logits [T, V] of one sequence, all layers of a token before the next."""
   table, stacked = params["embed"]["embedding"], params["blocks"]
   layers = [
@@ -75,7 +75,7 @@ def plain_model(params, tokens, segments, heads):
   ]
   width, logits = table.shape[1], []
   for t, token in enumerate(tokens):
-    if t == 0 or segments[t] != segments[t - 1]:
+    if t == 0 or documents[t] != documents[t - 1]:
       state = np.zeros((len(layers), heads, width // heads, width // heads))
       last = np.zeros((2, len(layers), width))
     x, first = layer_norm(table[token], params["norm_in"]), None
@@ -120,9 +120,9 @@ def case():
 
 def test_rwkv7_equals_its_equations(case):
   model, params, tokens, expected = case
-  segments = jnp.asarray(STARTS)[None].repeat(B, 0)
+  documents = jnp.asarray(STARTS)[None].repeat(B, 0)
   run = fast_jit(model.apply)
-  logits = run({"params": params}, tokens, None, segments).logits
+  logits = run({"params": params}, tokens, None, documents).logits
   np.testing.assert_allclose(logits, expected, atol=3e-5)
 
 
@@ -133,8 +133,8 @@ def test_first_document_continues_the_state(case):
   run = fast_jit(model.apply)
   for piece in (slice(0, 7), slice(7, 10), slice(10, 17), slice(17, T)):
     here = STARTS[piece] - STARTS[max(piece.start - 1, 0)]
-    segments = jnp.asarray(here)[None].repeat(B, 0)
-    out = run({"params": params}, tokens[:, piece], state, segments)
+    documents = jnp.asarray(here)[None].repeat(B, 0)
+    out = run({"params": params}, tokens[:, piece], state, documents)
     parts.append(out.logits)
     state = out.state
   logits = jnp.concatenate(parts, axis=1)

@@ -19,12 +19,12 @@ def softmax(x):
   return powers / powers.sum()
 
 
-def head(start, xs, segments, is_live):
+def head(start, xs, documents, is_live):
   """One head's y [T, K] of its inputs [T, K] (2202.05780)."""
   size = xs.shape[1]
   matrix, outputs = start, []
   for t, x in enumerate(xs):
-    if t and segments[t] != segments[t - 1]:
+    if t and documents[t] != documents[t - 1]:
       matrix = start
     y, k, q, b = np.split(matrix @ softmax(x), [size, 2 * size, 3 * size])
     outputs.append(y)
@@ -36,7 +36,7 @@ def head(start, xs, segments, is_live):
   return np.stack(outputs)
 
 
-def plain_model(params, tokens, segments, is_live):
+def plain_model(params, tokens, documents, is_live):
   """Logits [T, V] of one sequence."""
   table = params["embed"]["embedding"]
   x = table[tokens]
@@ -46,7 +46,7 @@ def plain_model(params, tokens, segments, is_live):
     starts = p["mixer"]["initial"]["memory_output"]
     parts = np.split(n, len(starts), axis=1)
     heads = [
-      head(start, part, segments, is_live)
+      head(start, part, documents, is_live)
       for start, part in zip(starts, parts, strict=True)
     ]
     x = x + np.hstack(heads) @ p["mixer"]["output"]["kernel"]
@@ -62,13 +62,13 @@ def plain_model(params, tokens, segments, is_live):
 def test_srwm_equals_its_equations(fields):
   model, params, tokens = init(make("srwm", **fields))
   params = perturbed(params)
-  segments = np.repeat([0, 1, 2], [9, 1, T - 10])
-  batch = jnp.asarray(segments)[None].repeat(B, 0)
+  documents = np.repeat([0, 1, 2], [9, 1, T - 10])
+  batch = jnp.asarray(documents)[None].repeat(B, 0)
   logits = fast_jit(model.apply)({"params": params}, tokens, None, batch).logits
   exact = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
   for row in range(B):
     expected = plain_model(
-      exact, np.asarray(tokens[row]), segments, is_live=not fields
+      exact, np.asarray(tokens[row]), documents, is_live=not fields
     )
     np.testing.assert_allclose(logits[row], expected, atol=1e-5)
 

@@ -165,8 +165,8 @@ class Toy(NamedTuple):
 def toy_step(monkeypatch, weights, clock=1.0):
   """One update of a table, of a model that counts in its fast state."""
 
-  def forward(model, params, tokens, state, segments):
-    del model, segments
+  def forward(model, params, tokens, state, documents):
+    del model, documents
     logits = params["table"][tokens] + jnp.sqrt(params["clock"])
     return Toy(logits, state + 1)
 
