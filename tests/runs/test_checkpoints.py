@@ -337,7 +337,7 @@ from etils import epath
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from hope_jax.config import ConfigError, TrainConfig
-from hope_jax.training import checkpoints
+from hope_jax.runs import checkpoints
 from hope_jax.training.step import TrainState
 
 port, index, folder, steps = sys.argv[1:]

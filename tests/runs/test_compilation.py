@@ -51,7 +51,7 @@ def test_entries_are_looked_at_once(tmp_path):
 
 PROGRAM = """
 import sys
-from hope_jax.training import command
+from hope_jax import cli
 def main():
   import jax
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -59,7 +59,7 @@ def main():
   jax.monitoring.register_event_listener(
     lambda name, **_: found.append(name.rsplit("/", 1)[-1]))
   print(float(jax.jit(lambda x: x * 3)(2.0)), found.count("cache_hits"))
-command.run(main)
+cli.run(main)
 """
 
 

@@ -322,7 +322,7 @@ def test_second_job_of_two_processes_is_refused_by_both(pair, tmp_path):
 
 CHILD = """
 import json, os, sys, time
-from hope_jax.training import supervisor
+from hope_jax.runs import supervisor
 supervisor.supervise(lambda is_silent: None)
 with open(sys.argv[1], "w") as file:
   file.write(str(os.getpid()))

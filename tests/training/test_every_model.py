@@ -21,7 +21,8 @@ import orbax.checkpoint as ocp
 from hope_jax import config as config_lib
 from hope_jax.config import MeshConfig
 from hope_jax.data import pipeline
-from hope_jax.training import checkpoints, sharding, step
+from hope_jax.runs import checkpoints
+from hope_jax.training import sharding, step
 from tests.pallas_kernels.testing import fast_compile
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -429,7 +429,8 @@ def test_second_job_on_a_workdir_is_refused(tiny, tmp_path):
 RUN = """
 import json, pathlib, sys
 from hope_jax import config
-from hope_jax.training import command, loop
+from hope_jax import cli
+from hope_jax.training import loop
 from absl import flags
 def main():
   values = json.loads(pathlib.Path(sys.argv[1]).read_text())
@@ -438,7 +439,7 @@ sys.argv, sys_argv = sys.argv[:1], sys.argv
 def guarded():
   sys.argv = sys_argv
   main()
-command.run(guarded)
+cli.run(guarded)
 """
 
 

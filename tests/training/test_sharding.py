@@ -74,7 +74,8 @@ import jax
 from hope_jax import config as config_lib
 from hope_jax.config import MeshConfig
 from hope_jax.data import pipeline
-from hope_jax.training import checkpoints, evaluation, sharding, step
+from hope_jax.runs import checkpoints
+from hope_jax.training import evaluation, sharding, step
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 config = config_lib.from_config_dict(json.loads(sys.argv[1]))
