@@ -23,7 +23,7 @@ from hope_jax.config import (
   OptConfig,
   TrainConfig,
 )
-from tests.tiers import CORE
+from tests.support.tiers import CORE
 
 # x[B, T] + y[T] is an error everywhere: write y[None].
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -22,7 +22,7 @@ from absl import app, flags, logging  # noqa: F401 - their flags stay
 
 from hope_jax.config.data import OLD_NAMES
 from tests.golden import make
-from tests.tiers import slow_case
+from tests.support.tiers import slow_case
 
 GOLDEN = pathlib.Path(make.__file__).parent
 REPOSITORY = GOLDEN.parents[1]

@@ -28,7 +28,7 @@ from hope_jax.interchange import formats, hugging_face, mapping
 from hope_jax.models import language_model
 from hope_jax.models.language_model import LanguageModel
 from hope_jax.runs import workdir
-from tests.pallas_kernels.testing import fast_jit
+from tests.support.jit import fast_jit
 from tests.test_commands import command
 
 B, T, V, L = 2, 24, 97, 2

@@ -15,9 +15,9 @@ from hope_jax.inference import generation, scoring, trained
 from hope_jax.models import language_model
 from hope_jax.runs import checkpoints, workdir
 from hope_jax.training import sharding, step
-from tests.models.test_models import make
-from tests.pallas_kernels.testing import fast_jit
-from tests.tiers import slow_case
+from tests.support.jit import fast_jit
+from tests.support.models import make
+from tests.support.tiers import slow_case
 
 pytest.importorskip("lm_eval")
 

@@ -14,7 +14,7 @@ import pytest
 from configs import _models
 from hope_jax.config import DataConfig, from_config_dict
 from hope_jax.data import records, text
-from tests.tiers import slow_case
+from tests.support.tiers import slow_case
 
 SPEECHES = (text.REPOSITORY / DataConfig().path).read_text().split("\n\n")
 

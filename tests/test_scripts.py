@@ -15,7 +15,7 @@ from scripts import (
   benchmark_memory,
   benchmark_titans_pytorch,
 )
-from tests.tiers import slow_case
+from tests.support.tiers import slow_case
 
 
 @pytest.mark.parametrize("policy", ["chunk", "sqrt"])

@@ -13,9 +13,9 @@ from hope_jax.data import tokenizer
 from hope_jax.inference import generation, texts
 from hope_jax.inference.sampling import Sampling
 from hope_jax.models import language_model
-from tests.models.test_models import init, larger, make
-from tests.pallas_kernels.testing import fast_jit
-from tests.tiers import slow_case
+from tests.support.jit import fast_jit
+from tests.support.models import init, larger, make
+from tests.support.tiers import slow_case
 
 GREEDY = Sampling(temperature=0.0)
 PROMPTS = [np.array([5, 1, 7, 20, 30]), np.array([3]), np.arange(9) * 7 % 31]

@@ -13,8 +13,8 @@ from hope_jax.config import CMSConfig, ModelConfig
 from hope_jax.inference import scoring, streaming
 from hope_jax.inference.scoring import Request
 from hope_jax.models import language_model
-from tests.models.test_models import init, larger, make
-from tests.pallas_kernels.testing import fast_jit
+from tests.support.jit import fast_jit
+from tests.support.models import init, larger, make
 
 BLOCK, PIECE, BATCH = 8, 8, 3  # pieces of 8 tokens and of 1
 LENGTH = 96  # of the full passes

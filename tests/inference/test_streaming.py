@@ -17,8 +17,8 @@ from hope_jax.config.layers import LAYERS
 from hope_jax.data.tokenizer import Bytes
 from hope_jax.inference import reading, streaming
 from hope_jax.models import fast_state, language_model
-from tests.models.test_models import B, make
-from tests.pallas_kernels.testing import fast_jit
+from tests.support.jit import fast_jit
+from tests.support.models import B, make
 
 # Pieces of 8 tokens and of 1: whole chunks of 4 and 8, parts of one of 16.
 T, PIECE = 150, 8

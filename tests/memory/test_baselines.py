@@ -11,9 +11,9 @@ from hope_jax.config import MemoryConfig
 from hope_jax.memory import chunks, deep, memora, ttt
 from hope_jax.memory.architectures import Weights
 from hope_jax.memory.rules import Gates
-from tests.memory import baselines
-from tests.pallas_kernels.testing import fast_jit
-from tests.tiers import slow_case
+from tests.support import baselines
+from tests.support.jit import fast_jit
+from tests.support.tiers import slow_case
 
 B, H, T, K, F = 2, 2, 23, 6, 10
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from hope_jax.memory import chunks, cms
-from tests.memory import oracle
-from tests.pallas_kernels.testing import fast_jit
-from tests.tiers import slow_case
+from tests.support import oracle
+from tests.support.jit import fast_jit
+from tests.support.tiers import slow_case
 
 B, T, D, F, C = 2, 22, 5, 7, 4
 RULE = {

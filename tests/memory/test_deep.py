@@ -14,9 +14,9 @@ from hope_jax.config import MemoryConfig
 from hope_jax.memory import chunks, deep, rules
 from hope_jax.memory.architectures import Weights
 from hope_jax.memory.rules import Gates
-from tests.memory import oracle
-from tests.pallas_kernels.testing import fast_jit
-from tests.tiers import slow_case
+from tests.support import oracle
+from tests.support.jit import fast_jit
+from tests.support.tiers import slow_case
 
 B, H, T, K, F = 2, 2, 21, 4, 6
 

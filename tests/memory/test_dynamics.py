@@ -9,8 +9,9 @@ import pytest
 
 from hope_jax.config import MemoryConfig
 from hope_jax.memory import cms, deep, self_modifying
-from tests.memory import oracle, test_cms, test_deep, test_self_modifying
-from tests.pallas_kernels.testing import fast_jit
+from tests.memory import test_cms, test_deep, test_self_modifying
+from tests.support import oracle
+from tests.support.jit import fast_jit
 
 T = test_deep.T
 CHUNK_LENGTH = 8  # 5 tokens in the last chunk

@@ -13,15 +13,16 @@ import pytest
 
 from hope_jax.config import ConfigError, MemoryConfig
 from hope_jax.memory import chunks, deep, fused, rules, self_modifying
-from tests import compilers
 from tests.memory.test_deep import (
   B,
   float64,  # noqa: F401
   random_memory,
 )
 from tests.memory.test_self_modifying import random_boxes
-from tests.pallas_kernels.testing import assert_close, fast_jit
-from tests.tiers import slow_case
+from tests.support import compilers
+from tests.support.jit import fast_jit
+from tests.support.tiers import slow_case
+from tests.support.trees import assert_close
 
 KERNELS = {
   "implementation": "pallas_interpret",

@@ -10,9 +10,9 @@ import pytest
 from hope_jax.config import MemoryConfig
 from hope_jax.memory import chunks, rules, self_modifying
 from hope_jax.memory.self_modifying import Boxes, Slow
-from tests.memory import oracle
 from tests.memory.test_deep import LITERAL
-from tests.pallas_kernels.testing import fast_jit
+from tests.support import oracle
+from tests.support.jit import fast_jit
 
 B, H, T, K, F = 2, 2, 21, 4, 6
 

@@ -8,8 +8,8 @@ import pytest
 
 from hope_jax.models import attention
 from tests.models.test_equations import rotary, slow_projection
-from tests.models.test_models import make
-from tests.pallas_kernels.testing import fast_jit
+from tests.support.jit import fast_jit
+from tests.support.models import make
 
 B, T = 2, 40
 # Documents of row 0 and of row 1, first tokens.
@@ -48,7 +48,9 @@ def plain(params, x_TD, config, window, numbers):
 
 
 @pytest.mark.parametrize("window", [0, 1, 7, 39, 64])
-@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one", "documents"])
+@pytest.mark.parametrize(
+  "documents", [None, SEGMENTS], ids=["one", "documents"]
+)
 def test_attention_equals_a_mask_over_all_pairs(window, documents):
   config, apply, params, x = layer(conv_window=0, attention_window=window)
   y = apply(params, x, None, documents).y
@@ -66,7 +68,9 @@ PIECES = {
 
 @pytest.mark.parametrize("window", [0, 6, 64])
 @pytest.mark.parametrize("pieces", PIECES)
-@pytest.mark.parametrize("segments", [SEGMENTS, None], ids=["documents", "one"])
+@pytest.mark.parametrize(
+  "documents", [SEGMENTS, None], ids=["documents", "one"]
+)
 def test_pieces_equal_one_pass(window, pieces, documents):
   """Pieces shorter and longer than the window; new documents anywhere."""
   config, apply, params, x = layer(attention_window=window)

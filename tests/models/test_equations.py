@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from hope_jax.memory.self_modifying import Boxes
-from tests.memory import baselines, oracle
-from tests.models.test_models import CMS, init, make
-from tests.pallas_kernels.testing import fast_jit
-from tests.tiers import slow_case
+from tests.support import baselines, oracle
+from tests.support.jit import fast_jit
+from tests.support.models import CMS, init, make
+from tests.support.tiers import slow_case
 
 MIXER_VALUE = dataclasses.replace(CMS, value="mixer_value")
 MIXER_PAIR = dataclasses.replace(CMS, value="mixer_pair", half_life=20.0)

@@ -12,7 +12,7 @@ import pytest
 from configs import shakespeare
 from hope_jax import config as config_lib
 from hope_jax.models import language_model
-from tests.pallas_kernels.testing import fast_jit
+from tests.support.jit import fast_jit
 
 D = 128  # the width of `tiny`
 

@@ -7,7 +7,9 @@ import pytest
 
 from hope_jax.config import MemoryConfig, ModelConfig
 from hope_jax.models import linear
-from tests.pallas_kernels.testing import assert_close, fast_jit, random_inputs
+from tests.support.jit import fast_jit
+from tests.support.kernels import random_inputs
+from tests.support.trees import assert_close
 
 
 @pytest.mark.parametrize("layer", ["gated_deltanet", "mamba2"])

@@ -6,8 +6,8 @@ import numpy as np
 
 from hope_jax.models import lstm
 from tests.models.test_equations import perturbed
-from tests.models.test_models import B, T, init, make
-from tests.pallas_kernels.testing import fast_jit
+from tests.support.jit import fast_jit
+from tests.support.models import B, T, init, make
 
 
 def sigmoid(x):

@@ -9,9 +9,9 @@ import pytest
 from hope_jax.models.mamba import Mamba
 from tests.models.test_attention import plain as attention
 from tests.models.test_equations import feed_forward, perturbed, rms
-from tests.models.test_models import init, make
 from tests.pallas_kernels.selective_scan.test_xla import token_loop
-from tests.pallas_kernels.testing import fast_jit
+from tests.support.jit import fast_jit
+from tests.support.models import init, make
 
 
 def mamba_layer(p, n):

@@ -18,8 +18,8 @@ from hope_jax.models import (
   next_token_levels,
 )
 from hope_jax.models.fast_state import BlockState
-from tests.pallas_kernels.testing import fast_jit
-from tests.tiers import slow_case
+from tests.support.jit import fast_jit
+from tests.support.tiers import slow_case
 
 B, T, V, LAYERS = 2, 22, 11, 3
 CHUNKS, LEARNING = (4, 8), 2

@@ -7,8 +7,8 @@ import pytest
 
 from hope_jax.config import ConfigError
 from hope_jax.models import fast_state, language_model
-from tests.models.test_models import B, T, init, make
-from tests.pallas_kernels.testing import fast_jit
+from tests.support.jit import fast_jit
+from tests.support.models import B, T, init, make
 
 STARTS = np.repeat([0, 1, 2], [9, 1, T - 10])
 MOVED = ("shift_", "base", "key_", "norm", "bonus", "bias", "scale")

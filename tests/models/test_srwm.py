@@ -10,8 +10,8 @@ import pytest
 from hope_jax.models import language_model, srwm
 from tests.models.test_equations import perturbed
 from tests.models.test_lstm import feed_forward, rms
-from tests.models.test_models import B, T, init, make
-from tests.pallas_kernels.testing import fast_jit
+from tests.support.jit import fast_jit
+from tests.support.models import B, T, init, make
 
 
 def softmax(x):

@@ -10,7 +10,6 @@ import pytest
 
 from hope_jax.config import ConfigError
 from hope_jax.models import registry
-from tests.memory import oracle
 from tests.models.test_equations import (
   memory_layer,
   perturbed,
@@ -19,8 +18,9 @@ from tests.models.test_equations import (
   slow_projection,
   unit,
 )
-from tests.models.test_models import make
-from tests.pallas_kernels.testing import fast_jit
+from tests.support import oracle
+from tests.support.jit import fast_jit
+from tests.support.models import make
 
 TOKENS, SEGMENT = 9, 4
 

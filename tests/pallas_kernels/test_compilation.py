@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.linear_rule import linear_rule
-from tests import compilers
+from tests.support import compilers
 
 pytestmark = pytest.mark.optimized  # as users compile
 

@@ -9,7 +9,7 @@ import pytest
 from configs import _base, _models
 from hope_jax import config as config_lib
 from hope_jax.config.layers import LAYERS
-from tests.tiers import slow_case
+from tests.support.tiers import slow_case
 from tests.training.test_sharding import child
 
 EVERY = """
@@ -23,7 +23,7 @@ from hope_jax.config import MeshConfig
 from hope_jax.data import pipeline
 from hope_jax.runs import checkpoints
 from hope_jax.training import sharding, step
-from tests.pallas_kernels.testing import fast_compile
+from tests.support.jit import fast_compile
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 KEY = jax.random.key(0)

@@ -11,7 +11,7 @@ from hope_jax.config.layers import LAYERS
 from hope_jax.inference import texts as texts_lib
 from hope_jax.inference.generation import Sampling
 from hope_jax.training import loop, metrics
-from tests.tiers import slow_case
+from tests.support.tiers import slow_case
 from tests.training.test_loop import Killed, kill_at
 
 

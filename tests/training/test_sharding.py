@@ -21,7 +21,7 @@ from hope_jax.config import (
   TrainConfig,
 )
 from hope_jax.training import sharding
-from tests.tiers import slow_case
+from tests.support.tiers import slow_case
 
 ONE = jax.devices()[:1]
 

@@ -20,8 +20,8 @@ from hope_jax.data import pipeline
 from hope_jax.models import language_model
 from hope_jax.runs import checkpoints
 from hope_jax.training import sharding, step
-from tests.pallas_kernels.testing import fast_compile, fast_jit
-from tests.tiers import slow_case
+from tests.support.jit import fast_compile, fast_jit
+from tests.support.tiers import slow_case
 
 # Recorded on a CPU with jax 0.10.2; see CHANGELOG before changing them.
 GOLDEN_LOSS = [5.549557, 5.488030]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.common import scan
-from tests.pallas_kernels.testing import fast_jit
+from tests.support.jit import fast_jit
 
 STATE_SIZE = 250  # no number of steps below
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import generalized_delta_rule as rule
-from tests.pallas_kernels.testing import assert_close, fast_jit
+from tests.support.jit import fast_jit
+from tests.support.trees import assert_close
 
 B, H, T, K, E = 2, 2, 37, 5, 3
 FASTEST = -np.exp(-0.5)  # of RWKV-7's log decays

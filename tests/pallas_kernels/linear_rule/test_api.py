@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.linear_rule import api
-from tests.pallas_kernels.testing import call, random_inputs
+from tests.support.kernels import call, random_inputs
 
 KERNELS = "pallas_tpu", "pallas_gpu"
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.linear_rule import linear_rule
-from tests.pallas_kernels.testing import fast_jit
+from tests.support.jit import fast_jit
 
 pytestmark = pytest.mark.usefixtures("float64")
 

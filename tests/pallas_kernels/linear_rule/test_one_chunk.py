@@ -10,12 +10,9 @@ from jax.test_util import check_grads
 
 from pallas_kernels.linear_rule import LinearRuleOutput, one_chunk
 from pallas_kernels.linear_rule.one_chunk import Arithmetic
-from tests.pallas_kernels.testing import (
-  arguments,
-  assert_close,
-  fast_jit,
-  random_inputs,
-)
+from tests.support.jit import fast_jit
+from tests.support.kernels import arguments, random_inputs
+from tests.support.trees import assert_close
 
 pytestmark = pytest.mark.usefixtures("float64")
 

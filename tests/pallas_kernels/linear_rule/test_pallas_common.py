@@ -8,13 +8,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.linear_rule import pallas_gpu, pallas_tpu
-from tests.pallas_kernels.testing import (
-  arguments,
-  assert_close,
-  call,
-  fast_jit,
-  random_inputs,
-)
+from tests.support.jit import fast_jit
+from tests.support.kernels import arguments, call, random_inputs
+from tests.support.trees import assert_close
 
 KERNELS = {
   "pallas_tpu": pallas_tpu.linear_rule_tpu,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.pallas_kernels.testing import call, random_inputs
+from tests.support.kernels import call, random_inputs
 
 
 def test_gpu_kernel_refuses_what_it_cannot_tile():

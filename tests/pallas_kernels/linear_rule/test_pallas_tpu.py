@@ -9,7 +9,8 @@ from tests.pallas_kernels.linear_rule.test_pallas_common import (
   reference,
   values_and_vjp,
 )
-from tests.pallas_kernels.testing import assert_close, random_inputs
+from tests.support.kernels import random_inputs
+from tests.support.trees import assert_close
 
 
 def test_tpu_kernel_at_odd_sizes():

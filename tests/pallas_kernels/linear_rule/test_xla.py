@@ -8,12 +8,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.linear_rule import LinearRuleOutput
-from tests.pallas_kernels.testing import (
-  assert_close,
-  call,
-  fast_jit,
-  random_inputs,
-)
+from tests.support.jit import fast_jit
+from tests.support.kernels import call, random_inputs
+from tests.support.trees import assert_close
 
 pytestmark = pytest.mark.usefixtures("float64")
 

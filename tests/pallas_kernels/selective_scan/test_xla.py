@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.selective_scan import selective_scan
-from tests.pallas_kernels.testing import fast_jit
+from tests.support.jit import fast_jit
 
 B, T, E, K = 2, 23, 6, 4
 

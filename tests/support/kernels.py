@@ -1,33 +1,10 @@
 """What the tests of the kernels share."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.linear_rule import linear_rule
 from pallas_kernels.linear_rule.reference import Rates, State, Tokens
-
-
-@functools.cache
-def _fast_compiler_options():
-  """Most of the time of these tests is compilation: 4 times less of it."""
-  options = {"xla_backend_optimization_level": 0}
-  faster = options | {"xla_cpu_use_fusion_emitters": False}
-  try:
-    jax.jit(lambda x: x + 1, compiler_options=faster)(0)
-  except jax.errors.JaxRuntimeError:  # not an option of this jaxlib
-    return options
-  return faster
-
-
-def fast_jit(fn):
-  return jax.jit(fn, compiler_options=_fast_compiler_options())
-
-
-def fast_compile(jitted, *args):
-  return jitted.lower(*args).compile(_fast_compiler_options())
 
 
 def random_inputs(
@@ -86,15 +63,3 @@ def arguments(inputs):
   return tuple(
     part(**{name: inputs[name] for name in part._fields}) for part in parts
   )
-
-
-def assert_close(got, want, tolerance):
-  """Compares trees; the error is relative to the largest entry of each leaf."""
-  assert jax.tree.structure(got) == jax.tree.structure(want)
-
-  def check(path, a, b):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    error = np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-3)
-    assert error <= tolerance, (jax.tree_util.keystr(path), error)
-
-  jax.tree_util.tree_map_with_path(check, got, want)

@@ -6,7 +6,7 @@ One sequence and one head, as in `oracle.py`.
 import jax
 import jax.numpy as jnp
 
-from tests.memory.oracle import choose, clip
+from tests.support.oracle import choose, clip
 
 
 def layer_norm(z):
