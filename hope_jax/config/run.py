@@ -31,11 +31,12 @@ class TrainConfig:
       as it left them (truncated backpropagation through time).
     keep_checkpoints, keep_best: how many of the newest checkpoints are kept,
       and of those with the lowest validation loss.
-    max_bad_steps: so many steps in a row without a finite loss and gradient
-      end the run; fewer are skipped.
-    rollback_factor: a logged loss above so many times the median of the last
+    max_bad_steps: the run ends after this many consecutive steps whose loss or
+      gradient is not finite; until then such steps are skipped.
+    rollback_factor: a logged loss above this multiple of the median of the last
       50 sends the run back to its last checkpoint, past the data in between;
-      0: never.  max_rollbacks: more than so many end the run.
+      0: never.
+    max_rollbacks: the run ends after more rollbacks than this.
     hang_seconds: a step that takes longer dumps all stacks on stderr; 0: off.
   """
 

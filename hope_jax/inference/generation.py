@@ -150,10 +150,10 @@ def go_on(
 ) -> list[np.ndarray]:
   """Up to `count` new tokens for each of N sequences that were read.
 
-  `states` (stacked fast states of batch 1, used up) and `logits` [N, V] are
-  what `prefill` returns.  `is_over` is asked now and then whether a
-  continuation may end; what a sequence draws depends on the seed and its number
-  (`numbers`; default: 0, 1 ...) alone.
+  `states` (stacked fast states of batch 1, donated) and `logits` [N, V] are
+  what `prefill` returns.  `is_over` is evaluated every DECODE_STEPS tokens; what a
+  sequence draws depends only on the seed and on its number (`numbers`; default:
+  0, 1 ...).
 
   Raises:
     ConfigError: logits are not finite; no text would mean anything.

@@ -108,7 +108,7 @@ class HopeLM(TemplateLM):
     if run.tokenizer.bos is not None:
       begin = [run.tokenizer.bos]
     if not begin and run.tokenizer.eos is not None:
-      begin = [run.tokenizer.eos]  # a model of others that drops line breaks
+      begin = [run.tokenizer.eos]  # an imported tokenizer
     if not begin:
       raise ConfigError(
         f"{run.tokenizer.name} has no token for a line break, and none for the"

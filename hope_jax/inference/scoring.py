@@ -1,4 +1,4 @@
-"""Many continuations of many contexts: what they share is read once.
+"""Scores continuations of contexts; shared prefixes are evaluated once.
 
 All sequences (context and continuation) become a tree of blocks of tokens: what
 is equal from the beginning on (the examples before the questions, a question

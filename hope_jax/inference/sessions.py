@@ -157,7 +157,7 @@ def _check_origin(folder: epath.Path, card: Card, run: Run) -> None:
 
 
 def feed(run: Run, state: StreamState, path: epath.Path) -> Read:
-  """Reads a text file; `state` is used up."""
+  """Reads a text file; the buffers of `state` are donated."""
   import tqdm
 
   model, begin = run.config.model, int(state.processed)

@@ -1,10 +1,10 @@
-"""Reading on: any number of tokens at a time, into a state of constant size.
+"""Incremental prefill: feeds tokens in any increments into a state of constant
+size.
 
 Everything that a model remembers of a sequence is one pytree, so that a text
-may be read in any parts, today and tomorrow, and equals one pass over all of
-it; no token is ever read twice.  This is the only way in which texts are read
-outside of training: prompts, sessions and long streams all come through
-`extend`.
+may be read in any parts, with the result of one pass over all of it; no token
+is read twice.  This is the only way in which texts are read outside of
+training: prompts, sessions and long streams all come through `extend`.
 
 `inference/reading.py` makes tokens of a file without holding all of it; `reset`
 and `relative_change` look after single levels of a state.
@@ -73,7 +73,7 @@ def start(config: ModelConfig, batch_size: int = 1) -> StreamState:
     logits=jnp.full((batch_size, config.vocab_size), jnp.nan, jnp.float32),
     processed=jnp.zeros((), jnp.uint32),
   )
-  return copy(state)  # zeros may be shared, but what is used up may not
+  return copy(state)  # zeros may be shared, but donated buffers may not
 
 
 def copy(state: State) -> State:
@@ -164,7 +164,9 @@ def extend(
   config: ModelConfig,
   read_size: int = READ_SIZE,
 ) -> Extension:
-  """Reads `tokens` [B, T], any T, on from `state`, which is used up (`copy`).
+  """Continues `state` with `tokens` [B, T], any T.
+
+  The buffers of `state` are donated: pass `copy(state)` to keep it.
 
   Raises:
     ValueError: tokens of another shape, or outside of the vocabulary.

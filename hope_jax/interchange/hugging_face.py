@@ -207,8 +207,8 @@ SCALING = {
 }
 ROPE_THETA = 10000.0  # of a config.json without any
 ALWAYS = {"hidden_act": "silu", "quantization_config": None}
-# Of `ModelConfig`: they say how to begin or compute, or concern what is not
-# there.
+# Fields of `ModelConfig` that a checkpoint does not determine: initialisation,
+# compute, and what these models do not have.
 FREE = (
   "memory",
   "initializer",

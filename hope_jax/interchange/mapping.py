@@ -48,7 +48,7 @@ CONVOLUTION = Form(lambda x: x[:, 0, ::-1].T, lambda x: x.T[:, None, ::-1])
 
 
 class Rule(NamedTuple):
-  """`theirs`, cut along its rows, is `parts` of ours.
+  """Splits a Hugging Face tensor (`theirs`) by rows into our parameters.
 
   Attributes:
     parts: names of ours, and how many rows of a group are theirs.

@@ -13,13 +13,17 @@ K included, does not depend on D: it reads all tokens at once, and only the rest
 is scanned by chunk, where one forward pass gives the logits and the gradient.
 For K = 1 that is an FFN and the logits.
 
-A chunk's last target is the first token of the next one: the update is made on
-its receipt, before it is read.  So the state holds, beside what the model
-remembers, the tokens of the last chunk, the residual stream that the first
-learning level read there, and what the sequence layers above it remembered at
-the chunk's start.  Text inside a chunk is read at that chunk's
-weights by the whole model (`_read`), and the chunk is computed once more for
-its gradient when the next one begins (`_learn`).
+A chunk's last target is the first token of the next chunk.  The update is
+therefore made when that token arrives, before it is read.  Until then the state
+also stores
+
+  - the tokens of the last chunk,
+  - the residual stream that the first learning level read there, and
+  - what the sequence layers above it remembered at the chunk's start.
+
+Tokens inside a chunk are read by the whole model at the weights with which the
+chunk began (`_read`); the chunk is computed once more for its gradient when the
+next one begins (`_learn`).
 
 The outer gradient goes through the inner one (`outer_order` 2) or takes it for
 a constant (1).  A document that begins inside a chunk reads W_0 there and

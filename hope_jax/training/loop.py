@@ -123,7 +123,7 @@ def train(
 
   batches = read_on(state)
 
-  # 3. The books.
+  # 3. Logging, guards and timers.
   tokens_per_step = batch_size * config.data.sequence_length
   peak = flops.peak_flops(jax.devices()[0])
   writer = metrics.Writer(workdir, config, start)

@@ -225,8 +225,8 @@ class Meter:
       self._last = (step, then + time.perf_counter() - start)
 
   def median_tokens_per_second(self) -> float:
-    """Over the log intervals after the first, as far as there are any; 0 where
-    the records were lost."""
+    """Median over all but the first logging interval, or of that if there is no
+    other; 0 where the records were lost."""
     train = [r for r in self._writer.records if r["kind"] == "train"]
     rates = [r["tokens_per_second"] for r in train if "tokens_per_second" in r]
     if not rates:  # too short a run: the compilation counts, too
