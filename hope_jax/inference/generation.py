@@ -151,9 +151,9 @@ def go_on(
   """Up to `count` new tokens for each of N sequences that were read.
 
   `states` (stacked fast states of batch 1, donated) and `logits` [N, V] are
-  what `prefill` returns.  `is_over` is evaluated every DECODE_STEPS tokens; what a
-  sequence draws depends only on the seed and on its number (`numbers`; default:
-  0, 1 ...).
+  what `prefill` returns.  `is_over` is evaluated every DECODE_STEPS tokens.
+  What a sequence draws depends only on the seed and on its number (`numbers`;
+  default: 0, 1 ...).
 
   Raises:
     ConfigError: logits are not finite; no text would mean anything.
