@@ -123,7 +123,7 @@ def test_parameters_and_bytes_add_up_to_the_real_ones(case):
   params, _ = shapes(config.model)
   assert total["parameters"] == step.count_parameters(params)
   periods = config.model.cms.periods
-  seldom = [f"_{level}" for level, steps in periods.items() if steps > 1]
+  seldom = [n.removeprefix("cms") for n, steps in periods.items() if steps > 1]
   sums = {
     name: part
     for name, part in params["blocks"].get("cms", {}).items()
@@ -216,8 +216,8 @@ def test_flops_add_up_to_the_counted_ones(case):
   total = LENGTH * sum(c.flops for c in components)
   np.testing.assert_allclose(total, live)
   learning = {c.name: LENGTH * c.learn_flops for c in components}
-  is_recurrent = config.model.sequence_layer in ("rwkv7", "lstm")
-  if config.model.is_linear or is_recurrent:  # all of its recurrence
+  traits = config.model.traits
+  if not traits.pairs and not traits.learns:  # all of its recurrence
     twin = live - recurrence_flops(config.model)
   np.testing.assert_allclose(sum(learning.values()), live - twin)
   if "memory" in config.model.fast_levels:

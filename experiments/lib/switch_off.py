@@ -10,47 +10,20 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from experiments.lib.trials import Evaluation, Trial
+from hope_jax.config.layers import LAYERS
 
 TWIN = {"model.inner_rates": "off"}
 
 # The models of all comparisons: row -> mode of the config.
+MODELS = {traits.title: name for name, traits in LAYERS.items()}
 MODELS = {
-  "Transformer++": "transformer",
+  "Transformer++": MODELS["Transformer++"],
   "Transformer++ conv": "transformer_conv",
-  "RetNet": "retnet",
-  "DeltaNet": "deltanet",
-  "Gated DeltaNet": "gated_deltanet",
-  "Comba": "comba",
-  "Mamba": "mamba",
-  "Mamba2": "mamba2",
-  "Samba": "samba",
-  "RWKV-7": "rwkv7",
-  "LSTM": "lstm",
-  "SRWM": "srwm",
-  "TTT-Linear": "ttt_linear",
-  "TTT-MLP": "ttt_mlp",
-  "DLA": "dla",
-  "Memora": "memora",
-  "Titans": "titans",
-  "Titans MAC": "titans_mac",
-  "Titans MAG": "titans_mag",
-  "Titans MAL": "titans_mal",
-  "Hope": "hope",
-  "Hope-Attention": "hope_attention",
+  **MODELS,
 }
 
-# What learns in the sequence by a rate of its own, and so has a twin -> the
-# levels, beside all of them, whose writes are switched off.
+# The levels of a mode whose writes are switched off, beside all of them.
 _LEVELS = {
-  "srwm": (),  # its memory is all it has
-  "ttt_linear": (),
-  "ttt_mlp": (),
-  "dla": (),
-  "memora": (),
-  "titans": (),
-  "titans_mac": (),
-  "titans_mag": (),
-  "titans_mal": (),
   "hope": (
     ("memory",),
     ("k", "v", "eta", "alpha"),
@@ -61,12 +34,17 @@ _LEVELS = {
 }
 
 
+def _learns(mode: str) -> bool:
+  """Whether it learns in the sequence at a rate of its own, and has a twin."""
+  return mode in _LEVELS or (mode in LAYERS and LAYERS[mode].learns)
+
+
 def with_twins(rows: Iterable[str]) -> tuple[str, ...]:
   """The models `rows`, and after each that has one its twin."""
   found = []
   for row in rows:
     found.append(row)
-    if MODELS[row] in _LEVELS:
+    if _learns(MODELS[row]):
       found.append(f"{row} twin")
   return tuple(found)
 
@@ -124,10 +102,10 @@ def switch_offs(row: str) -> tuple[Evaluation, ...]:
   """Test loss with all writes off, and with those of each level off; nothing
   for a row that writes nothing."""
   mode, overrides = ROWS[row]
-  if mode not in _LEVELS or overrides == TWIN:
+  if not _learns(mode) or overrides == TWIN:
     return ()
   off = ("--split=test", "--writes=off")
-  levels = [",".join(names) for names in _LEVELS[mode]]
+  levels = [",".join(names) for names in _LEVELS.get(mode, ())]
   return (
     Evaluation("off", off),
     *(Evaluation(f"off_{l}", (*off, f"--level={l}")) for l in levels),

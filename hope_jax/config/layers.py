@@ -14,6 +14,7 @@ class Traits:
   """What distinguishes a sequence layer outside of its own module.
 
   Attributes:
+    title: its name in tables.
     blocks: the layers that take turns, block by block, if it is a pattern.
     attention: softmax attention over a cache of keys and values: `alone`,
       `beside` a memory, or `none`.
@@ -29,6 +30,7 @@ class Traits:
     memory: fields of `MemoryConfig` -> the values that it can take.
   """
 
+  title: str = ""
   blocks: tuple[str, ...] = ()
   attention: Literal["none", "alone", "beside"] = "none"
   needs_window: bool = False
@@ -46,37 +48,50 @@ class Traits:
 
 
 _ON_TPU = ("pallas_tpu", "pallas_interpret")
-_SLOW_PROJECTIONS = {"adaptive": ((),)}
+_NONE = ((),)  # of a field with names: no name
 _ATTENTION = Traits(attention="alone", rotary=True)
 _DEEP = Traits(chunks=True, learns=True, adaptive=True, kernels=_ON_TPU)
 _TTT = Traits(chunks=True, learns=True, rotary=True)
 _LINEAR = Traits(pairs=False, kernels=(*_ON_TPU, "pallas_gpu"))
+_RECURRENT = Traits(pairs=False)
 _BESIDE = dataclasses.replace(
   _DEEP, attention="beside", rotary=True, needs_window=True
 )
 
+
+def _named(title: str, traits: Traits, **changes: Any) -> Traits:
+  return dataclasses.replace(traits, title=title, **changes)
+
+
+# In the order of tables.
 LAYERS: dict[str, Traits] = {
-  "transformer": _ATTENTION,
-  "hope_attention": _ATTENTION,
-  "titans": _DEEP,
-  "titans_mac": dataclasses.replace(
-    _BESIDE,
-    needs_window=False,
-    persistent=True,
-    adaptive=False,
-    kernels=(),
-    memory=_SLOW_PROJECTIONS,
+  "transformer": _named("Transformer++", _ATTENTION),
+  "retnet": _named("RetNet", _LINEAR, rotary=True),
+  "deltanet": _named("DeltaNet", _LINEAR),
+  "gated_deltanet": _named("Gated DeltaNet", _LINEAR),
+  "comba": _named("Comba", _LINEAR),
+  "mamba": _named("Mamba", _RECURRENT),
+  "mamba2": _named("Mamba2", _LINEAR),
+  "samba": _named(
+    "Samba",
+    _RECURRENT,
+    blocks=("mamba", "transformer"),
+    attention="alone",
+    rotary=True,
   ),
-  "titans_mag": dataclasses.replace(_BESIDE, persistent=True),
-  "titans_mal": _BESIDE,
-  "hope": _DEEP,
-  "dla": _DEEP,
-  "memora": dataclasses.replace(
+  "rwkv7": _named("RWKV-7", _RECURRENT, head_dim=64),
+  "lstm": _named("LSTM", _RECURRENT),
+  "srwm": _named("SRWM", _RECURRENT, learns=True),
+  "ttt_linear": _named("TTT-Linear", _TTT),
+  "ttt_mlp": _named("TTT-MLP", _TTT),
+  "dla": _named("DLA", _DEEP),
+  "memora": _named(
+    "Memora",
     _DEEP,
     adaptive=False,
     kernels=(),
     memory={
-      **_SLOW_PROJECTIONS,
+      "adaptive": _NONE,
       "architecture": ("mlp",),
       "target": ("shared",),
       "delta_rule": ("none",),
@@ -84,18 +99,18 @@ LAYERS: dict[str, Traits] = {
       "setting": ("chunk_l2", "chunk_dot"),
     },
   ),
-  "ttt_linear": _TTT,
-  "ttt_mlp": _TTT,
-  "retnet": dataclasses.replace(_LINEAR, rotary=True),
-  "deltanet": _LINEAR,
-  "gated_deltanet": _LINEAR,
-  "comba": _LINEAR,
-  "mamba2": _LINEAR,
-  "mamba": Traits(pairs=False),
-  "rwkv7": Traits(pairs=False, head_dim=64),
-  "lstm": Traits(pairs=False),
-  "srwm": Traits(pairs=False, learns=True),
-  "samba": Traits(
-    blocks=("mamba", "transformer"), attention="alone", rotary=True, pairs=False
+  "titans": _named("Titans", _DEEP),
+  "titans_mac": _named(
+    "Titans MAC",
+    _BESIDE,
+    needs_window=False,
+    persistent=True,
+    adaptive=False,
+    kernels=(),
+    memory={"adaptive": _NONE},
   ),
+  "titans_mag": _named("Titans MAG", _BESIDE, persistent=True),
+  "titans_mal": _named("Titans MAL", _BESIDE),
+  "hope": _named("Hope", _DEEP),
+  "hope_attention": _named("Hope-Attention", _ATTENTION),
 }

@@ -6,6 +6,7 @@ Samba (2406.07522): Mamba, FFN, attention with a window, FFN.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -91,7 +92,11 @@ LAYERS: dict[str, Layer] = {
   "titans_mal": _BESIDE,
   "hope": _TITANS,
   "dla": _TITANS,
-  "memora": _TITANS,
+  "memora": _TITANS._replace(
+    describe=functools.partial(
+      problems.deep_memories, prefix="KL to the last weights, in logits "
+    )
+  ),
   "ttt_linear": _TTT,
   "ttt_mlp": _TTT,
   "retnet": _LINEAR,
