@@ -114,6 +114,10 @@ def _convert_value(hint: Any, value: Any, name: str) -> Any:
       for key, item in value.items()
     }
   if origin is tuple:
+    if isinstance(value, str) and parts[0] in (int, float):
+      raise ConfigError(
+        f"{name}={value} is not a list of values: write it as (1,2,3)"
+      )
     if not isinstance(value, (tuple, list)):
       value = (value,)
     if all(isinstance(item, str) for item in value):  # "a,b" of a command line
