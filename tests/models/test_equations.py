@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hope_jax.memory.self_modifying import Boxes
+from hope_jax.models import linear
 from tests.support import baselines, oracle
 from tests.support.jit import fast_jit
 from tests.support.models import CMS, init, make
@@ -285,8 +286,10 @@ def nested(p, x, value, config, keys):
 def plain_model(params, tokens, config):
   """Logits [T, V] of one sequence."""
   mixer = memory_layer
-  if config.has_attention or config.is_linear:
-    mixer = linear_layer if config.is_linear else attention
+  if config.has_attention:
+    mixer = attention
+  if config.sequence_layer in linear.VARIANTS:
+    mixer = linear_layer
   if config.sequence_layer in ("mamba2", "ttt_linear", "ttt_mlp"):
     mixer = mamba2_layer if config.sequence_layer == "mamba2" else ttt_layer
 
