@@ -356,8 +356,13 @@ def _heads(initial: Tree, batch_size: int) -> Tree:
   return per_sequence(initial, batch_size, ("heads",))
 
 
-def _same_tokens(base: Tree, xs: Tree, live: jax.Array | None) -> Tree:
-  del base, live
+def _same_tokens(base: Tree, tokens: Tree) -> Tree:
+  del base
+  return tokens
+
+
+def _same_chunks(xs: Tree, live: jax.Array | None) -> Tree:
+  del live
   return xs
 
 
@@ -377,8 +382,10 @@ class Memory(NamedTuple):
     step: (base, start, now, x, places) -> (`Fast` after the chunk, what it
       read, what `dynamics` wants to know); `start` are the fast weights at the
       chunk's first token, `now` those before the tokens x.
-    prepare: (base, xs, live) -> xs: work on all chunks at once, before the
-      scan; xs and live have chunks first.
+    prepare: (base, tokens) -> tokens: work on all tokens at once, before they
+      are cut into chunks.
+    lay_out: (xs, live) -> xs: work on all chunks at once, before the scan; xs
+      and live have chunks first.
     finish: (base, tokens, read) -> outputs: work on all tokens at once, after
       the scan.
     dynamics: (base, after, trace, x, places) -> scalars of a chunk.
@@ -391,7 +398,8 @@ class Memory(NamedTuple):
   chunk_length: int
   policy: CheckpointPolicy
   step: Callable[..., tuple[Fast, Tree, Tree]]
-  prepare: Callable[[Tree, Tree, Tree], Tree] = _same_tokens
+  prepare: Callable[[Tree, Tree], Tree] = _same_tokens
+  lay_out: Callable[[Tree, jax.Array | None], Tree] = _same_chunks
   finish: Callable[[Tree, Tree, Tree], Tree] = _same_outputs
   dynamics: Callable[..., dict[str, Tree]] | None = None
   spread: Callable[[Tree, int], Tree] = _heads
@@ -447,8 +455,9 @@ def run(
         found = memory.dynamics(base, after, trace, x, places)
       return after, (read, found)
 
-    xs = jax.tree.map(lambda x: layout.split(x, axis), tokens)
-    xs = memory.prepare(base, xs, layout.live)
+    prepared = memory.prepare(base, tokens)
+    xs = jax.tree.map(lambda x: layout.split(x, axis), prepared)
+    xs = memory.lay_out(xs, layout.live)
     (outputs, found), state = scan_chunks(
       step, state, xs, layout, policy=memory.policy, **how
     )

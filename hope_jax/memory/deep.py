@@ -89,9 +89,13 @@ def run_memory(
 def memory(initial: Weights, cfg: MemoryConfig) -> chunks.Memory:
   """The rule of the module as functions of a chunk."""
 
-  def prepare(base, tokens, live):
+  def prepare(base, tokens):
+    return tokens, slow_hidden(base, tokens.queries)
+
+  def lay_out(xs, live):
+    tokens, slow = xs
     decays = rules.subchunk_decays(tokens.gates, live, rules.rule_read(cfg))
-    return Chunk(tokens, slow_hidden(base, tokens.queries), decays)
+    return Chunk(tokens, slow, decays)
 
   def step(base, start, now, x, places):
     loss = inner_loss(start, base, x.tokens.keys, x.tokens.values, cfg)
@@ -107,6 +111,7 @@ def memory(initial: Weights, cfg: MemoryConfig) -> chunks.Memory:
     cfg.remat,
     step,
     prepare=prepare,
+    lay_out=lay_out,
     finish=lambda base, tokens, read: read_out(base, tokens.queries, read),
     dynamics=dynamics,
     has_momentum=cfg.momentum != "none",

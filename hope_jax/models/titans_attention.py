@@ -286,8 +286,7 @@ def _memory(initial: Tree, slow: _Slow, config: ModelConfig) -> chunks.Memory:
   """The memory between the attention of segments, as functions of one."""
   cfg, is_live = config.memory, config.is_live("memory")
 
-  def prepare(base, tokens, live):
-    del base
+  def lay_out(tokens, live):
     read = rules.rule_read(cfg)
     return _Inputs(tokens, rules.subchunk_decays(tokens.gates, live, read))
 
@@ -327,7 +326,7 @@ def _memory(initial: Tree, slow: _Slow, config: ModelConfig) -> chunks.Memory:
     cfg.chunk_length,
     cfg.remat,
     step,
-    prepare=prepare,
+    lay_out=lay_out,
     dynamics=dynamics,
     has_momentum=cfg.momentum != "none",
     acts_on_whole=cfg.retention == "zero",

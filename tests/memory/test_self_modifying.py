@@ -123,7 +123,7 @@ def test_frozen_box_stays_and_the_others_learn(retention):
     change = {
       box: max(jnp.abs(x).max() for x in layers.values())
       for box, layers in oracle.box_weights(
-        jax.tree.map(lambda w: w[0], state.now[part]), cfg
+        jax.tree.map(lambda w: w[0], getattr(state.now, part)), cfg
       ).items()
     }
     assert max(change["v"], change["alpha"]) < 1e-14
