@@ -264,7 +264,7 @@ def test_kernels_for_gpus_are_refused():
   cfg = MemoryConfig(**KERNELS | {"implementation": "pallas_gpu"})
   initial, sequence, gates, _ = _inputs(cfg, 8)
   with pytest.raises(ConfigError, match="no kernel for GPUs, take xla"):
-    deep.run_memory(initial, *sequence, gates, cfg)
+    deep.run_memory(initial, deep.Tokens(*sequence, gates), cfg)
 
 
 def test_kernels_raise_without_a_tpu():

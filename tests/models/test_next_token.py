@@ -466,7 +466,7 @@ def test_documents_do_not_leak():
   [
     ({"chunk_lengths": (3, 6, 0)}, "power of two"),
     ({"chunk_lengths": (4, 6, 0)}, "4 does not divide 6"),
-    ({"outer_order": 3}, "must be 1 or 2"),
+    ({"outer_order": 3}, "all: 1, 2"),
     ({"learning_share": 1.5}, "must not be above 1"),
   ],
 )
