@@ -55,15 +55,23 @@ def run_memory(
   if not writes:
     outputs, _ = read_at(simplex(initial), tokens.queries, cfg)
     return MemoryOutput(outputs, state, None)
-  return chunks.run(
+  gates = rules.retained(tokens.gates, cfg)
+  out = chunks.run(
     memory(initial, cfg),
     initial,
-    tokens._replace(gates=rules.retained(tokens.gates, cfg)),
+    tokens._replace(gates=gates),
     axis=2,
     state=state,
     documents=documents,
     with_dynamics=with_dynamics,
   )
+  if out.dynamics is None:
+    return out
+  of_gates = {
+    "learn_rate": jnp.mean(gates.learn_rate),
+    "half_life": dynamics_lib.half_life(gates.retention),
+  }
+  return out._replace(dynamics=of_gates | out.dynamics)
 
 
 def memory(initial: Weights, cfg: MemoryConfig) -> chunks.Memory:
@@ -77,14 +85,9 @@ def memory(initial: Weights, cfg: MemoryConfig) -> chunks.Memory:
     return chunks.Fast(after), read, None
 
   def dynamics(base, after, trace, tokens, places):
-    del trace
-    return {
-      "learn_rate": dynamics_lib.mean(tokens.gates.learn_rate, places.live),
-      "half_life": dynamics_lib.half_life(tokens.gates.retention, places.live),
-      "relative_change": dynamics_lib.relative_change(
-        initial, after.weight, base is None
-      ),
-    }
+    del trace, tokens, places
+    change = dynamics_lib.relative_change(initial, after.weight, base is None)
+    return {"relative_change": change}
 
   return chunks.Memory(
     cfg.chunk_length,

@@ -105,7 +105,7 @@ def run_memory(
     outputs = _read(norm, base, None, tokens.queries, None)
     return MemoryOutput(outputs, state, None)
   at_border = state is None or state.position is None
-  return chunks.run(
+  out = chunks.run(
     memory(initial, norm, cfg, at_border=at_border),
     initial,
     tokens,
@@ -114,6 +114,10 @@ def run_memory(
     documents=documents,
     with_dynamics=with_dynamics,
   )
+  if out.dynamics is None:
+    return out
+  of_gates = {"learn_rate": jnp.mean(tokens.learn_rate)}
+  return out._replace(dynamics=of_gates | out.dynamics)
 
 
 def memory(
@@ -142,13 +146,11 @@ def memory(
     return chunks.Fast(jax.tree.map(add, start, written)), outputs, None
 
   def dynamics(base, after, trace, tokens, places):
-    del base, trace
-    return {
-      "learn_rate": dynamics_lib.mean(tokens.learn_rate, places.live),
-      "relative_change": dynamics_lib.relative_change(
-        matrices(initial), matrices(after.weight)
-      ),
-    }
+    del base, trace, tokens, places
+    change = dynamics_lib.relative_change(
+      matrices(initial), matrices(after.weight)
+    )
+    return {"relative_change": change}
 
   return chunks.Memory(cfg.chunk_length, cfg.remat, step, dynamics=dynamics)
 
