@@ -1,5 +1,6 @@
 """Preparation of real text files, from the command's function to batches."""
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -15,6 +16,7 @@ from hope_jax.config import (
   DataConfig,
   MemoryConfig,
   ModelConfig,
+  RecordsConfig,
 )
 from hope_jax.data import documents, pipeline, prepare, records, text
 from hope_jax.data.prepare import Options
@@ -292,10 +294,14 @@ def test_prompts_are_read_but_not_learned(source, tmp_path):
 
 
 def config(folder, **fields):
+  names = {f.name for f in dataclasses.fields(RecordsConfig)}
+  own = {name: fields.pop(name) for name in names & fields.keys()}
   data = {"kind": "records", "path": str(folder), "sequence_length": 64}
   return Config(
     model=ModelConfig(sequence_layer="titans", memory=TITANS),
-    data=DataConfig(**{**data, "batch_size": 4, **fields}),
+    data=DataConfig(
+      **{**data, "batch_size": 4, **fields}, records=RecordsConfig(**own)
+    ),
   )
 
 
