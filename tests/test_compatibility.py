@@ -240,14 +240,26 @@ def test_generate_goes_on_with_the_text_it_did(command, unpack, name):
   assert command("generate", f"--workdir={workdir}", *arguments) == text
 
 
-@pytest.mark.parametrize("name", tiers(VALUES["runs"], ("transformer",)))
-def test_killed_run_ends_as_it_would_have(command, unpack, name):
+def test_killed_run_ends_as_it_would_have(command, unpack):
   """The same command line resumes it, with the optimizer's state of then."""
+  name = "transformer"
   workdir, golden = unpack(name) / "run", VALUES["runs"][name]
   command("train", *golden["train"], f"--workdir={workdir}")
   steps = make.steps_of(workdir)[-len(golden["steps"]) :]
   check_same(steps, golden["steps"])
   check_same(make.result_of(workdir), golden["result"])
+
+
+@pytest.mark.parametrize("name", ["living", slow_case("nested")])
+def test_killed_run_whose_rates_changed_their_group_is_refused(
+  command, unpack, name
+):
+  """Forgetting and nested levels (CHANGELOG.md, Numerics); nothing is lost."""
+  workdir, golden = unpack(name) / "run", VALUES["runs"][name]
+  before = {path.name for path in (workdir / "checkpoints").iterdir()}
+  error = command("train", *golden["train"], f"--workdir={workdir}", code=2)
+  assert "begin another one with train.init_from" in error.splitlines()[-1]
+  assert {path.name for path in (workdir / "checkpoints").iterdir()} == before
 
 
 @pytest.mark.parametrize("name", tiers(VALUES["first_steps"], ("transformer",)))

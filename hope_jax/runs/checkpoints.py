@@ -235,13 +235,21 @@ def _digests(path: epath.Path) -> dict[str, Any] | None:
 def _read_state(path: epath.Path, abstract: Tree) -> tuple[Any, str]:
   """The state of a checkpoint, or why it cannot be taken.
 
+  `ConfigError` if it is sound, but of a version with another tree of states.
   Read by a handler of its own, which does not wait for other processes: only
   one of them may fail, as each reads what it holds.
   """
   args: Any = ocp.args.StandardRestore(abstract)
   handler = ocp.StandardCheckpointHandler()
   state, reason = _read(lambda: handler.restore(path / STATE, args=args))
-  reason = _of_all_processes(reason) or _differs(path, state, whole=True)
+  reason = _of_all_processes(reason)
+  if not reason and jax.tree.structure(state) != jax.tree.structure(abstract):
+    raise ConfigError(
+      f"{path} was saved by a version that sorted the parameters for the"
+      " optimizer in another way: the run cannot go on from there; export it"
+      " and begin another one with train.init_from"
+    )
+  reason = reason or _differs(path, state, whole=True)
   return (None, reason) if reason else (state, "")
 
 
