@@ -119,7 +119,7 @@ def announce(config: Config, workdir: Any) -> None:
 def announce_devices(count: int | None = None) -> None:
   """Says on what it is done: on the first `count` devices, or on all.
 
-  `ConfigError` if there are not so many.
+  `ConfigError` if there are fewer.
   """
   import jax  # a second and a half, after the first line
 

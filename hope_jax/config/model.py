@@ -119,9 +119,9 @@ class CMSConfig:
     hidden: hidden width per level, fastest first; empty: as connection=none.
     chunk_lengths: tokens between updates of a level; 0 never (the last).
     step_tokens: tokens of a training step (batch size x sequence length).  A
-      level whose chunk has at least so many is the optimizer's: slow inside a
-      sequence, its gradients are summed over chunk / step_tokens steps.  0:
-      there is none.
+      level with chunks at least this long belongs to the optimizer: it is slow
+      inside a sequence, and its gradients are summed over chunk / step_tokens
+      steps.  0: there is no such level.
     connection: `sequential`, `nested` or `independent`, see `models/cms.py`;
       `none`: a plain FFN of model.ffn_hidden instead.
     signal: `associative` (a level answers a value) or `next_token` (it follows

@@ -24,10 +24,10 @@ class TrainConfig:
   """The loop: length, logging, checkpoints.
 
   Attributes:
-    accumulate: parts that a batch is cut into, one after the other.
+    accumulate: microbatches per step, one after the other.
     init_from: folder of an export (hope_jax.export) with the parameters to
       begin with; empty: random ones.
-    carry_state: a document that goes on in the next step finds the memories
+    carry_state: a document that continues in the next step finds the memories
       as it left them (truncated backpropagation through time).
     keep_checkpoints, keep_best: how many of the newest checkpoints are kept,
       and of those with the lowest validation loss.

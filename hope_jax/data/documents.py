@@ -142,8 +142,8 @@ def _row_groups(
 
 
 def _check_columns(path: epath.Path, file: Any, fields: Fields) -> None:
-  """`ConfigError` unless the columns are there, are text and have no nulls, as
-  far as the file's end says."""
+  """`ConfigError` unless the columns exist, are text and, by the statistics in
+  the file's footer, have no nulls."""
   import pyarrow
 
   schema = file.schema_arrow

@@ -3,7 +3,7 @@
 A document of n tokens fills n - 1 places: a place holds a token and, as its
 target, the next one.  Documents begin at multiples of `align` (the longest
 memory chunk: docs/equations.md); the tail of the document before is padded.  A
-document that does not fit goes on in the next example.
+document that does not fit continues in the next example.
 
 Legend: T places of an example.
 """

@@ -42,10 +42,10 @@ class Options:
     split: all documents go there; or `holdout`.
     holdout: shares of documents for valid and test, the rest is train.
       Equal texts go to the same split.
-    long: documents of at least so many tokens form the group `long`, the
+    long: documents of at least this many tokens form the group `long`, the
       others `short`; 0: one group, `all`.
     text_field, prompt_field: of records; the prompt's tokens get weight 0.
-    parts: only the first so many parts of about `part_bytes`; 0: all.
+    parts: only this many parts, the first ones, of about `part_bytes`; 0: all.
     seed: of the order of documents inside a part.
   """
 

@@ -86,7 +86,7 @@ def find(path: str) -> epath.Path:
 
 
 def decode(data: bytes, path: Any, place: int = 0) -> str:
-  """UTF-8 bytes that stand at byte `place` of a file -> text."""
+  """Decodes UTF-8 bytes that begin at byte `place` of a file."""
   try:
     return data.decode("utf-8")
   except UnicodeDecodeError as error:

@@ -82,7 +82,7 @@ def decode(
 ) -> tuple[jax.Array, jax.Array, Any]:
   """Draws `count` tokens for every sequence, from logits and states at hand.
 
-  Returns tokens [N, count], and logits and states to go on from.
+  Returns tokens [N, count], and the logits and states to continue from.
   """
 
   def one(state: Tree, logits_V: jax.Array, key: jax.Array) -> Any:

@@ -196,7 +196,7 @@ class HopeLM(TemplateLM):
     return [one[kind](*request.args) for request in requests]
 
   def check(self, tasks: Iterable[Any]) -> None:
-    """Plans all requests of tasks, and says what of their contexts is cut.
+    """Plans all requests of tasks; reports how much of their contexts is cut.
 
     Raises:
       ConfigError: one of them cannot be answered.

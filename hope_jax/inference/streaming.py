@@ -7,7 +7,7 @@ is read twice.  This is the only way in which texts are read outside of
 training: prompts, sessions and long streams all come through `extend`.
 
 `inference/reading.py` makes tokens of a file without holding all of it; `reset`
-and `relative_change` look after single levels of a state.
+empties single levels of a state.
 
 Tokens go to the device in reads of a few sizes (4096, 512, 64, 8, 1), so that
 few programs are compiled.  Every read begins at a multiple of its size: of a
@@ -77,7 +77,7 @@ def start(config: ModelConfig, batch_size: int = 1) -> StreamState:
 
 
 def copy(state: State) -> State:
-  """The same state once more, for `extend` to use up."""
+  """A copy of the state, whose buffers `extend` may take."""
   return jax.tree.map(jnp.copy, state)
 
 
@@ -170,7 +170,7 @@ def extend(
 
   Raises:
     ValueError: tokens of another shape, or outside of the vocabulary.
-    ConfigError: attention's cache cannot hold so many tokens.
+    ConfigError: attention's cache cannot hold that many tokens.
   """
   if tokens.ndim != 2 or len(tokens) != len(state.logits):
     raise ValueError(f"{tokens.shape=} is not [{len(state.logits)}, T]")
@@ -192,7 +192,7 @@ def extend(
 
 
 def check_room(config: ModelConfig, position: int, count: int) -> None:
-  """`ConfigError` if attention cannot read so many tokens on."""
+  """`ConfigError` if attention's cache cannot hold that many more tokens."""
   if config.has_longest_context and position + count > config.context_length:
     raise ConfigError(
       f"{position} tokens and {count} more are too many for attention: its"

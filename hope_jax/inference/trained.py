@@ -30,7 +30,7 @@ class Run(NamedTuple):
 
 
 def open_run(workdir: epath.Path, devices: int = 1) -> Run:
-  """The newest checkpoint of a run, on so many devices."""
+  """The newest checkpoint of a run, on the given number of devices."""
   config = workdir_lib.read_config(workdir)
   tokenizer = load_tokenizer(workdir, config)
   split = MeshConfig(data=1, tensor=devices)

@@ -1,7 +1,7 @@
-"""Rules between the tensors of two programs, each with names of its own.
+"""Rules that map tensors of Hugging Face (theirs) to our parameters and back.
 
-A rule takes one tensor of theirs, of one layer, apart into parameters of ours,
-or makes it of them:
+A rule splits one tensor of theirs, of one layer, into parameters of ours, or
+joins it from them:
 
   theirs                            ours
   linear weight [out, in]           kernel [in, out]
@@ -12,7 +12,7 @@ or makes it of them:
     tap first
   norms of 1 + weight               scale = 1 + weight
 
-and the layers of ours are stacked on axis 0.  Every rule is linear (up to that
+Our layers are stacked on axis 0.  Every rule is linear (up to that
 1), so that gradients are converted as parameters are.
 
 The rules of every architecture of `hugging_face.py` stand at the end.

@@ -4,7 +4,7 @@ Inside a chunk gradients are taken at the state in which the chunk began
 (paper 8.2), so a fast level is described by two states: `start`, its weights
 at the chunk's first token, and `now`, what the tokens so far made of them.
 Training starts at a chunk's border, where both are the same; a session may
-stop and go on at any token.
+stop and continue at any token.
 
 Several documents may follow each other in a sequence (`documents`, their
 numbers).  Document 0 is the one that a given state belongs to, so that what
@@ -113,7 +113,7 @@ def fresh(
 ) -> ChunkState:
   """The state at the start of a chunk.
 
-  With a `read_size`, all reads to come have so many tokens.
+  With a `read_size`, every later call brings that many tokens.
   """
   if read_size and read_size % chunk_length == 0:
     return ChunkState(now, None, None)

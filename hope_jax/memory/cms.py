@@ -318,8 +318,8 @@ def run_nested(
 
   When a level's chunk ends, its faster neighbour takes over its D (eq. 72), and
   so on down to the fastest.  All levels advance together by the shortest chunk.
-  `x` [B, T, D] is the residual stream; `levels` stand fastest first, each chunk
-  length divides the next; the others are as in `run_level`.
+  `x` [B, T, D] is the residual stream; `levels` are ordered fastest first, and
+  each chunk length divides the next; the others are as in `run_level`.
 
   Returns:
     x after all levels, a list of their states, scalars by `cms_0`, `cms_1` ...

@@ -37,7 +37,7 @@ def init_state(
 ) -> Tree:
   """Fast state of all layers before the first token, layers on axis 0.
 
-  With a `read_size` every call must bring so many tokens; memories whose
+  With a `read_size` every call must bring that many tokens; memories whose
   chunks divide it then learn as fast as without a state.
   """
   learns = next_token_levels.is_on(config)

@@ -6,9 +6,9 @@
 
 of the model's width, in the same block as all others (Hochreiter and
 Schmidhuber 1997; forget gate: Gers et al. 2000, its bias starts at 1).  W
-starts as LeCun's normal, U orthogonal.  Linen's cells know neither that bias
-nor documents, so that the recurrence stands here; all tokens share one product
-n W, the loop has only h U.
+starts as LeCun's normal, U orthogonal.  Linen's cells have neither that bias
+nor documents, so the recurrence is written out here; all tokens share one
+product n W, and the loop has only h U.
 
 Legend: B batch, T tokens, D model.
 """

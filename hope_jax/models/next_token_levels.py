@@ -184,7 +184,7 @@ def update(
   Args:
     gradient: of that chunk's mean loss.
     rates: eta and log alpha (None: nothing is forgotten), [K] each.
-    is_due: whether the level's own chunk, of so many `parts`, is over.
+    is_due: whether the level's own chunk, of `parts` shortest ones, is whole.
     error_clip: largest norm of a sequence's gradient, over all layers.
   """
   total, rest = gradient, level.gradient

@@ -265,7 +265,7 @@ class ReadOut(_Layer):
 
 
 class TimeMix(nn.Module):
-  """The sequence layer; beside its input it has to know its `Depth`."""
+  """The sequence layer, which also needs its `Depth`."""
 
   config: ModelConfig
 

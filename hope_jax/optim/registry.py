@@ -85,7 +85,7 @@ def make(
   kinds: Tree,
   periods: Mapping[str, int],
 ) -> optax.GradientTransformation:
-  """The optimizer of a run of so many training steps.
+  """The optimizer of a run of `steps` training steps.
 
   Args:
     kinds: `Kind` of every parameter, a tree as theirs.

@@ -1,12 +1,12 @@
-"""Why a run cannot go on; commands print the message and exit with code 1."""
+"""Why a run ends; commands print the message and exit with code 1."""
 
 
 class Fault(RuntimeError):
-  """A run cannot go on; the message is one line that says what to do."""
+  """A run has to end; the message is one line with the remedy."""
 
 
 class Diverged(Fault):
-  """The run cannot go on from where it is; its checkpoints are good."""
+  """The parameters of a run are no longer usable; its checkpoints are."""
 
 
 class NoData(Fault):

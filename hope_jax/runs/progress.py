@@ -63,7 +63,7 @@ class Waiting:
       self._show()
 
   def end(self) -> None:
-    """It is over; the second call does nothing."""
+    """Ends the wait; a second call does nothing."""
     if not self._over.is_set():
       self._over.set()
       self._thread.join()

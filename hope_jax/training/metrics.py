@@ -137,7 +137,7 @@ class Writer:
     self._to_wandb(lambda run: run.finish())
 
   def _to_wandb(self, call: Callable[[Any], Any]) -> None:
-    """Training goes on without wandb when it fails."""
+    """Training continues without wandb if it fails."""
     if self._wandb is None:
       return
     try:
