@@ -279,7 +279,8 @@ class ModelConfig:
     context_length: positions of attention's cache when generating; with a
       window it has as many as that, and sequences may be of any length.
     norm_eps: added to the mean square in norms with a learned scale.
-    initializer: how linear maps begin, `layers.initializer`.
+    initializer: how linear maps begin, `layers.initializer`; the embedding, the
+      CMS levels and MAC's maps of the memory always begin as with `normal`.
     tied_embeddings: logits are read with the embedding; off: with a matrix of
       their own.
     remat: what the outer backward pass keeps of a block.
