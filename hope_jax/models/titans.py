@@ -314,17 +314,17 @@ class DeepMemory(nn.Module):
     state: TitansState | None = None,
     documents: jax.Array | None = None,
   ) -> MixerOutput:
-    return read(self, x_BTD, state, documents)
+    return read(self, self.config, x_BTD, state, documents)
 
 
 def read(
   module: nn.Module,
+  cfg: ModelConfig,
   x_BTD: jax.Array,
   state: TitansState | None,
   documents: jax.Array | None,
 ) -> MixerOutput:
   """The memory layer, with its parts as submodules of `module`."""
-  cfg: ModelConfig = getattr(module, "config")  # noqa: B009
   with_dynamics = layers.wants_dynamics(module)
   projected, conv = SlowProjections(cfg, name="projections")(
     x_BTD, state.conv if state else None, documents

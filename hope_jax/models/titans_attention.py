@@ -80,7 +80,7 @@ class MemoryAndAttention(nn.Module):
     documents: jax.Array | None = None,
   ) -> MixerOutput:
     cfg = self.config
-    read = titans.read(self, x_BTD, state, documents)
+    read = titans.read(self, cfg, x_BTD, state, documents)
     normed = layers.rms_norm(cfg, "norm_memory")(read.y)
     is_gate = cfg.sequence_layer == "titans_mag"
     attended = attention.Attention(cfg, name="attention")(
