@@ -430,6 +430,7 @@ def run(
   shape = jax.tree.leaves(tokens)[0].shape
   layout = plan(shape[axis], memory.chunk_length, state)
   return_state = state is not None
+  at_border = state is None or state.position is None
   if state is None:
     zero = zero_state(initial, shape[0], has_momentum=memory.has_momentum)
     state = fresh(zero)
@@ -443,7 +444,7 @@ def run(
     chunk_length=memory.chunk_length, return_state=return_state, docs=docs
   )
   summary = None
-  if memory.kernel and layout.offset is None and not with_dynamics:
+  if memory.kernel and at_border and not with_dynamics:
     outputs, state = memory.kernel(initial, state, tokens, **how)
   else:
     base = memory.spread(slow, shape[0])

@@ -206,17 +206,23 @@ def test_kernels_with_an_incomplete_last_chunk():
   _check(make, cfg, (initial, sequence, gates))
 
 
-def test_pieces_of_chunks_are_xlas():
-  """A session's state may stand inside a chunk: no kernel, the same result."""
+@pytest.mark.parametrize("sizes", [(8,), (1, 1, 1, 1, 1), (3, 1)])
+def test_parts_of_chunks_are_xlas(sizes):
+  """A session's state may be inside a chunk: no kernel, the same result."""
   cfg = MemoryConfig(**KERNELS)
-  initial, sequence, gates, now = _inputs(cfg, 8)
+  initial, sequence, gates, now = _inputs(cfg, sum(sizes))
+  tokens = deep.Tokens(*sequence, gates)
   results = []
   for implementation in (KERNELS["implementation"], "xla"):
     used = dataclasses.replace(cfg, implementation=implementation)
-    out = deep.run_memory(
-      initial, deep.Tokens(*sequence, gates), used, state=chunks.fresh(now)
-    )
-    results.append((out.outputs, out.state.now))
+    state, found, first = chunks.fresh(now), [], 0
+    for size in sizes:
+      here = slice(first, first + size)
+      part = jax.tree.map(lambda x, here=here: x[:, :, here], tokens)
+      out = deep.run_memory(initial, part, used, state=state)
+      state, first = out.state, first + size
+      found.append(out.outputs)
+    results.append((found, state))
   assert_close(*results, 1e-14)
 
 
