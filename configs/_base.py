@@ -1,8 +1,9 @@
-"""What all configs share: `make` and `parse`.
+"""Helpers of all configs: `make` and `parse`.
 
-A config sets what it changes; all defaults, with their meaning, stand in the
-dataclasses of `hope_jax/config`.  A command line can override every field of
-these, `--config.model.memory.error_clip=0.5`: it needs the groups only.
+A config sets only the fields that it changes; the dataclasses of
+`hope_jax/config` hold all defaults and document every field.  The command line
+can override any of these, whether the config sets it or not, for `make`
+creates all groups: `--config.model.memory.error_clip=0.5`.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _empty_groups(config: Any) -> dict[str, Any]:
-  """The groups of a dataclass and theirs, all empty."""
+  """The groups of a dataclass, nested and all empty."""
   values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
   return {
     name: _empty_groups(value)
@@ -25,8 +26,8 @@ def _empty_groups(config: Any) -> dict[str, Any]:
 
 
 def make(**groups: dict) -> "ml_collections.ConfigDict":
-  """The given fields by group; others keep their defaults."""
-  import ml_collections  # which scripts/gpu_check has to do without
+  """A config with the given fields, by group; others keep their defaults."""
+  import ml_collections  # scripts/gpu_check runs without it
 
   config = ml_collections.ConfigDict(_empty_groups(Config()))
   config.update(groups)

@@ -1,17 +1,17 @@
 """The models and their sizes, matched in parameters: one table for all configs.
 
 Every model of a size is within 3 % of the size's name (embeddings once, the
-memories' initial states included).  The hidden width F of the FFN absorbs
-what the sequence layers differ in; a continuum memory system (paper section
-7) splits its F into two fast levels and a slow one.
+memories' initial states included).  The hidden width F of the FFN makes up for
+the differences between sequence layers; a continuum memory system (paper
+section 7) splits its F into two fast levels and a slow one.
 
   transformer       Transformer++: rotary attention, SwiGLU, no convolution
-  transformer_conv  the same with a causal convolution of 4 on q, k and v,
-                    which Titans and Hope have too
+  transformer_conv  the same with a causal convolution over 4 tokens on q, k
+                    and v, as in Titans and Hope
   titans            Titans (LMM): one deep memory per head
   titans_mac, titans_mag, titans_mal
                     with attention, `hope_jax/models/titans_attention.py`
-  dla, memora       other rules for it, `hope_jax/models/titans.py`
+  dla, memora       deep memories with other rules, `hope_jax/models/titans.py`
   ttt_linear, ttt_mlp
                     test-time training, `hope_jax/models/ttt.py`
   hope              self-modifying Titans, then CMS
@@ -221,8 +221,8 @@ WITHOUT_MOMENTUM = {
   "activation": "gelu",
 }
 # Gradient descent as published: M_t = alpha M_{t-1} - eta grad.  DLA's errors
-# are clipped all the same: its hidden layer's grow with its output layer, which
-# at the start reached 2e17 times its size in 8,192 tokens; clipped, 200 times.
+# are clipped nevertheless: those of its hidden layer grow with its output
+# layer, which, untrained, grew 2e17-fold in 8,192 tokens; clipped, 200-fold.
 PLAIN = {**WITHOUT_MOMENTUM, "proximal": False, "step_scale": "sum"}
 TITANS = {"adaptive": (), "target": "shared", "delta_rule": "none"}
 MEMORIES = {
@@ -241,18 +241,18 @@ MEMORIES = {
   "memora": {
     **PLAIN,
     "error_clip": 0.0,
-    "read": "chunk",  # its token reads are twelve times as slow
+    "read": "chunk",  # reads per token are twelve times as slow
   },
   "ttt_linear": {"adaptive": (), "initial_learn_rate": 1.0},
   "ttt_mlp": {"adaptive": (), "initial_learn_rate": 0.1},
 }
-# Of their authors' code; every other model has `normal`.
+# As in their authors' code; every other model uses `normal`.
 INITIALIZERS = {
   **dict.fromkeys(("mamba", "mamba2", "samba"), "uniform"),
   "gated_deltanet": "small",
 }
 SEGMENT = 4
-# Hidden widths of these memories are so many head widths.
+# Hidden widths of these memories, in head widths.
 EXPANSION = {"dla": 4, "memora": 4, "ttt_mlp": 4}
 MINI_BATCH: dict[str, int] = dict.fromkeys(
   ("memora", "ttt_linear", "ttt_mlp"), 16
@@ -271,8 +271,8 @@ def model(
   """The model group of `name` at `size`.
 
   `memory_chunks`: tokens per chunk of the memory and of the adaptive
-  projections; `cms_chunks`: tokens between updates of each CMS level, 0
-  never; `cms_signal`: what the levels learn from; `fields` are set as they are.
+  projections; `cms_chunks`: tokens between updates of each CMS level (0:
+  never); `cms_signal`: what the levels learn from; `fields` override the rest.
   """
   sequence_layer = name.removesuffix("_conv")
   row = SIZES[size]
@@ -290,7 +290,7 @@ def model(
     },
     **shape,
   }
-  if name == "titans_mac":  # its chunks are what attention sees
+  if name == "titans_mac":  # attention works inside a chunk
     group["memory"]["chunk_length"] *= SEGMENT
   if name in ("titans_mac", "titans_mag"):
     group["persistent_tokens"] = 16
@@ -304,4 +304,4 @@ def model(
     "chunk_lengths": cms_chunks,
     "signal": cms_signal,
   }
-  return {**group, "ffn_hidden": sum(hidden), **fields}  # CMS has no ffn
+  return {**group, "ffn_hidden": sum(hidden), **fields}  # CMS replaces the FFN

@@ -1,10 +1,10 @@
 """The paper's recipe for language models, shared by its three sizes.
 
-32,000 subwords (as many as Llama 2's, of a tokenizer of our own), T 4096,
+32,000 subwords (as many as Llama 2, but of a tokenizer trained here), T 4096,
 batches of 0.5M tokens, AdamW 4e-4 with a cosine, 1B tokens of warm-up, weight
 decay 0.1, betas 0.9 / 0.95, clip 1 (Titans, 2501.00663, and Gated DeltaNet's
-recipe, which it follows).  The CMS learns by the next token, the objective of
-the task at hand (paper section 7.1).
+recipe, which it follows).  The CMS learns from next-token prediction, the
+objective of the task at hand (paper section 7.1).
 """
 
 from configs import _base, _models
@@ -31,7 +31,7 @@ SMOKE = {
 
 
 def model(name: str, size: str, **fields) -> dict:
-  """The model group of the recipe; `fields` are set as they are."""
+  """The model group of the recipe; `fields` override it."""
   group = {
     "memory_chunks": (64, 256),
     "cms_chunks": (128, 512, 0),
@@ -44,9 +44,9 @@ def model(name: str, size: str, **fields) -> dict:
 
 
 def recipe(arg: str | None, size: str, tokens: float):
-  """A model of `size` trained on `tokens`.
+  """The config of a model of `size` trained on `tokens` tokens.
 
-  `smoke` keeps dtype, remat and the kind of data, and takes the tiny model, few
+  `smoke` keeps dtype, remat and the kind of data, but uses the tiny model, few
   subwords and short examples, so that it runs on a CPU.
   """
   name, switches = _base.parse(arg, "hope", _models.NAMES, "smoke")

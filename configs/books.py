@@ -6,7 +6,7 @@ Command: python -m hope_jax.train --config=configs/books.py:hope \
   --config.data.path=runs/books --workdir=runs/books-hope
 Modes: a model, optionally with `smoke`: `hope`, `titans,smoke`.
 Data: the folder that experiments/texts/books.py makes: 80 novels to train on
-  (60 MB), passages of whole held-out ones for validation and test.
+  (60 MB), a passage of every held-out book for validation and test.
 """
 
 from configs import _base, _models

@@ -3,7 +3,7 @@
 Paper: Table 2 (1.3B / 100B).
 Data: the parquet files of HuggingFaceFW/fineweb-edu, sample/100BT, under
   data/.  Documents of at least 4,096 tokens make a quarter of the examples: the
-  paper mixes long documents in and does not say how many.
+  paper mixes in long documents but does not say how many.
 Prepare, once for the three sizes:
   python -m scripts.prepare_data --output=data/fineweb_edu \
     --tokenizer=sentencepiece:32000 --length=4096 --align=256 --long=4096 \
@@ -20,11 +20,11 @@ Modes: the models of `_models.py`; with `smoke` four steps of the tiny model at
     data/fineweb-edu/sample/100BT/000_00000.parquet
   python -m hope_jax.train --config=configs/hope_1p3b.py:hope,smoke \
     --workdir=runs/hope-1p3b-smoke
-Hardware: an accelerator pod; the mesh by --config.mesh.fsdp, .tensor.
+Hardware: an accelerator pod; --config.mesh.fsdp and .tensor set the mesh.
 Expected: Hope 14.39 Wiki ppl / 58.04 avg, Transformer++ 17.92 / 53.38, Titans
   15.60 / 56.82.
-Measured: not trained yet; parameter counts are tested, and that the commands
-  of `smoke` run.
+Measured: not trained yet; tests check the parameter counts and that the
+  commands of `smoke` run.
 """
 
 from configs import _paper

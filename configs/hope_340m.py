@@ -3,7 +3,7 @@
 Paper: Table 2 (340M / 15B, NeurIPS version).
 Data: the parquet files of HuggingFaceFW/fineweb-edu, sample/100BT, under
   data/.  Documents of at least 4,096 tokens make a quarter of the examples: the
-  paper mixes long documents in and does not say how many.
+  paper mixes in long documents but does not say how many.
 Prepare, once for the three sizes:
   python -m scripts.prepare_data --output=data/fineweb_edu \
     --tokenizer=sentencepiece:32000 --length=4096 --align=256 --long=4096 \
@@ -20,11 +20,11 @@ Modes: the models of `_models.py`; with `smoke` four steps of the tiny model at
     data/fineweb-edu/sample/100BT/000_00000.parquet
   python -m hope_jax.train --config=configs/hope_340m.py:hope,smoke \
     --workdir=runs/hope-340m-smoke
-Hardware: an accelerator pod; the mesh by --config.mesh.fsdp, .tensor.
+Hardware: an accelerator pod; --config.mesh.fsdp and .tensor set the mesh.
 Expected: Hope 26.05 Wiki ppl / 46.90 avg, Transformer++ 31.52 / 42.92, Titans
   (LMM) 26.18 / 46.17 (NeurIPS version, Titans paper).
-Measured: not trained yet; parameter counts are tested, and that the commands
-  of `smoke` run.
+Measured: not trained yet; tests check the parameter counts and that the
+  commands of `smoke` run.
 """
 
 from configs import _paper

@@ -5,11 +5,12 @@ Paper: Table 2; see experiments/language_modeling (table2.py), which also
 Command: python -m hope_jax.train --config=configs/subwords.py:hope \
   --workdir=runs/subwords-hope
 Modes: a model, optionally with `gpu` (60M parameters, 105M tokens, T 2048,
-  16,000 pieces; else about 1.5M, 1.02M, T 512, 4,096 pieces) and with `smoke`
-  (4 steps): `hope`, `titans,gpu`, `rwkv7,smoke`.
+  16,000 pieces; otherwise about 1.5M, 1.02M, T 512, 4,096 pieces) and with
+  `smoke` (4 steps): `hope`, `titans,gpu`, `rwkv7,smoke`.
 Data: the folders that experiments/texts/subwords.py makes.  Training mixes
-  WikiText-2 and the novels one to five, as their sizes are; validation and test
-  are WikiText-2's own, whole.  105M tokens are five or six epochs of both.
+  WikiText-2 and the novels one to five, in proportion to their sizes;
+  validation and test are WikiText-2's own, whole.  105M tokens are five or six
+  epochs of both.
 Hardware: two CPU cores; `gpu` is for one GPU.
 Measured: experiments/language_modeling has `t2`, 2026-11-27; `gpu` is not
   trained yet, its parameter counts are tested.
@@ -24,9 +25,9 @@ class Scale(NamedTuple):
   """What the prepared data and the model of a scale share.
 
   Attributes:
-    size: of `_models.SIZES`, without its vocabulary where that is `tiny`.
-    pieces: of the tokenizer.
-    align: documents begin at its multiples.
+    size: key of `_models.SIZES`; for `tiny` the vocabulary comes on top of it.
+    pieces: number of the tokenizer's pieces.
+    align: documents begin at multiples of it.
   """
 
   size: str
@@ -36,13 +37,13 @@ class Scale(NamedTuple):
 
   @property
   def folder(self) -> str:
-    """Of the prepared data."""
+    """The folder of the prepared data."""
     return f"runs/subwords-{self.pieces}-{self.length}"
 
 
 CPU = Scale("tiny", pieces=4096, length=512, align=64)
 GPU = Scale("60m", pieces=16000, length=2048, align=256)
-TEXTS = ("wikitext2", "novels")  # the first is validation and test, too
+TEXTS = ("wikitext2", "novels")  # the first is also validated and tested on
 
 
 def get_config(arg=None):

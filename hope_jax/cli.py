@@ -1,7 +1,8 @@
-"""What the commands share: flags, one-line errors, exit codes.
+"""Shared by the commands: flags, one-line errors, exit codes.
 
 Exit code 2: the command line or the config is wrong; 1: the run failed; 130:
-Ctrl-C; 75: SIGTERM or preemption, saved, the same command resumes.
+Ctrl-C; 75: SIGTERM, preemption or the loss of another process, after which the
+same command resumes.
 """
 
 import os
@@ -34,7 +35,7 @@ _ending = threading.Lock()
 def fail(message: str, code: int) -> NoReturn:
   """Prints one line on stderr and exits.
 
-  Of several threads that call it, the first one gives the reason.
+  If several threads call it, only the first one's message is printed.
   """
   with _ending:
     message = " ".join(message.split())
@@ -42,8 +43,8 @@ def fail(message: str, code: int) -> NoReturn:
     processes.leave(message)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: a compilation that was interrupted goes on in a thread of
-    # its own, and tearing the interpreter down under it is a crash.
+    # Not sys.exit: an interrupted compilation continues in its own thread, and
+    # would crash when the interpreter is torn down.
     os._exit(code)
 
 
@@ -76,13 +77,13 @@ def read_config() -> Config:
   values = flags.FLAGS.config
   try:
     return config_lib.from_config_dict(values)
-  except OSError as error:  # raised late, when the file is looked into
+  except OSError as error:  # raised late, when the file is accessed
     reason = str(error).splitlines()[-1].strip()
     raise ConfigError(f"cannot load --config: {reason}") from error
 
 
 def define_sampling() -> None:
-  """Defines how a text is continued, for `read_sampling`."""
+  """Defines the flags of sampling, for `read_sampling`."""
   flags.DEFINE_integer("tokens", 200, "how many tokens to add at the most")
   flags.DEFINE_float("temperature", 1.0, "0: always the likeliest token")
   flags.DEFINE_integer("top_k", 0, "draw from the k likeliest; 0: from all")
@@ -92,20 +93,20 @@ def define_sampling() -> None:
 
 
 def read_sampling(args: Any) -> sampling_lib.Sampling:
-  """The `Sampling` of the flags `args`, all of which are checked."""
+  """The `Sampling` of the flags `args`; checks --tokens and --stop, too."""
   sampling = sampling_lib.Sampling(args.temperature, args.top_k, args.top_p)
   sampling_lib.check_request(args.tokens, sampling, args.stop)
   return sampling
 
 
 def describe(model: ModelConfig) -> str:
-  """What model this is, in the first line of every command."""
+  """A description of the model, for the first line of every command."""
   layers = "1 layer" if model.num_layers == 1 else f"{model.num_layers} layers"
   return f"{model.sequence_layer}: {layers} of width {model.width}"
 
 
 def announce(config: Config, workdir: Any) -> None:
-  """Says what a training run is going to do, before anything slow."""
+  """Prints what a training run will do, before anything slow begins."""
   data, steps = config.data, config.train.steps
   tokens = steps * data.batch_size * data.sequence_length
   source = "generated data" if data.is_generated else data.path
@@ -117,11 +118,11 @@ def announce(config: Config, workdir: Any) -> None:
 
 
 def announce_devices(count: int | None = None) -> None:
-  """Says on what it is done: on the first `count` devices, or on all.
+  """Prints the devices that are used: the first `count`, or all.
 
-  `ConfigError` if there are fewer.
+  `ConfigError` if there are fewer than `count`.
   """
-  import jax  # a second and a half, after the first line
+  import jax  # takes 1.5 s, so after the first line
 
   there = jax.device_count()
   count = there if count is None else count
@@ -131,9 +132,9 @@ def announce_devices(count: int | None = None) -> None:
 
 
 def write_output(path: epath.Path, value: Any, hint: str = "") -> None:
-  """Writes the JSON of --output, with null for numbers that it does not have.
+  """Writes `value` as JSON to --output, with null for NaN and infinity.
 
-  `SaveFailed` if that fails, with `hint` at the end of its line.
+  `SaveFailed` if that fails; `hint` ends its message.
   """
   try:
     workdir_lib.write_json(path, workdir_lib.finite(value))
@@ -144,7 +145,7 @@ def write_output(path: epath.Path, value: Any, hint: str = "") -> None:
 
 
 def explain(error: Exception) -> str:
-  """What an error of the flags or of a config file says, in one short line."""
+  """An error in the flags or in a config file, as one short line."""
   text = str(error.args[0] if isinstance(error, KeyError) else error).strip()
   if slip := re.search(r'Did you mean "(.+)" instead of "(.+)"', text):
     right, wrong = slip.groups()
@@ -171,7 +172,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 def run(main: Callable[..., None], *, takes_arguments: bool = False) -> None:
   """Runs `main` with parsed flags; user errors become one clear line.
 
-  With `takes_arguments` it is given what is not a flag.
+  With `takes_arguments`, `main` is given the arguments that are not flags.
   """
 
   def guarded(argv: list[str]) -> None:

@@ -3,15 +3,15 @@
 python -m hope_jax.convert --from_hf=FOLDER --workdir=runs/llama
 python -m hope_jax.convert --workdir=runs/x --to_hf=FOLDER
 
-The first makes the folder of a run, for `hope_jax.evaluate` (on `--text`),
-`generate`, `session` and `export`, which makes it a beginning for training
-(`train.init_from`).  It holds no state of an optimizer: training does not
-resume there.  The second writes config.json, model.safetensors (float32) and
-the tokenizer's files, for `transformers`.  Which models:
-`interchange/hugging_face.py`.  Neither needs `transformers` or torch; a
-tokenizer.json needs the extra `convert`.
+The first makes the folder of a run, for `hope_jax.evaluate` (on the text of
+`--text`), `generate`, `session` and `export`; training can start from such an
+export (`train.init_from`).  The folder has no optimizer state, so training
+cannot resume there.  The second writes config.json, model.safetensors (float32)
+and the tokenizer's files, for `transformers`.  The models that can be converted
+are listed in `interchange/hugging_face.py`.  Neither command needs
+`transformers` or torch; a tokenizer.json needs the extra `convert`.
 
-A model's parameters have to fit into the memory of this machine in float32.
+A model's float32 parameters have to fit into the memory of this machine.
 """
 
 import sys
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def to_hf(workdir: epath.Path, folder: epath.Path) -> int:
-  """Writes the newest checkpoint of a run for transformers; its step."""
+  """Writes a run's newest checkpoint for `transformers`; returns its step."""
   from hope_jax.inference import trained
   from hope_jax.interchange import formats, hugging_face
 

@@ -3,11 +3,11 @@
 python -m hope_jax.evaluate --workdir=runs/x --split=test
 python -m hope_jax.evaluate --workdir=runs/x --writes=off --level=memory,cms_0
 
-`--writes=off` switches the memories' writes off: of all of them, or of the
-levels named by `--level`.  `--path` reads other data than training's, of the
-same kind and tokenizer.  `--length=4096` reads longer sequences than training
-did (text).  `--positions` adds the scores of the first 64 positions, the next
-64, the next 128 ...: does more context help?  `--dynamics` adds what the
+`--writes=off` switches off the writes of all fast levels, or of those named by
+`--level`.  `--path` evaluates on other data, of the same kind and tokenizer.
+`--length=4096` reads longer sequences than training did (text only).
+`--positions` adds the scores of the first 64 positions, the next 64, the next
+128 ..., which show whether more context helps.  `--dynamics` adds what the
 memories did in the split's first batch, per layer and level: learn rates,
 half-lives, |D| / |M_0| at the end ...  Numbers that are not finite are null; if
 the loss is one of them, the exit code is 1 and `--output` is not written.
@@ -59,7 +59,7 @@ def main() -> None:
     f"evaluating {cli.describe(config.model)}, {args.split} split,"
     f" workdir {workdir}"
   )
-  from hope_jax.training import sharding  # jax: a second and a half
+  from hope_jax.training import sharding  # jax takes 1.5 s
 
   cli.announce_devices(sharding.mesh_or_default(config).size)
   from hope_jax.inference import evaluation

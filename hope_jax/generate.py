@@ -4,9 +4,9 @@ python -m hope_jax.generate --workdir=runs/x --prompt="ROMEO:" --tokens=200
 python -m hope_jax.generate --workdir=runs/x --prompt_file=prompts.txt
 
 Prompts are read into the model's explicit fast state, which keeps learning
-while tokens are drawn.  One prompt: its text and what follows, as it is.
-Several (--prompt more than once, or a file with one a line): a line of JSON
-each, {"prompt", "text"}.
+while tokens are drawn.  With one --prompt, the prompt and its continuation are
+printed as text.  With several, or with a file of one prompt per line, each
+gives a line of JSON: {"prompt", "text"}.
 """
 
 import json
@@ -27,7 +27,7 @@ def define_flags() -> None:
 
 
 def read_prompts(path: str) -> list[str]:
-  """The lines of a file; other line breaks than \\n and \\r\\n are text."""
+  """The lines of a file; only \\n and \\r\\n end a line."""
   from hope_jax.data import text as text_lib
 
   data = text_lib.read(files.reach(path)).tobytes()

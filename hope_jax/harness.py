@@ -1,20 +1,20 @@
-"""Scores a run on the tasks of lm-eval (extra `eval`): a table, and JSON.
+"""Scores a run on tasks of lm-eval (extra `eval`), as a table and as JSON.
 
 python -m hope_jax.harness --workdir=runs/x --tasks=piqa,arc_easy --limit=100
 python -m hope_jax.harness --workdir=runs/x --tasks=table2 --data=data \
   --include_path=experiments/language_modeling/tasks --output=runs/x/tasks.json
 
 Tasks are lm-eval's own, which download their data, or those of the task files
-in `--include_path`, which come first; those may read from `--data` (a
-`custom_dataset` function gets it as its argument `data`).  Bounds are 95 %
-(1.96 standard errors), `chance` is one over the number of choices, `truncated`
-how many of a task's requests had a context that attention's cache does not hold
-and by how many tokens it was cut at the most.
+in `--include_path`, which take precedence and may read from `--data` (a
+`custom_dataset` function gets it as its argument `data`).  In the table, `95 %`
+is 1.96 standard errors and `chance` is one over the number of choices;
+`truncated` says how many of a task's requests had a context too long for
+attention's cache, and how many tokens were cut from one at most.
 
-All requests of all tasks are looked at before the first is answered.  With
-`--output` the answers of finished tasks are kept beside it until all are
-scored (`inference/lm_eval_answers.py`): the same command continues one that was
-killed.
+All requests of all tasks are checked before the first is answered.  With
+`--output`, the answers to finished tasks are kept beside it until all tasks are
+scored (`inference/lm_eval_answers.py`), so that the same command continues one
+that was killed.
 """
 
 import datetime
@@ -44,7 +44,7 @@ def define_flags() -> None:
 
 
 def check(args: Any) -> None:
-  """What can be known of the flags before anything is read."""
+  """Checks the flags as far as possible before anything is read."""
   for name, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
     value = getattr(args, name)
     if value is not None and value < least:

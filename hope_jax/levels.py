@@ -3,7 +3,7 @@
 python -m hope_jax.levels --config=configs/shakespeare.py:hope \\
     --config.model.memory.chunk_length=32 --json=levels.json --figure=levels.png
 
-What is counted, and how: `analysis/levels.py`.
+`analysis/levels.py` says what is counted, and how.
 """
 
 from absl import flags

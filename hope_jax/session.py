@@ -1,4 +1,4 @@
-"""Sessions: what a model has read, kept in a folder from one day to the next.
+"""Sessions: the state of a model that has read texts, kept in a folder.
 
 python -m hope_jax.session --workdir=runs/x --session=sessions/a --new \
   --feed=book.txt --feed=notes.txt
@@ -7,17 +7,17 @@ python -m hope_jax.session --workdir=runs/x --session=sessions/a \
 python -m hope_jax.session --workdir=runs/x --session=sessions/a \
   --reset=memory,cms_0 --fork=sessions/b --info
 
-In this order: levels are reset (D, momentum and what they have of a chunk that
-is not over; or all levels), files are read, questions are continued, the
-session is saved, copied to `--fork` and described.  Asking leaves the session
-as it was, but with `--keep` it has read question and answer.  `--new` begins a
-session with the run's newest checkpoint; without it, one that does not exist is
-an error.  What can be known to go wrong (a text that is not UTF-8, more than
-attention's cache holds, a folder that cannot be written) is found before
+The flags act in this order: levels are reset (D, momentum and what they hold of
+an unfinished chunk become zero), files are read, questions are continued, and
+the session is saved, copied to `--fork` and described.  A question does not
+change the session, unless `--keep` adds the question and its answer.  `--new`
+begins a session with the run's newest checkpoint; without it, the session must
+exist.  Errors that can be foreseen (a text that is not UTF-8, more tokens than
+attention's cache holds, a folder that cannot be written) are reported before
 anything is read.
 
-Killed at any moment, the session is as it was before or as it is after
-(`inference/sessions.py`).
+If the command is killed at any moment, the saved session is either the one
+before or the one after the command (`inference/sessions.py`).
 """
 
 import json
@@ -63,7 +63,7 @@ def _levels(names: Sequence[str], model: ModelConfig) -> tuple[str, ...]:
 
 
 def _check(args: Any) -> Sampling:
-  """What can be known before a model is there."""
+  """Checks the flags as far as possible before the model is loaded."""
   from hope_jax.inference import reading
 
   sampling = cli.read_sampling(args)
@@ -81,7 +81,7 @@ def _check(args: Any) -> Sampling:
 
 
 def act(run: Any, folder: epath.Path, args: Any, sampling: Sampling) -> None:
-  """Does what the flags say."""
+  """Resets, reads, asks, saves, forks and describes, as the flags say."""
   from hope_jax.inference import sessions, streaming
   from hope_jax.training import evaluation
 

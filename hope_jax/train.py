@@ -3,8 +3,8 @@
 python -m hope_jax.train --config=configs/shakespeare.py:hope \\
     --workdir=runs/x --config.opt.peak_lr=1e-3
 
-The same command again resumes an interrupted run.  Where several processes make
-one run (a pod's hosts), each is started with `--multihost`.
+The same command resumes an interrupted run.  If a run has several processes
+(the hosts of a pod), each is started with `--multihost`.
 """
 
 from absl import flags

@@ -2,15 +2,16 @@
 
 python -m scripts.benchmark [--configs=shakespeare] [--models=titans,hope]
 
-The configs are those of the result tables, as they stand: `shakespeare` (8 x
-256 tokens), `wikitext2` (2 x 1,024) and `books` (1 x 4,096) of `configs/`; and
-`3p9m`, width 256 at 8 x 1,024.  `hope_twin` has its inner rates off, the levels
-of `hope_associative` learn by the associative signal (an ablation), `hope_ffn`
-has a plain FFN in their place; any model can have these endings.  One step is
-loss, gradient and AdamW update; parameters are equal.  The models of a config
-are compiled first (without the persistent cache: cold), then take a step each
-in turn, so that whatever else the machine does hits all of them; speed is from
-the median step.  FLOPs are counted from the jaxpr, loss and gradient.
+The configs are those of the result tables, unchanged: `shakespeare` (8 x 256
+tokens), `wikitext2` (2 x 1,024) and `books` (1 x 4,096) of `configs/`; and
+`3p9m`, width 256 at 8 x 1,024.  `hope_twin` has its inner rates off; the CMS
+levels of `hope_associative` learn by the associative signal (an ablation);
+`hope_ffn` has a plain FFN in their place; any model can have these endings.
+One step is loss, gradient and AdamW update; parameters are matched.  The models
+of a config are compiled first (cold, without the persistent cache), then take
+turns step by step, so that other load on the machine affects all of them;
+speed is from the median step.  FLOPs are counted from the jaxpr, forward and
+backward.
 `scripts/benchmark_memory.py` times memories and kernels by themselves.
 """
 
@@ -103,8 +104,8 @@ def make_config(config: str, name: str, flags: argparse.Namespace) -> Config:
 
 
 def build(config: Config, mesh: Any, *, is_packed: bool = False) -> Entry:
-  """Compiles the training step, and times that; sequences of one document, or
-  `PACKED` of them."""
+  """Compiles the training step and times the compilation; sequences hold one
+  document or, if `is_packed`, `PACKED` of them."""
   data = config.data
   compiled = step.build(config, mesh)
   state = compiled.init(jax.random.key(0))

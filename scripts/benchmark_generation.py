@@ -2,10 +2,11 @@
 
 python -m scripts.benchmark_generation [--models=hope,titans,transformer]
 
-After a context of 1K to 1M tokens, what a sequence's state takes and how fast
-tokens follow.  The speed is of single tokens one after the other, batch 1,
-median of several blocks; a Transformer's cache is as long as the context, and
-only its length matters, so that it is not filled by reading a real text.
+Measures the size of a sequence's state and the decoding speed after contexts of
+1K to 1M tokens: single tokens one after the other, batch 1, median of several
+blocks.  No context is read: a memory's state has the same size everywhere, and
+of a Transformer's cache, which is as long as the context, only the length
+matters.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from hope_jax.inference import generation
 from hope_jax.models import language_model
 
 LENGTHS = tuple(1 << n for n in range(10, 21, 2))
-TOKENS = 16  # of a timed block; 1 behind the longest caches
+TOKENS = 16  # of a timed block; fewer after long caches
 
 
 def make_config(name: str, size: str, length: int) -> ModelConfig:
@@ -41,14 +42,14 @@ def make_config(name: str, size: str, length: int) -> ModelConfig:
 
 
 def block_length(config: ModelConfig) -> int:
-  """Tokens of a timed block, fewer where one takes seconds."""
+  """Tokens of a timed block; fewer where each takes seconds."""
   if not config.has_attention:
     return TOKENS
   return max(1, min(TOKENS, (1 << 18) // config.context_length))
 
 
 def at(state: Any, place: int) -> Any:
-  """An attention cache as if `place` tokens had been read."""
+  """`state`, with attention caches as if `place` tokens had been read."""
 
   def move(path: Any, x: jax.Array) -> jax.Array:
     is_cache = jax.tree_util.keystr(path).endswith(".mixer.position")
@@ -58,7 +59,7 @@ def at(state: Any, place: int) -> Any:
 
 
 def tokens_per_second(params: Any, config: ModelConfig, rounds: int) -> float:
-  """Decoding speed behind a context of `config.context_length` tokens."""
+  """Decoding speed after a context of `config.context_length` tokens."""
   count = block_length(config)
   place = config.context_length - count
   state = at(language_model.init_state(config, 1), place)

@@ -11,12 +11,13 @@ forward, and forward + backward (outer gradients of all inputs and of M_0).
   linear_rule  one gated delta rule with momentum (`pallas_kernels`)
   attention    causal softmax attention, `jax.nn.dot_product_attention`
 
-each in XLA, and as a kernel where this machine has one for it.  All variants
-of a length take turns, so that whatever else the machine does hits all of them;
-times are medians.  The floor is what the algorithm's FLOPs (jaxpr, nothing
-recomputed) or its least bytes (inputs, outputs and their gradients once) would
-take at the rates of a large matrix product and a large copy, measured in the
-same run.  What needs more temporary memory than --gib is left out.
+each in XLA, and as a kernel where there is one for this machine.  All variants
+of a length take turns, so that other load on the machine affects all of them;
+times are medians.  The floor is the time that the algorithm's FLOPs (jaxpr,
+without recomputation) or its least bytes (inputs, outputs and their gradients
+once) would take at the rates of a large matrix product and a large copy,
+measured in the same run.  Passes that need more temporary memory than --gib are
+left out.
 """
 
 import argparse
@@ -55,7 +56,7 @@ class Tokens(NamedTuple):
 
 
 def make_tokens(batch: int, heads: int, length: int, dim: int) -> Tokens:
-  """Random ones; q and k of norm 1, gates as at a model's initialisation."""
+  """Random tokens; q and k of norm 1, gates as at a model's initialisation."""
   keys = jax.random.split(jax.random.key(0), 3)
   q, k, v = (jax.random.normal(x, (batch, heads, length, dim)) for x in keys)
   gate = lambda value: jnp.full((batch, heads, length), value, jnp.float32)
@@ -132,7 +133,7 @@ def linear_rule(x: Tokens, chunk: int, name: Any, remat: Any) -> Any:
 
 
 class Variant(NamedTuple):
-  """A layer in one implementation at one chunk length (0: has none)."""
+  """A layer in one implementation at one chunk length (0: no chunks)."""
 
   layer: str
   implementation: str
@@ -142,7 +143,7 @@ class Variant(NamedTuple):
 def variants(
   layers: Sequence[str], chunks: Sequence[int], backend: str
 ) -> list[Variant]:
-  """All that this backend can run."""
+  """All variants that this backend can run."""
   found = []
   for layer in layers:
     names = ["xla"]
@@ -187,7 +188,7 @@ def measure_rates(width: int, rounds: int = 5) -> Rates:
 
 
 def floor_seconds(variant: Variant, x: Tokens, rates: Rates) -> dict[str, Any]:
-  """What the algorithm needs at least, by pass."""
+  """The floor of each pass (module docstring)."""
   run = make_layer(variant.layer, "xla", variant.chunk, "none")
   initial = initial_state(variant.layer, x.q.shape[1], x.q.shape[-1])
   floor = {}

@@ -4,7 +4,7 @@ python -m scripts.benchmark_titans_pytorch [--chunks=16,64] [--rounds=7]
 
 Both are whole layers [B, T, D] -> [B, T, D] with the same heads and the same
 memory per head (an MLP of two matrices of head dim x head dim, momentum and
-forgetting), gradients to the input and to all parameters.  Rows:
+forgetting); gradients are of the input and of all parameters.  Rows:
 
   hope_jax                 the layer as it is trained here: convolutions, every
                            token reads what the tokens before it wrote
@@ -72,7 +72,7 @@ def ours(config: ModelConfig, shape: tuple[int, ...]) -> Callable[[], Any]:
 def theirs(
   config: ModelConfig, shape: tuple[int, ...], batch_size: int | None
 ) -> Callable[[], Any]:
-  """The same of NeuralMemory; it has no residual and no norm in its memory."""
+  """The same for NeuralMemory; here its memory has no residual and no norm."""
   torch, titans_pytorch = optional("torch"), optional("titans_pytorch")
   dim = config.head_dim
   layer = titans_pytorch.NeuralMemory(

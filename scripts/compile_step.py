@@ -1,12 +1,12 @@
-"""What a whole training step takes on a TPU, from its compiler; none is needed.
+"""What a training step takes on a TPU, by the TPU's compiler; needs no TPU.
 
 JAX_PLATFORMS=cpu python -m scripts.compile_step \
   --config=configs/hope_340m.py:hope --topology=v5e:4x4 \
   --config.data.batch_size=16 --config.mesh.fsdp=16
 
 Compiles the step for the topology's chips with the memories in XLA and in the
-kernels, side by side: bytes per chip (the compiler's), FLOPs per token with and
-without what is computed again (counted in the jaxpr), kernel calls.
+kernels, side by side: bytes per chip (reported by the compiler), FLOPs per
+token with and without recomputation (counted in the jaxpr), kernel calls.
 Needs the extra `aot` (libtpu).
 """
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Prints the first interpreter that is there of the Python versions given, by
-# default those that the requirements have wheels for, the newest first (grain
-# has none for 3.15).  It looks in PATH and at what pyenv installed.
+# Prints the first interpreter found of the given Python versions; by default
+# those that the requirements have wheels for, the newest first (grain has none
+# for 3.15).  Searches PATH and pyenv's installations.
 set -uo pipefail
 
 check='import ensurepip, sys, venv

@@ -26,7 +26,7 @@ if [ -z "$python" ]; then
   exit 2
 fi
 
-# Nearly all of the GPU's memory is one job's; warnings would hide the results.
+# A job gets nearly all of the GPU's memory; warnings would hide the results.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
 export PYTHONDONTWRITEBYTECODE=1

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Trains Transformer++ (with and without convolution), Titans and Hope on tiny
-# Shakespeare at equal tokens; prints the table and a sample of text, writes
-# results.json, table.md and the loss curves to runs/language_modeling-demo.
-# Run again, it continues where it stopped.
+# Shakespeare at equal tokens, and a small Hope and its twin on recall; prints
+# the tables and a sample of text; writes results.json, table.md and the loss
+# curves to runs/language_modeling-demo.  Run again, it continues.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes a virtual environment with the pinned requirements; the other scripts
-# source it.  Does nothing when the pins have not changed since the last time.
+# source it.  Does nothing if the pins have not changed since the last time.
 #
 #   HOPE_PYTHON  the interpreter, if not the newest that find_python.sh finds
 #   HOPE_VENV    the environment's folder, if not .venv

@@ -3,9 +3,9 @@
 python -m scripts.stream_book --workdir=runs/x --text=book.txt \
   --tokens=1000000 --out=results/stream [--writes=off [--level=cms_0]]
 
-One pass over the text, the fast state carried from its first token to its
+One pass over the text, with the fast state carried from its first token to its
 last.  Every 64K tokens: wall time, the process's peak memory, the state's size
-and the perplexity of these tokens; all of it goes to --out/stream-on.json.
+and the perplexity of these tokens, all of which go to --out/stream-on.json.
 --out/perplexity.png shows all the streams of the folder: the same command with
 --writes=off is the control, the same weights with nothing learned on the way.
 """
@@ -51,8 +51,8 @@ def peak_bytes() -> int:
 def stream(
   run: Any, text: str, count: int, window: int = WINDOW
 ) -> Iterator[Window]:
-  """Reads `text` with `run`, of `trained.open_run`, up to `count` tokens; what
-  was seen, `window` at a time."""
+  """Reads up to `count` tokens of `text` with `run`, from `trained.open_run`;
+  yields measurements every `window` tokens."""
   import jax
   import numpy as np
 
@@ -83,7 +83,7 @@ def stream(
 
 
 def line(window: Window, before: Window | None) -> str:
-  """A window in words."""
+  """A line of text about a window."""
   seconds, end = window["seconds"], window["end"]
   if before is not None:
     seconds, end = seconds - before["seconds"], end - before["end"]

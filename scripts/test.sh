@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# All tests, on three processes: of two cores one would often wait for a start or a
-# compiler (TEST_JOBS sets how many).  Arguments go to pytest (scripts/test.sh -k mqar;
-# --slow adds the longest tests, and repeats on further models; --core runs one file
-# of each room, and installs only what these need).
+# Runs all tests, in three processes (or TEST_JOBS), for with two one of two cores
+# would often wait for a start or a compiler.  Arguments go to pytest (scripts/test.sh
+# -k mqar; --slow adds the longest tests, and repetitions on further models; --core
+# runs one file of each room, and installs only what these need).
 set -euo pipefail
 case " $* " in *" --core "*) export HOPE_CORE=1 ;; esac
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-# The TPU's compiler, for the tests that compile for one.  Apart from .venv: beside
-# jax it would look for a TPU at every start.
+# The TPU's compiler, for the tests that compile for one.  Kept outside of .venv:
+# installed next to jax, it would look for a TPU at every start.
 libtpu=$("$python" -c 'import tomllib
 with open("pyproject.toml", "rb") as file:
   print(tomllib.load(file)["project"]["optional-dependencies"]["aot"][0])')
@@ -21,6 +21,6 @@ if [ -z "${HOPE_CORE:-}" ] && [ ! -d "$compilers" ] &&
 fi
 export HOPE_COMPILERS=$compilers
 
-# In the order of tests/conftest.py: a long file would be last and alone otherwise.
+# In the order of tests/conftest.py; otherwise a long file might run last and alone.
 exec "$python" -m pytest -n "${TEST_JOBS:-3}" --dist loadfile \
   --no-loadscope-reorder "$@"

@@ -19,7 +19,7 @@ from experiments.texts import books
 
 BOOKS, RECALL = "books, T 4096", "recall, 8 pairs"
 SEEDS = (0, 1, 2)
-# Both within two hours on two cores for ROWS and SEEDS.
+# Both together take at most two hours on two cores for ROWS and SEEDS.
 BOOKS_BUDGET = {"train.steps": 120, "eval.batches": 9}  # of 4096 tokens
 RECALL_BUDGET = {"train.steps": 800}  # of 1024 tokens
 NOTE = """\
@@ -30,8 +30,8 @@ much larger Hope, for reference; it does not compare with ours per byte.
 
 
 class Ablation(NamedTuple):
-  """A row: what it changes in Hope, Table 6's perplexity and accuracy, and the
-  groups in which the change is one."""
+  """A row: its changes to Hope, Table 6's perplexity and accuracy, and the
+  groups in which these changes have an effect."""
 
   overrides: Mapping[str, Any]
   paper: tuple[float, float] | None = None
@@ -43,11 +43,11 @@ def _adaptive(*boxes: str) -> dict[str, Any]:
 
 
 # The rows with three seeds, then the others of Table 6.  Our Hope has no
-# adaptive q, so that the paper's row "w/o q" is ours and its full one adds it.
+# adaptive q: where Table 6 removes it ("w/o q"), our row adds it.
 ROWS = {
   "Hope": Ablation({}, (12.24, 58.1)),
   "Hope twin": Ablation(switch_off.TWIN),
-  # Recall has the associative signal, whose gradient has no second order.
+  # Recall uses the associative signal, whose gradient has no second order.
   "Hope first order": Ablation({"model.cms.outer_order": 1}, groups=(BOOKS,)),
   "w/o CMS": Ablation({"model.cms.connection": "none"}, (13.04, 57.3)),
   "w/o DGD": Ablation({"model.memory.delta_rule": "none"}, (13.41, 56.5)),
@@ -71,7 +71,7 @@ ALL_ROWS = {**ROWS, **OTHER_ROWS}
 
 
 def evaluations(row: str) -> tuple[Evaluation, ...]:
-  """Hope with each level's writes off, the ablated ones with all off."""
+  """Each level's writes off for Hope; only all of them for its ablations."""
   found = switch_off.switch_offs("Hope")
   if row == "Hope twin":
     return ()
@@ -102,8 +102,8 @@ def trial(
 def plan(
   switch: str = "", seeds: Sequence[int] = SEEDS, others: bool = False
 ) -> Plan:
-  """Every row at the config's learning rate, seed by seed, so that what is done
-  can be compared; `others`: the rest of Table 6, on the first seed."""
+  """Every row at the config's learning rate, seed by seed, so that rows can be
+  compared at any time; `others` adds the rest of Table 6 on the first seed."""
   budgets = {BOOKS: BOOKS_BUDGET, RECALL: RECALL_BUDGET}
   rows = {seed: list(ROWS) for seed in seeds}
   if others:
@@ -161,7 +161,7 @@ def _cells(scores: Mapping[str, Sequence[tables.Scores]]) -> dict[str, str]:
 
 
 def report(records: Sequence[Record], folder: pathlib.Path, scale: str) -> None:
-  """Writes and prints the table; a bar chart of recall, curves of the loss."""
+  """Writes and prints the table; plots recall (bars) and losses (curves)."""
   text = f"{tables.markdown(lines(records))}\n{NOTE}{tables.caption(records)}"
   recall = {
     row: {RECALL: values}

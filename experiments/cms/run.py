@@ -2,8 +2,8 @@
 
 python -m experiments.cms.run --jobs=2
 
-Hope with every other level's writes off, on recall and on text.  Writes
-results.json and table.md; see README.md for the protocol.
+Trains Hope with the writes of all other levels off, on recall and on text.
+Writes results.json and table.md; see README.md for the protocol.
 """
 
 import functools
@@ -32,7 +32,7 @@ BUDGET = {
   },
   TEXT: {"train.steps": 180},
 }
-# Row -> fields of the CMS.  A linear map of the values is paid for with width.
+# Row -> fields of the CMS.  A linear map of the values costs some width.
 ROWS: dict[str, dict[str, Any]] = {
   "mixer_linear": {"value": "mixer_linear", "hidden": (64, 64, 64)},
   "mixer_value": {"value": "mixer_value"},

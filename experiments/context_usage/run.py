@@ -3,10 +3,10 @@
 python -m experiments.context_usage.run --data=FOLDER --jobs=2 \
   --out=runs/ablations-cpu --report=runs/context_usage-cpu
 
-Reads the models of experiments/ablations (trained there, or here if they are
-missing: the same --out continues) and of Titans on passages of 32,768 tokens,
-one of every test book, with writes on and off.  Writes results.json, table.md
-and context.png.
+Evaluates the models of experiments/ablations (trained there or, if missing,
+here: both continue the same --out) and Titans on passages of 32,768 tokens, one
+of every test book, with writes on and off.  Writes results.json, table.md and
+context.png.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ def _titans(trial: Trial, row: str) -> Trial:
 
 
 def plan(**options) -> Plan:
-  """The trials of the ablations on books, and Titans, read at length."""
+  """The ablations' trials on books, and Titans, evaluated on long passages."""
   trials = [
     trial
     for trial in ablations.plan(**options)({})
@@ -70,7 +70,7 @@ PLANS = {
 
 
 def curves(records: Sequence[Record]) -> dict[str, Curve]:
-  """Mean loss over seeds by the end of each bin of positions."""
+  """Row -> {end of a bin of positions: mean loss over seeds}."""
   found = {}
   for row, trials in tables.by_row(records, ablations.BOOKS).items():
     done = tables.final(trials)

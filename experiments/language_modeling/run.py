@@ -22,7 +22,7 @@ from experiments.lib.trials import ROOT, Plan, Trial, slug, staged
 from hope_jax.training.evaluation import perplexity
 
 SCALES = ("demo", "cpu", "smoke", *table2.SCALES)
-# The longest first: what follows fills the other cores.
+# The longest first, so that shorter ones fill the other cores.
 DEMO_ROWS = ("Hope", "Titans", "Transformer++", "Transformer++ conv")
 DEMO_STEPS = 120  # so that scripts/run.sh takes minutes
 RECALL, RECALL_ROWS = "Recall of 4 pairs, chance 12.5 %", ("Hope", "Hope twin")
@@ -40,8 +40,8 @@ do not compare with perplexities per byte.
 
 
 def demo_plan(switch: str = "") -> Plan:
-  """Four models at equal tokens, one seed, the config's learning rates; and
-  what only a memory can do, by a small Hope and its twin."""
+  """Four models at equal tokens, one seed, the config's learning rates; and a
+  recall that only a memory can do, by a small Hope and its twin."""
 
   def trial(
     row: str, group: str, config: str, suffix: str, overrides: dict[str, int]
@@ -67,7 +67,7 @@ def demo_plan(switch: str = "") -> Plan:
 
 
 def cpu_plan(data: str) -> Plan:
-  """Two texts at T 1024: every row on the same grid, then three seeds."""
+  """Two texts at T 1024: the same rates for every row, then three seeds."""
   common = {"train.steps": STEPS, "train.keep_checkpoints": 1}
   folder = {"data.path": str(pathlib.Path(data) / "wikitext2")}
   texts = {
@@ -134,7 +134,7 @@ RECALL_COLUMNS = {"accuracy %": tables.accuracy}
 
 
 def paper_lines() -> list[tables.Line]:
-  """Rows of Table 2 as lines of ours."""
+  """Rows of the paper's Table 2 as lines of our table."""
   return [
     {
       "model": f"paper: {row}",
@@ -169,7 +169,7 @@ def sample(record: Record) -> str:
 
 
 def report(records: Sequence[Record], folder: pathlib.Path, scale: str) -> None:
-  """Writes and prints everything that a reader wants to see."""
+  """Writes and prints the tables and samples; plots the loss curves."""
   if scale in table2.SCALES:
     table2.report(records, folder, scale)
     return

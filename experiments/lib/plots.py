@@ -21,7 +21,7 @@ def output(name: str) -> pathlib.Path:
 
 
 def _axes(width: float, height: float) -> tuple[Any, Any]:
-  """A figure of so many inches, and its axes."""
+  """A figure of `width` x `height` inches, and its axes."""
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(width, height))
@@ -65,7 +65,7 @@ def loss_curves(
 ) -> None:
   """Training loss (line) and validation loss (dots) of each row's trials.
 
-  Nothing is written if trials are done and the losses of none were kept.
+  Nothing is written if trials are done but none of them has kept its losses.
   """
   known = {
     row: [record for record in records if record.curves]
@@ -106,7 +106,7 @@ def bars(
   width = 0.8 / max(1, len(series))
   for j, name in enumerate(series):
     color = f"C{j}"
-    axes.bar(0, 0, color=color, alpha=0.6, label=name)  # the legend's
+    axes.bar(0, 0, color=color, alpha=0.6, label=name)  # for the legend
     for i, row in enumerate(rows.values()):
       values = row.get(name)
       if values:

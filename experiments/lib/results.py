@@ -1,14 +1,14 @@
 """results.json: the finished trials of an experiment in one file.
 
-Reports follow from it, and the runner continues from it on another machine,
-where the folders of the trials are not.  A trial is one line: what it is (its
-row, config file, mode and the fields that it sets), the config that it ran
+Reports are made from it, and the runner can continue from it on another
+machine, without the folders of the trials.  A trial is one line: what it is
+(its row, config file, mode and the fields that it sets), the config that it ran
 with, its result, its evaluations and its losses over the steps.
 
-The configs of an experiment differ in a few fields.  So the file has whole
-configs only where it needs another (`configs`), and a trial names one of them
-and what differs (`recorded`).  They stay as they were recorded: a default that
-changes later does not change them.
+The configs of an experiment differ in few fields.  So the file lists only a few
+whole configs (`configs`), and a trial names one of them and the fields that
+differ (`recorded`).  Configs stay as they were recorded, even if a default
+changes later.
 """
 
 import datetime
@@ -29,13 +29,13 @@ from hope_jax.training import metrics
 
 NAME = "results.json"
 DONE, FAILED, LEFT = "done", "failed", "left"
-INTERVALS = 40  # of a curve: it has one point more at most
+INTERVALS = 40  # of a curve, which has at most one more point
 TRAIN, VALID = "train", "valid"
 # Parts of an evaluation that are not published: where its files were, and
 # hundreds of numbers whose medians are in `relative_change`.
 LEFT_OUT = ("workdir", "dynamics")
 
-# What a trial is told apart by: name, config file, mode.
+# What identifies a trial: name, config file, mode.
 Key = tuple[str, str, str]
 
 
@@ -55,16 +55,16 @@ class Origin(NamedTuple):
 
 
 class Record(NamedTuple):
-  """A trial and what came of it.
+  """A trial and its outcome.
 
   Attributes:
     status: DONE, FAILED or LEFT.
     result: the content of result.json, `config` included.
     evaluations: label -> the content of the evaluation's file.
     message: why it failed.
-    workdir: its folder, which need not be there if it was published.
+    workdir: its folder, which may be missing if the trial was published.
     curves: TRAIN and VALID, thinned; empty if the losses were not kept.
-    origin: of a finished trial.
+    origin: set if the trial is finished.
   """
 
   trial: Trial
@@ -78,14 +78,14 @@ class Record(NamedTuple):
 
 
 def key(trial: Trial) -> Key:
-  """Under which `read` has the trial."""
+  """The trial's key in what `read` returns."""
   return trial.name, trial.config, trial.mode
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any] | None:
-  """The file's JSON object; None if it is missing, or holds none.
+  """The JSON object of a file; None if it is missing or holds no object.
 
-  NaN and infinity, which older versions wrote, are None.
+  NaN and infinity, which older versions wrote, are read as None.
   """
   try:
     content = json.loads(path.read_text(), parse_constant=lambda _: None)
@@ -98,7 +98,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def origin(workdir: pathlib.Path) -> Origin:
-  """Of a trial that finished in `workdir`, on this machine."""
+  """The origin of a trial that finished in `workdir` on this machine."""
   seconds = (workdir / workdir_lib.RESULT).stat().st_mtime
   date = datetime.date.fromtimestamp(seconds).isoformat()
   return Origin(
@@ -107,7 +107,7 @@ def origin(workdir: pathlib.Path) -> Origin:
 
 
 def thinned(points: Sequence[tuple[int, float]]) -> Curve:
-  """At equal distances INTERVALS + 1 points at most, the last one included."""
+  """At most INTERVALS + 1 points at equal distances; the last one is kept."""
   stride = max(1, math.ceil((len(points) - 1) / INTERVALS))
   kept = list(points[::stride])
   if kept and kept[-1] != points[-1]:
@@ -156,8 +156,8 @@ def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _recorded(
   config: Mapping[str, Any], configs: list[dict[str, Any]]
 ) -> tuple[int, dict[str, Any]]:
-  """`config` as one of `configs` and what differs; added to them, if none of
-  them has the same fields."""
+  """`config` as the index of the nearest of `configs` and the fields that
+  differ; appended to `configs` if none of them has the same fields."""
   flat = json.loads(json.dumps(_flat(config)))  # tuples are lists
   differences = {
     index: {name: x for name, x in flat.items() if base[name] != x}
@@ -171,7 +171,7 @@ def _recorded(
 
 
 def _line(record: Record, configs: list[dict[str, Any]]) -> dict[str, Any]:
-  """A finished trial as it stands in the file."""
+  """A finished trial as a line of the file."""
   trial, result = record.trial, dict(record.result or {})
   at = record.origin or Origin(
     datetime.date.today().isoformat(), timing.machine()
@@ -251,7 +251,7 @@ def read(path: pathlib.Path) -> dict[Key, Record]:
 
 
 def _merged(old: Record | None, new: Record) -> Record:
-  """`new`, with the evaluations that `old` has of the same training beside."""
+  """`new` with the further evaluations that `old` has of the same training."""
   if old is None or old.result != new.result:
     return new
   return new._replace(evaluations={**old.evaluations, **new.evaluations})
@@ -260,8 +260,8 @@ def _merged(old: Record | None, new: Record) -> Record:
 def write(
   path: pathlib.Path, name: str, records: Iterable[Record], **extra: Any
 ) -> None:
-  """Writes `extra` and the finished ones among `records`, beside the trials
-  that the file already has."""
+  """Writes `extra` and the finished ones among `records`; trials that the file
+  already has are kept."""
   known = read(path)
   for record in records:
     if record.status == DONE:

@@ -1,13 +1,13 @@
-"""Runs an experiment's trials as subprocesses, and knows what is done.
+"""Runs an experiment's trials as subprocesses and skips what is done.
 
 A trial is done when its folder has a result.json with the trial's own config
 and every evaluation it asks for; anything else is (re)started, and the
 trainer resumes from its last checkpoint.  So the same command runs, continues
-or reprints an experiment.  A trial that has no result in its folder, but in the
-experiment's published results.json, is done as well, if nothing is missing:
-models are not published, so that a missing evaluation needs the training again.
-A failing trial is reported and does not stop the others; at the budget's end or
-on Ctrl-C the running ones are ended and what is left is listed.
+or reprints an experiment.  A trial without a result in its folder is also done
+if the experiment's published results.json has it with all evaluations: models
+are not published, so a missing evaluation requires training again.  A failing
+trial is reported and does not stop the others; at the budget's end or on Ctrl-C
+the running ones are ended and what is left is listed.
 
 Exit codes: 0 all done (of --rows, if given), 1 a trial failed, 2 wrong command
 line or data, 3 the budget ended first, 130 Ctrl-C.
@@ -66,13 +66,13 @@ def last_error(log: str) -> str:
 
 
 def from_root(path: pathlib.Path) -> pathlib.Path:
-  """`path` as the processes, which run in ROOT, see it: published files
-  should not name folders outside of the repository."""
+  """`path` relative to ROOT, where the processes run, if it is inside of it:
+  published files should not name folders outside of the repository."""
   return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
 def core_share(slot: int, jobs: int) -> set[int]:
-  """The cores of one of `jobs` processes: they do not share any, if they can.
+  """The cores of one of `jobs` processes; disjoint if there are enough of them.
 
   Two processes whose thread pools both span all cores slow each other down.
   """
@@ -98,8 +98,8 @@ def _flag(value: Any) -> str:
 
 
 class Runner:
-  """Runs the trials of `plan`, at most `jobs` at a time, below `out`; of some
-  `rows` only, if any are named.  What the file `published` has is done."""
+  """Runs the trials of `plan` below `out`, at most `jobs` at a time; only those
+  of `rows`, if any are named.  Trials in the file `published` count as done."""
 
   def __init__(
     self,
@@ -156,8 +156,8 @@ class Runner:
     return ""
 
   def _found(self, trial: Trial) -> Record | None:
-    """The trial's result and sound evaluations, of the model as it was at the
-    training's end: of its folder, or else published."""
+    """The trial's result and its sound evaluations at the last step, from its
+    folder or else from the published file."""
     own = self._folder(trial)
     found = own or self._published.get(results.key(trial))
     if found is None or found.result is None:
@@ -217,7 +217,7 @@ class Runner:
         found = found._replace(status=FAILED, message=message)
       elif found.result and is_done:
         found = found._replace(status=DONE)
-        if not found.origin:  # of the folder
+        if not found.origin:  # found in the folder
           found = found._replace(
             curves=results.curves(workdir), origin=results.origin(workdir)
           )
@@ -225,7 +225,7 @@ class Runner:
     return records
 
   def _results(self) -> dict[str, dict[str, Any] | None]:
-    """Results as a plan sees them: grows until the plan adds no trial."""
+    """Results as a plan sees them, repeated until the plan adds no trial."""
     seen: dict[str, dict[str, Any] | None] = {}
     while True:
       names = len(seen)
@@ -448,8 +448,8 @@ def main(
 ) -> int:
   """An experiment's command: runs the plan of `--scale`, reports, exit code.
 
-  `report(records, folder, scale)`; `prepare` makes the data; `folder`: of the
-  published results, below the experiment's.
+  Calls `report(records, folder, scale)`; `prepare` makes the data; `folder` of
+  the experiment's folder holds the published results.
   """
   flags = arguments(name, tuple(plans), argv)
   try:
@@ -459,7 +459,7 @@ def main(
       value = getattr(flags, flag)
       if value is not None and value <= 0:
         raise ConfigError(f"--{flag}={value:g} must be positive")
-    results.read(flags.report / results.NAME)  # damaged, it fails now
+    results.read(flags.report / results.NAME)  # fails now if damaged
     published = ROOT / "experiments" / name / folder / results.NAME
     prepare(flags)
     runner = Runner(

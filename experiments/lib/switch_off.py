@@ -22,7 +22,7 @@ MODELS = {
   **MODELS,
 }
 
-# The levels of a mode whose writes are switched off, beside all of them.
+# Mode -> groups of levels to switch off, besides all of them at once.
 _LEVELS = {
   "hope": (
     ("memory",),
@@ -35,12 +35,12 @@ _LEVELS = {
 
 
 def _learns(mode: str) -> bool:
-  """Whether it learns in the sequence at a rate of its own, and has a twin."""
+  """Whether a mode learns inside the sequence, so that it has a twin."""
   return mode in _LEVELS or (mode in LAYERS and LAYERS[mode].learns)
 
 
 def with_twins(rows: Iterable[str]) -> tuple[str, ...]:
-  """The models `rows`, and after each that has one its twin."""
+  """The models `rows`, each followed by its twin if it has one."""
   found = []
   for row in rows:
     found.append(row)
@@ -54,7 +54,7 @@ ROWS = {
   row: (MODELS[row.removesuffix(" twin")], TWIN if row not in MODELS else {})
   for row in with_twins(MODELS)
 }
-# Those that two cores can repeat on many seeds.
+# Rows that two cores can repeat on many seeds.
 CORE_ROWS = with_twins(
   ("Transformer++", "Transformer++ conv", "Titans", "Hope")
 )

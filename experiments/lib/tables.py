@@ -1,8 +1,8 @@
 """Reports of an experiment: a table per group of trials.
 
 Scores are dicts with the test split's `loss` (nats per target), `accuracy`
-and whatever else hope_jax.evaluate says, of a trained model or of an
-evaluation of it.
+and whatever else hope_jax.evaluate reports, for a trained model or for one of
+its evaluations.
 """
 
 import datetime
@@ -42,7 +42,7 @@ def accuracy(measured: Iterable[Scores]) -> str:
 
 
 def markdown(lines: Sequence[Line]) -> str:
-  """A table, first column to the left, the others to the right.
+  """A table; the first column is left-aligned, the others right-aligned.
 
   The header is every key in the order of appearance; a key that a line does
   not have is an empty cell, and a column of empty cells is left out.
@@ -177,8 +177,8 @@ def publish(
   text: str,
   **extra: Any,
 ) -> None:
-  """The end of a report: writes table.md, which is `text`, and results.json
-  with the finished trials and `extra`; prints the text and what `folder` has.
+  """Ends a report: writes `text` to table.md, finished trials and `extra` to
+  results.json; prints the text and the names of the files in `folder`.
 
   Trials that results.json already has stay, unless they were run again.
   """

@@ -1,4 +1,4 @@
-"""Times of calls that take turns: what disturbs one disturbs all."""
+"""Times of calls that take turns, so that disturbances affect all alike."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ Name = TypeVar("Name")
 def in_turn(
   calls: Mapping[Name, Callable[[], Any]], rounds: int
 ) -> dict[Name, list[float]]:
-  """Seconds of each call until its result is there; a first round warms up."""
+  """Seconds of each call until its result is ready, after a warm-up round."""
   seconds: dict[Name, list[float]] = {name: [] for name in calls}
   for _ in range(rounds + 1):
     for name, call in calls.items():

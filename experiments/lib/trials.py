@@ -40,8 +40,8 @@ class Trial:
     config, mode: `configs/shakespeare.py`, `hope`.
     overrides: config fields, `{"opt.peak_lr": 1e-3}`.
     seed: of the initial parameters and of the data order.
-    evaluations: what to evaluate after training, beside the test split.
-    is_final: counts in the tables; a learning-rate grid's trials do not.
+    evaluations: what to evaluate after training, besides the test split.
+    is_final: whether it counts in the tables; trials of a rate grid do not.
   """
 
   group: str
@@ -77,17 +77,17 @@ def resolve(trial: Trial) -> Config:
 
 
 def _decisive(config: Config) -> Config:
-  """`config` without what moves no result: the mesh, and how often a run looks
-  at its validation loss and its memories."""
+  """`config` without what does not affect results: the mesh, and how often a
+  run evaluates its validation loss and logs its dynamics."""
   train = dataclasses.replace(config.train, eval_every=0, dynamics_every=0)
   return dataclasses.replace(config, mesh=MeshConfig(), train=train)
 
 
 def is_same(recorded: Mapping[str, Any], config: Config) -> bool:
-  """Whether a run's recorded config has the same results as `config`."""
+  """Whether a run with the recorded config has the results of `config`."""
   try:
     old = from_config_dict(recorded)
-  except ConfigError:  # of another version
+  except ConfigError:  # recorded by another version
     return False
   return _decisive(old) == _decisive(config)
 
@@ -161,7 +161,7 @@ def staged(
 ) -> Plan:
   """The plan that sweeps every row, then repeats each at its best rate.
 
-  One group after the other, so that an interrupted run has whole tables.
+  Groups follow one another, so that an interrupted run has whole tables.
   """
 
   def plan(results: Results) -> list[Trial]:
@@ -172,7 +172,7 @@ def staged(
         for row in rows
         if row.group == group
       ]
-      for stage in (0, 1):  # a chosen trial replaces its twin of the grid
+      for stage in (0, 1):  # a chosen trial replaces the grid's own
         for pair in stages:
           trials.update((trial.name, trial) for trial in pair[stage])
     return list(trials.values())

@@ -15,8 +15,8 @@ from experiments.lib import plots, runner, switch_off, tables
 from experiments.lib.results import Record
 from experiments.lib.trials import Plan, Trial, slug, variant
 
-# Group -> suffix of the mode; the small one has every switch-off, the others
-# that of all writes only.
+# Group -> suffix of the mode.  The smallest group has every switch-off, the
+# others only that of all writes.
 GROUPS = {
   "32 pairs, T 256": "_32",
   "64 pairs, T 512": "_64",

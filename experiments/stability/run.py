@@ -4,8 +4,8 @@ python -m experiments.stability.run --part=rates
 python -m experiments.stability.run --part=battery --workdir=runs/x
 python -m experiments.stability.run --part=literal
 
-Every part writes PART.json and PART.md; a case that stands in the JSON is not
-run again.  See README.md for the protocol.
+Every part writes PART.json and PART.md; a case that is already in the JSON is
+not run again.  See README.md for the protocol.
 """
 
 import argparse
@@ -31,26 +31,26 @@ MODELS = ("titans", "hope")
 DTYPES = ("float32", "bfloat16")
 CHUNK_LENGTHS = (16, 32, 64, 128, 256)  # the config's first
 TOKENS = 65536
-OTHER_SHARE = 4  # streams at the other chunk lengths are so much shorter
+OTHER_SHARE = 4  # streams at the other chunk lengths are 4 times shorter
 LITERAL_CHUNK_LENGTHS = (16, 64)
 LITERAL_CHUNKS = 64
 QUICK_TOKENS = 2048
 QUICK_VARIANTS = ("defaults", "all")
 QUICK_CHUNKS = 32
-ENOUGH_CHANGE = 1e-3  # the requirement, float32
+ENOUGH_CHANGE = 1e-3  # required in float32
 
 Case = dict[str, Any]
 Cases = Mapping[str, Case]
 
 
 class Planned(NamedTuple):
-  """A case that is to be in the results: its name, and how to make it."""
+  """A case of the results: its name, and the function that makes it."""
 
   key: str
   make: Callable[[], Case]
 
 
-# What there is to run.
+# The cases of each part.
 
 
 def plan_rates(flags: argparse.Namespace) -> Iterator[Planned]:
@@ -82,7 +82,7 @@ def _battery_cases(flags: argparse.Namespace) -> Iterator[tuple[str, int, int]]:
 
 
 def plan_battery(flags: argparse.Namespace) -> Iterator[Planned]:
-  """All streams of a shape one after the other: they share what is compiled."""
+  """All streams; those of a shape follow each other and share compiled code."""
   text = reading.held_out(flags.text)
   name = pathlib.Path(flags.text).name if flags.text else "held-out text"
   trained = [reading.trained_source(epath.Path(w)) for w in flags.workdir]
@@ -134,7 +134,7 @@ def plan_literal(flags: argparse.Namespace) -> Iterator[Planned]:
 
 
 def rates_table(cases: Cases) -> str:
-  """A line per rule and chunk length; `(...)`: the specification's value."""
+  """A line per rule and chunk length; `(...)`: the expected value."""
   lines: dict[tuple[str, int], dict[str, str]] = {}
   for case in cases.values():
     key = case["rule"], case["chunk_length"]
@@ -205,7 +205,7 @@ def _outcome(case: Case) -> str:
 
 def literal_table(cases: Cases) -> str:
   """A line per setting and model; `largest`: the level with the largest state
-  a chunk before it blows up, or at the end."""
+  one chunk before a state blows up, or at the end."""
   order = lambda case: (
     MODELS.index(case["model"]),
     case["chunk_length"],
@@ -272,7 +272,7 @@ def run(part: str, flags: argparse.Namespace) -> Cases:
     }
     write(flags.out, part, cases)
     print(f"{key}: {cases[key]['seconds']:.1f} s", flush=True)
-  write(flags.out, part, cases)  # the table, if nothing was missing
+  write(flags.out, part, cases)  # the table, even if nothing was missing
   return cases
 
 

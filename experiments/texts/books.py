@@ -2,9 +2,9 @@
 
 `prepare` makes the folder of configs/books.py from the public-domain texts in
 `novels/` (training; some whole novels for validation) and `longbooks/` (test).
-No book is in two parts.  Typographic quotes and dashes become ASCII everywhere,
-because the two collections differ in them and a memory would get credit for
-learning an encoding.
+No book is in two splits.  Typographic quotes and dashes become ASCII, because
+the two collections differ in them and a memory would get credit for learning an
+encoding.
 
   train.txt  all other novels
   valid.txt  test.txt   a passage of every held-out book
@@ -41,8 +41,8 @@ def read(path: pathlib.Path) -> str:
 
 
 def splits(source: pathlib.Path) -> dict[str, dict[str, str]]:
-  """Split -> book -> text: novels to train on, a passage of every other one;
-  and `long`, the test books whole."""
+  """Split -> book -> text: whole novels to train on, a passage of every other
+  book, and, as `long`, the whole test books."""
   novels = {path.stem: path for path in (source / "novels").glob("*.txt")}
   books = sorted((source / "longbooks").glob("*.txt"))
   train = sorted(set(novels) - set(VALIDATION))
@@ -72,5 +72,5 @@ def prepare(source: pathlib.Path, folder: pathlib.Path = FOLDER) -> None:
 
 
 def prepare_for(flags: argparse.Namespace) -> None:
-  """From an experiment's `--data`."""
+  """Prepares the books from an experiment's `--data`."""
   prepare(pathlib.Path(flags.data))

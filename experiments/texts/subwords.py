@@ -1,13 +1,13 @@
 """WikiText-2 and novels in subwords: the data of configs/subwords.py.
 
 One SentencePiece tokenizer for both, trained on their training splits alone.
-WikiText-2 has its own splits, a document each; the novels are split by whole
-books (`books.py`).  A second call does what is missing:
+WikiText-2 has its own splits, one document each; the novels are split by whole
+books (`books.py`).  A second call does only what is missing:
 
   text/NAME/SPLIT/*.txt   the documents
   tokenizer.model
   NAME/SPLIT/             prepared data, `scripts/prepare_data.py`
-  sizes.json              what the tests hold, the sign that all is done
+  sizes.json              sizes of the test splits, written when all is done
 """
 
 import dataclasses
@@ -31,9 +31,9 @@ LICENCES = {"wikitext2": "CC BY-SA", "novels": "public domain (US)"}
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-  """A test split: targets, and bytes and words of the text they come from.
+  """Size of a test split: its targets, and the bytes and words of its text.
 
-  Words are what whitespace separates.
+  Words are separated by whitespace.
   """
 
   tokens: int
@@ -84,7 +84,7 @@ def _prepare_split(
   documents: Mapping[str, str],
   scale: Scale,
 ) -> Size:
-  """One split of one text, unless it is there."""
+  """Prepares one split of one text unless it exists; returns its size."""
   if not (folder / name / split / records.MANIFEST).exists():
     inputs = folder / "text" / name / split
     inputs.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def _prepare_split(
 
 
 def sizes(scale: Scale, folder: pathlib.Path | None = None) -> dict[str, Size]:
-  """What the test splits of the prepared texts hold."""
+  """The sizes of the prepared texts' test splits."""
   path = (folder or ROOT / scale.folder) / SIZES
   found: dict[str, dict[str, Any]] = json.loads(path.read_text())
   return {name: Size(**size) for name, size in found.items()}

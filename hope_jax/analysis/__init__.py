@@ -1,1 +1,1 @@
-"""What a model is, counted without running it."""
+"""What learns when in a model, what it costs, and its logged dynamics."""

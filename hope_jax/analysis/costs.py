@@ -1,8 +1,9 @@
 """What every component of the nested system costs (`analysis/levels.py`).
 
-Numbers are counted, nothing is executed: parameters and bytes from the shapes
-of the model's initial state, FLOPs from its forward pass, module by module;
-those of learning (writes, reads of them) are the difference when it is frozen.
+Numbers are counted without executing anything: parameters and bytes from the
+shapes of the model's initial state, FLOPs from its forward pass, module by
+module.  The FLOPs of learning (writes, and reads of them) are the difference
+from the same model without that learning.
 """
 
 import functools
@@ -22,7 +23,7 @@ from hope_jax.config import Config, ModelConfig
 from hope_jax.models import language_model, parameters
 from hope_jax.optim import registry as optimizers
 
-# Scopes of FLOPs that name what they are: `jax.named_scope`s -> component.
+# `jax.named_scope` -> the component that its FLOPs belong to.
 SCOPES = {"recurrence": "recurrence", "scores": "attention"}
 Owned = Iterable[tuple[tuple[str, ...], Any]]  # components, what they share
 Share = tuple[float, Mapping[str, int]]  # an amount, weights of its owners
@@ -30,7 +31,7 @@ COUNTED = "parameters", "state_bytes", "shared_bytes", "flops", "learn_flops"
 
 
 def count(config: Config) -> dict[str, Mapping[str, Any]]:
-  """Every field of COUNTED -> {component: number}; `rest`: nobody's."""
+  """Field of COUNTED -> {component: number}; `rest` belongs to no component."""
   model = config.model
   tokens = jax.ShapeDtypeStruct((1, config.data.sequence_length), jnp.int32)
   init = language_model.LanguageModel(model).init
@@ -96,9 +97,10 @@ def count_flops(
 ) -> tuple[dict[str, float], dict[str, float]]:
   """FLOPs per token of the forward pass by component: all, and learning's.
 
-  The twin (nothing is written) reads every M_0 once per token, so that what it
-  spends inside the sequence layer is shared in proportion to their sizes.  So
-  is, not exactly, the learning of the boxes, which are one linear map.
+  The twin, which writes nothing, reads every M_0 once per token, so its FLOPs
+  inside the sequence layer are divided in proportion to the sizes of the M_0.
+  As an approximation, so is the learning of the adaptive projections and gates
+  (boxes), which are computed as one linear map.
   """
   initial = [k.role == "initial" for k in jax.tree.leaves(kinds)]
   starts = itertools.compress(owned(kinds, params), initial)
@@ -111,7 +113,7 @@ def count_flops(
   )
   live, twin = scopes(model), scopes(replace(model, inner_rates="off"))
   frozen, given = model.frozen_levels, live
-  if model.cms.signal == "next_token":  # its gradient is of the model's top
+  if model.cms.signal == "next_token":  # its gradient passes the model's top
     frozen += tuple(fast)
     given = scopes(replace(model, frozen_levels=frozen))
   frozen += ("memory",) if "memory" in model.fast_levels else ()
@@ -123,7 +125,7 @@ def count_flops(
     (given["nested"] - twin["nested"], dict.fromkeys(fast, 1)),
     *((given[name] - twin[name], {name: 1}) for name in fast),
   ]
-  if "recurrence" in twin:  # it has no twin: all it does is to write and read
+  if "recurrence" in twin:  # without a twin: all its FLOPs write and read
     learning.append((twin.pop("recurrence"), {"memory": 1}))
   pools = {"mixer": starts, "nested": dict.fromkeys(cms, 1)}
   read: list[Share] = [
@@ -137,7 +139,7 @@ def count_flops(
 
 
 def _share(amounts: Sequence[Share], tokens: int) -> dict[str, float]:
-  """Every amount, per token, in proportion to its weights; sums by name."""
+  """Splits each amount, per token, in proportion to weights; sums by name."""
   shares = defaultdict(float)
   for amount, weights in amounts:
     for name, weight in weights.items():
@@ -148,8 +150,8 @@ def _share(amounts: Sequence[Share], tokens: int) -> dict[str, float]:
 def flops_by_owner(
   model: ModelConfig, kinds: Tree, params: Tree, tokens: Tree
 ) -> dict[str, float]:
-  """FLOPs of the forward pass by component, or by what several share:
-  `mixer`, a memory's own work, and `nested`, one block of all CMS levels."""
+  """FLOPs of the forward pass by component, or by what several share: `mixer`
+  (a memory's own work) and `nested` (one block of all CMS levels)."""
   owners = owners_of_modules(kinds)
   counts = defaultdict(float)
   logits = functools.partial(_logits, model)
@@ -159,8 +161,8 @@ def flops_by_owner(
 
 
 def owners_of_modules(kinds: Tree) -> dict[tuple[str, ...], set[str]]:
-  """The components that own parameters of a module, by its names from the
-  outermost module inwards."""
+  """Path of a module, outermost name first -> the components that own its
+  parameters."""
   found = defaultdict(set)
   for path, kind in jax.tree_util.tree_leaves_with_path(kinds):
     names = tuple(key.key for key in path)
@@ -187,7 +189,7 @@ def owner(scope: str, owners: Mapping[tuple[str, ...], set[str]]) -> str:
 
 
 def _logits(model: ModelConfig, params: Tree, tokens: jax.Array) -> jax.Array:
-  """The forward pass; recomputation is not the model's own work."""
+  """The forward pass without remat, which is not the model's own work."""
   memory = replace(model.memory, remat="none")
   model = replace(model, remat="none", memory=memory)
   module = language_model.LanguageModel(model)

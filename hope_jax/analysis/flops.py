@@ -1,10 +1,10 @@
 """Floating-point operations counted from a jaxpr, and the peak of a device.
 
 Matrix products and convolutions only: 2 M N K each.  A scan counts its body
-times its length, a cond its dearest branch, a shard_map its body on every
-device, a Pallas kernel its grid times its body; everything else that holds a
-jaxpr (jit, remat, custom derivatives) is looked into.  A `while` of unknown
-length counts once.
+times its length, a cond its most expensive branch, a shard_map its body on
+every device, a Pallas kernel its grid times its body; the jaxprs of everything
+else (jit, remat, custom derivatives) count once, and so does a `while`, whose
+length is unknown.
 """
 
 import dataclasses
@@ -24,16 +24,16 @@ from hope_jax.models.language_model import LanguageModel, forward
 
 
 class Peak(NamedTuple):
-  """Dense bfloat16 FLOP/s of one chip and how many cores share them, of which a
-  device of jax has `cores_of_device` unless it says so itself."""
+  """Dense bfloat16 FLOP/s of one chip, the cores that share them, and how many
+  of these are one JAX device, unless the device itself reports it."""
 
   flops: float
   cores: int = 1
   cores_of_device: int = 1
 
 
-# jax's device_kind as `_model` writes it, from the makers' data sheets.  Of
-# variants only those that are listed: they differ by up to a factor of six.
+# JAX's device_kind as `_model` writes it -> peak, from vendors' data sheets.
+# A variant must be listed itself: variants differ by up to a factor of six.
 PEAK_FLOPS = {
   "tpu v3": Peak(123e12, cores=2),
   "tpu v4 lite": Peak(138e12),
@@ -80,7 +80,7 @@ def _model(kind: str) -> str:
 
 
 def peak_flops(device: Any) -> float | None:
-  """Peak of one device of jax, None where it is not known (a CPU).
+  """Peak FLOP/s of one JAX device; None if it is not known (a CPU).
 
   A chip of two cores is one device (TPU v4, v5p) or two (v3, TPU7x).
   """
@@ -92,7 +92,7 @@ def peak_flops(device: Any) -> float | None:
 
 
 def why_no_mfu(device: Any) -> str | None:
-  """A line to print where the peak of an accelerator is not known."""
+  """A line to print if the peak of an accelerator is not known."""
   if device.platform == "cpu" or peak_flops(device) is not None:
     return None
   return (
@@ -107,15 +107,15 @@ def count(function: Any, *args: Any) -> float:
 
 
 def by_scope(function: Any, *args: Any) -> Counter[str]:
-  """The same by scope: names of Linen modules and `jax.named_scope`s, `/`."""
+  """FLOPs by scope: Linen modules and `jax.named_scope`s, joined by `/`."""
   return _count_jaxpr(jax.make_jaxpr(function)(*args).jaxpr, "")
 
 
 def per_token(config: Config, params: Tree = None) -> float:
-  """FLOPs of loss and gradient per token, nothing recomputed counted twice.
+  """FLOPs of the forward and backward pass per token.
 
-  Recomputation (remat, kernels) is left out of the count: it is the chip's
-  work, not the model's.  `params` (shapes are enough) saves tracing the model's
+  Recomputation (remat, kernels) is not counted: it is the chip's work, not the
+  model's.  `params` (shapes are enough) saves tracing the model's
   initialisation.
   """
   memory = dataclasses.replace(

@@ -1,16 +1,17 @@
 """The model as a nested system: its components by update frequency.
 
 Paper section 3, definitions 2-4: every component is a problem of its own
-(objective, context, rule), and the frequency of its updates orders them into
-levels; level 1 is the fastest.  Within a sequence a component whose gradients
-are taken every C tokens has frequency 1/C; softmax attention, solved anew at
-every token, infinity; slow weights 0: they change once per step of the outer
-optimizer.  Of two that change equally often the one that the other's update
-needs is faster: the optimizer's moments come before the weights they move.  A
-level that the config freezes is not written: it is with the slow weights.  CMS
-levels that the optimizer changes once in n steps come last.
+(objective, context, rule), and update frequencies order the components into
+levels; level 1 is the fastest.  A component whose gradients are taken every C
+tokens of a sequence has frequency 1/C; softmax attention, solved anew at every
+token, infinity; slow weights, which change once per step of the outer
+optimizer, 0.  Of two components that change equally often, the one whose result
+the other's update needs is faster: the optimizer's moments come before the
+weights they move.  A level that the config freezes is never written and counts
+as a slow weight.  CMS levels that the optimizer changes once in n steps come
+last.
 
-Its costs are counted (`analysis/costs.py`), nothing is executed.
+Costs are counted (`analysis/costs.py`); nothing is executed.
 """
 
 import dataclasses
@@ -47,10 +48,10 @@ class Component:
   Attributes:
     frequency: updates per token of a sequence; `math.inf`: non-parametric.
     context: the stream that it learns from.
-    transfer: of knowledge between it and the others (section 3.3).
-    parameters: slow ones that are its own: its start, its gates.
-    state_bytes: per sequence; shared_bytes: parameters and moments, once.
-    flops: of the forward pass per token, all layers; learn_flops: part of it.
+    transfer: how it exchanges knowledge with the others (section 3.3).
+    parameters: its own slow parameters: its start, its gates.
+    state_bytes: per sequence; shared_bytes: of parameters and moments.
+    flops: of the forward pass per token, all layers; learn_flops: learning's.
   """
 
   name: str
@@ -68,8 +69,8 @@ class Component:
 
 
 def components(config: Config) -> list[Component]:
-  """All components of the model and its optimizer, fastest level first; a
-  `rest` where something that was counted belongs to none of them."""
+  """All components of the model and its optimizer, fastest level first; `rest`
+  holds what was counted but belongs to no other component."""
   inner = inside_sequence(config.model)
   frequency = lambda c: c.frequency
   live = sorted(filter(frequency, inner), key=frequency, reverse=True)
@@ -96,7 +97,7 @@ def _steps(config: Config) -> dict[str, int]:
 
 
 def inside_sequence(model: ModelConfig) -> list[Component]:
-  """Attention, and everything that learns inside the sequence or could."""
+  """Attention, and all levels that learn inside the sequence or are frozen."""
   problems = [*registry.describe(model), *cms.describe(model)]
   found = [Component(**problem._asdict()) for problem in problems]
   freeze = functools.partial(
@@ -175,7 +176,7 @@ def slow_weights(config: Config) -> list[Component]:
 
 
 def report(config: Config, found: Sequence[Component]) -> Json:
-  """JSON-ready; frequencies are exact, `1/16`, `0` or `inf`."""
+  """The components as JSON; frequencies are exact: `1/16`, `0` or `inf`."""
   return {
     "model": config.model.sequence_layer,
     "sequence_length": config.data.sequence_length,
@@ -212,7 +213,7 @@ def draw(config: Config, found: Sequence[Component], path: epath.Path) -> None:
   ticks |= {low: "0 (non-\nparametric)", high: f"one step\n({tokens:,})"}
   steps = _steps(config)
   seldom = {high * n: f"\n\n{n:,} steps" for n in steps.values() if n > 1}
-  ticks |= seldom  # below the others, for they may be near
+  ticks |= seldom  # below the others, which may be near
   figure = Figure(figsize=(8.5, 1.6 + 0.3 * len(found)), layout="constrained")
   axes = figure.subplots()
   for y, c in enumerate(found):

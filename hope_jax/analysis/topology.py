@@ -11,7 +11,7 @@ from jax.experimental import topologies
 
 from hope_jax.config import ConfigError
 
-# What libtpu would otherwise ask a cloud machine for, and its lock.
+# What libtpu would otherwise query from a cloud machine, and its lock.
 _WITHOUT_TPU = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_WORKER_HOSTNAMES": "localhost",
@@ -21,7 +21,7 @@ _WITHOUT_TPU = {
 
 
 def tpu_devices(name: str) -> list[Any]:
-  """The devices of a topology, "v5e:4x4", "v5:2x2x1" (v5p), "v6e:2x2".
+  """The devices of a topology: "v5e:4x4", "v5:2x2x1" (v5p), "v6e:2x2".
 
   Raises:
     ConfigError: libtpu is not installed, or knows no such topology.

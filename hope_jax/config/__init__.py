@@ -1,4 +1,4 @@
-"""Frozen configuration dataclasses, the only place of every default.
+"""Frozen configuration dataclasses, the only place where defaults are set.
 
 `configs/*.py` return an `ml_collections.ConfigDict` with the groups
 `model / opt / data / mesh / train / eval`.  It is converted once, at the

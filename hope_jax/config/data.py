@@ -1,4 +1,4 @@
-"""The data group of the configuration: one subgroup for every kind."""
+"""The data group of the configuration, with a subgroup for each kind."""
 
 import dataclasses
 from typing import Literal
@@ -8,11 +8,12 @@ from hope_jax.config.fields import check
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-  """Texts as they are.
+  """Text files, read without preparation.
 
   Attributes:
-    tokenizer: `bytes`, or a tokenizer's file (`data/tokenizer.py`).
-    split: fractions of train and valid of a single file; the rest is test.
+    tokenizer: `bytes`, or the path of a tokenizer file (`data/tokenizer.py`).
+    split: shares of train and valid where `data.path` names files; the rest is
+      test.
   """
 
   tokenizer: str = "bytes"
@@ -24,12 +25,13 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RecordsConfig:
-  """What scripts/prepare_data.py made.
+  """Data prepared by scripts/prepare_data.py.
 
   Attributes:
-    weights: of the folders, in examples; empty: equal.
-    long_share: share of examples with long documents (of records prepared with
-      --long); 0: as they come.
+    weights: relative numbers of training examples from each folder; empty:
+      equal.
+    long_share: share of training examples from the group of long documents
+      (needs data prepared with --long); 0: the group's share of the data.
   """
 
   weights: tuple[float, ...] = ()
@@ -44,10 +46,11 @@ class MQARConfig:
   """Generated recall of key-value pairs (`data/mqar.py`).
 
   Attributes:
-    num_pairs, num_keys, num_values: pairs per example, and their alphabet.
-    train_pairs: sizes of the problems in training; empty: num_pairs.
-    stage_examples: examples of each of train_pairs before the next one; 0: all
-      sizes mixed from the start.
+    num_pairs, num_keys, num_values: pairs per example; numbers of different
+      keys and values.
+    train_pairs: numbers of pairs in the problems of training; empty: num_pairs.
+    stage_examples: examples of each size in train_pairs before the next size
+      begins; 0: all sizes are mixed from the start.
   """
 
   num_pairs: int = 8
@@ -65,16 +68,18 @@ class DataConfig:
   """What the model reads.
 
   Attributes:
-    kind: `text` (files), `records` (what scripts/prepare_data.py made), or
+    kind: `text` (files), `records` (prepared by scripts/prepare_data.py), or
       `mqar` (generated recall).
-    path: of text: a file or a comma-separated list of files, relative to the
-      working folder; split by position into train / valid / test.  A folder
-      holds `train.txt`, `valid.txt` and `test.txt`.  Of records: a folder or a
-      comma-separated list of folders, valid and test from the first.
+    path: for text, a file or a comma-separated list of files, which are joined
+      and split by position into train / valid / test; or a folder with
+      `train.txt`, `valid.txt` and `test.txt`.  For records, a folder or a
+      comma-separated list of folders; valid and test are the first folder's.
+      Relative paths start at the working folder or, for text that is not
+      there, at the repository's root.
     sequence_length, batch_size: tokens per example, examples per step
       (global, over all processes).
-    text, records, mqar: what concerns one kind only.
-    workers: processes that read; 0: a thread.
+    text, records, mqar: the fields of one kind only.
+    workers: number of processes that read; 0: a thread reads.
     timeout: seconds to wait for a batch before the run ends with an error.
   """
 
@@ -98,8 +103,8 @@ class DataConfig:
     return self.kind not in ("text", "records")
 
 
-# Field -> its subgroup: until November 2026 they lay in `data` itself, and so
-# they do in runs and on command lines of that time.
+# Field -> its subgroup.  Until November 2026 these fields were in `data`
+# itself, and they still are in runs and on command lines of that time.
 OLD_NAMES = {
   field.name: group
   for group, config in (

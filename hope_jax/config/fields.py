@@ -1,4 +1,4 @@
-"""Checked fields: from nested mappings to dataclasses, errors with their names.
+"""Converts nested mappings to checked dataclasses; errors name the field.
 
 A `ConfigError` is one line that says what to change; commands print it and
 exit with code 2.
@@ -21,7 +21,7 @@ class ConfigError(ValueError):
 
 
 def nearest(value: Any, choices: Iterable[str]) -> str:
-  """ "; did you mean ...?" with what `value` may be a slip of, or nothing."""
+  """ "; did you mean ...?" with the choice most like `value`, or nothing."""
   near = difflib.get_close_matches(str(value), [*map(str, choices)], n=1)
   return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -40,10 +40,11 @@ def check(
   positive: tuple[str, ...] = (),
   below_one: tuple[str, ...] = (),
 ):
-  """Checks all fields of a group by themselves.
+  """Checks each field of a group on its own.
 
-  A field of a Literal type has one of its values.  Numbers are finite and not
-  negative, those of `positive` not 0, those of `below_one` below 1.
+  A field of a Literal type must have one of its values.  Numbers must be finite
+  and not negative; those in `positive` must not be 0, and those in `below_one`
+  must be below 1.
   """
   hints = _hints(type(group))
   for field in dataclasses.fields(group):
@@ -72,7 +73,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
-  """The values of a Literal, or of a tuple of them; else none."""
+  """The values of a Literal type or of a tuple of Literals; else none."""
   if typing.get_origin(hint) is tuple:
     hint = typing.get_args(hint)[0]
   is_literal = typing.get_origin(hint) is Literal
@@ -104,7 +105,7 @@ def _convert_value(hint: Any, value: Any, name: str) -> Any:
   origin, parts = typing.get_origin(hint), typing.get_args(hint)
   if hint is Any or (value is None and types.NoneType in parts):
     return value
-  if origin is types.UnionType:  # of one type and None
+  if origin is types.UnionType:  # one type or None
     return _convert_value(parts[0], value, name)
   if origin is list and isinstance(value, list):
     return [_convert_value(parts[0], item, name) for item in value]

@@ -1,7 +1,7 @@
-"""The sequence layers by name, and what the rest of the code has to know.
+"""The sequence layers by name, with the traits that other code depends on.
 
-Pure data, without JAX, so that a configuration is checked at once.  The same
-names are the keys of `models/registry.py`, which has the modules.
+Pure data, without JAX, so that a configuration can be checked quickly.
+`models/registry.py` maps the same names to the modules.
 """
 
 import dataclasses
@@ -11,23 +11,24 @@ from typing import Any, Literal
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traits:
-  """What distinguishes a sequence layer outside of its own module.
+  """What other modules need to know of a sequence layer.
 
   Attributes:
     title: its name in tables.
-    blocks: the layers that take turns, block by block, if it is a pattern.
+    blocks: if it is a pattern, the layers that alternate from block to block.
     attention: softmax attention over a cache of keys and values: `alone`,
       `beside` a memory, or `none`.
     needs_window: whether `model.attention_window` must be set.
     persistent: whether `model.persistent_tokens` may be set.
-    rotary: whether positions turn pairs of channels of a head.
-    head_dim: the width of its heads, whatever `model.num_heads`; 0: by that.
-    pairs: whether it has keys and values of the model's width for a CMS.
-    chunks: whether its memory is written by chunks of `memory.chunk_length`.
+    rotary: whether it uses rotary position embeddings.
+    head_dim: a fixed width of its heads; 0: given by `model.num_heads`.
+    pairs: whether it gives a CMS keys and values of the model's width.
+    chunks: whether its memory is written in chunks of `memory.chunk_length`.
     adaptive: whether `memory.adaptive` may name projections.
-    learns: whether it has a fast level `memory`, written at a rate of its own.
-    kernels: values of `memory.implementation` beside `auto` and `xla`.
-    memory: fields of `MemoryConfig` -> the values that it can take.
+    learns: whether it has a fast level `memory`, with its own learning rate.
+    kernels: values of `memory.implementation` that it supports besides `auto`
+      and `xla`.
+    memory: field of `MemoryConfig` -> the values that the layer supports.
   """
 
   title: str = ""
@@ -48,7 +49,7 @@ class Traits:
 
 
 _ON_TPU = ("pallas_tpu", "pallas_interpret")
-_NONE = ((),)  # of a field with names: no name
+_NONE = ((),)  # supported values of a field of names: only the empty tuple
 _ATTENTION = Traits(attention="alone", rotary=True)
 _DEEP = Traits(chunks=True, learns=True, adaptive=True, kernels=_ON_TPU)
 _TTT = Traits(chunks=True, learns=True, rotary=True)
@@ -63,7 +64,7 @@ def _named(title: str, traits: Traits, **changes: Any) -> Traits:
   return dataclasses.replace(traits, title=title, **changes)
 
 
-# In the order of tables.
+# In the order in which tables list them.
 LAYERS: dict[str, Traits] = {
   "transformer": _named("Transformer++", _ATTENTION),
   "retnet": _named("RetNet", _LINEAR, rotary=True),

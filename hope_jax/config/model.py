@@ -1,9 +1,9 @@
 """The model group of the configuration: memories, CMS, blocks.
 
-The paper's symbols become words here:
+The paper's symbols become words here (docs/equations.md):
 
-  learn_rate = eta, retention = alpha, momentum_decay = beta
-  (docs/equations.md), half life = log(1/2) / log(alpha) in tokens.
+  learn_rate = eta, retention = alpha, momentum_decay = beta;
+  half life = log(1/2) / log(alpha) in tokens.
 """
 
 import dataclasses
@@ -29,30 +29,34 @@ class MemoryConfig:
     hidden: hidden width of the MLP per head; 0 means the head width.
     adaptive: which projections are memories themselves (Hope); none: Titans.
     target: `self`: vhat = M(v) (eq. 87); `shared`: v.
-    setting: `chunk_l2` takes an L2 gradient at the chunk's first state (B);
-      `chunk_dot` one of the dot product -<M(k), vhat>;
-      `token_exact` a dot-product objective on the residual target, exact
-      inside the chunk (A; the output layer and the memory box only);
-      `negative_eigenvalues` is A with steps up to 2, so that one token can
-      turn around what is stored (parity).
+    setting: `chunk_l2` takes the gradient of an L2 objective at the chunk's
+      first state (setting B); `chunk_dot` takes that of -<M(k), vhat>;
+      `token_exact` is a dot-product objective on the residual target, exact
+      inside the chunk (setting A; only for the output layer of the memory that
+      is read, not for the adaptive projections); `negative_eigenvalues` is A
+      with steps up to 2, so that one token can reverse the sign of what is
+      stored (parity).
     delta_rule: `proximal` erases with alpha eta', `literal` with eta',
       `none` does not erase (Titans).
-    momentum: `averaged` scales the step by 1 - beta, `sum` is literal.
+    momentum: `averaged` scales the step by 1 - beta, `sum` does not (literal).
     retention: forgetting returns to the learned start (`start`), to zero
       (`zero`, literal eq. 88), or does not happen (`none`).
-    step_scale: `mean` divides step and erase by the chunk length.
-    proximal: step eta' = eta / (1 + eta |x|^2); off: eta' = eta.
-    loss_factor: inner loss is loss_factor |M(k) - vhat|^2.
+    step_scale: `mean` divides step and erase by the chunk length, except where
+      setting A applies.
+    proximal: step eta' = eta / (1 + eta |x|^2); off: eta' = eta.  Setting A
+      with `negative_eigenvalues` has its own step (`memory/rules.py`).
+    loss_factor: the inner loss is loss_factor |M(k) - vhat|^2.
     error_clip: largest norm of a layer's error; 0 does not clip.
-    target_clip: the same for M_0(k) - vhat in the exact settings; without it a
-      self-generated vhat, which D is part of, may grow from chunk to chunk.
+    target_clip: the same bound for M_0(k) - vhat in the exact settings.
+      Without it, a self-generated vhat, which depends on D, may grow from chunk
+      to chunk.
     chunk_length, projection_chunk_length: tokens per chunk of the memory and
       of the adaptive projections.
-    remat: saved states of the backward pass: `none`, `chunk` or `sqrt`.
-    implementation: backend of whole chunks, `xla` or kernels, `pallas_tpu` or
-      (linear layers only) `pallas_gpu`; `auto` takes the kernels where they
-      run.  `pallas_interpret`: the TPU's on any machine, slowly, for tests.
-      Parts of chunks always use XLA.
+    remat: rematerialization in the backward pass: `none`, `chunk` or `sqrt`.
+    implementation: backend of whole chunks: `xla`, or the kernels `pallas_tpu`
+      or (linear layers only) `pallas_gpu`; `auto` takes the kernels where they
+      run.  `pallas_interpret` runs the TPU kernels on any machine, slowly, for
+      tests.  Partial chunks always use XLA.
   """
 
   architecture: Literal["mlp", "matrix"] = "mlp"
@@ -107,7 +111,7 @@ class MemoryConfig:
 
   @property
   def is_exact(self) -> bool:
-    """Whether the output layer learns by setting A, exact in the chunk."""
+    """Whether the output layer learns by setting A, exact inside a chunk."""
     return self.setting in EXACT_SETTINGS
 
 
@@ -116,23 +120,25 @@ class CMSConfig:
   """Continuum memory system (paper section 7): k blocks split the FFN.
 
   Attributes:
-    hidden: hidden width per level, fastest first; empty: as connection=none.
-    chunk_lengths: tokens between updates of a level; 0 never (the last).
+    hidden: hidden width per level, fastest first; empty: no levels, as with
+      connection=none.
+    chunk_lengths: tokens between the updates of each level; 0 (only for the
+      last levels): never updated.
     step_tokens: tokens of a training step (batch size x sequence length).  A
       level with chunks at least this long belongs to the optimizer: it is slow
-      inside a sequence, and its gradients are summed over chunk / step_tokens
-      steps.  0: there is no such level.
+      inside a sequence, and is updated every chunk / step_tokens steps from the
+      mean of their gradients.  0: there is no such level.
     connection: `sequential`, `nested` or `independent`, see `models/cms.py`;
       `none`: a plain FFN of model.ffn_hidden instead.
-    signal: `associative` (a level answers a value) or `next_token` (it follows
-      the gradient of the model's loss, `models/next_token.py`).
+    signal: `associative` (a level learns to return a value) or `next_token` (it
+      follows the gradient of the model's loss, `models/next_token.py`).
     value: wiring of the associative signal, see `models/cms.py`.
-    learning_share: share of the layers, from the last one down, that learn by
-      the next-token signal.
+    learning_share: share of the layers, counted from the last one, that learn
+      by the next-token signal.
     outer_order: 2 differentiates through the next-token signal's gradient, 1
-      takes it for a constant.
-    half_life: tokens after which half of D is forgotten, where it starts
-      (learned per level); 0: nothing is forgotten.
+      treats it as a constant.
+    half_life: initial half-life of D in tokens (learned per level); 0: nothing
+      is forgotten.
   """
 
   hidden: tuple[int, ...] = ()
@@ -213,8 +219,8 @@ class CMSConfig:
 
   @property
   def periods(self) -> dict[str, int]:
-    """Training steps between updates of a level, by its name, of all levels
-    whose chunk has whole steps."""
+    """Training steps between updates, by level name, for the levels that the
+    optimizer updates (`step_tokens`)."""
     return {
       f"cms_{level}": length // self.step_tokens
       for level, length in enumerate(self.chunk_lengths)
@@ -222,7 +228,7 @@ class CMSConfig:
     }
 
   def without_periods(self) -> "CMSConfig":
-    """The same where nothing is trained: levels of `periods` never change."""
+    """The same without training: the levels of `periods` never change."""
     lengths = (0 if self._is_of_steps(c) else c for c in self.chunk_lengths)
     return dataclasses.replace(
       self, chunk_lengths=tuple(lengths), step_tokens=0
@@ -235,12 +241,12 @@ class CMSConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-  """Llama 3's stretch of rotary positions to longer contexts.
+  """Llama 3's scaling of rotary frequencies for longer contexts.
 
-  A frequency f turns r = original_context_length f / 2 pi times in the context
-  that it was trained for.  It becomes f / factor where r is below
-  low_frequency_factor and stays f above high_frequency_factor; in between it
-  goes over linearly in r.  factor 1: off.
+  A frequency f makes r = original_context_length f / 2 pi turns in the context
+  that the model was trained for.  It becomes f / factor where r is below
+  low_frequency_factor and stays f where r is above high_frequency_factor; in
+  between, it is interpolated linearly in r.  factor 1: off.
   """
 
   factor: float = 1.0
@@ -264,26 +270,30 @@ class ModelConfig:
   """A language model: `sequence_layer` + FFN (or CMS) blocks.
 
   Attributes:
-    inner_rates: `off` makes the twin: the same model, no inner learning.
+    inner_rates: `off` gives the twin, the same model without inner learning.
     num_kv_heads: heads of attention's keys and values, each shared by a group
       of num_heads / num_kv_heads query heads; 0: num_heads.
-    ffn_hidden: hidden width of the FFN; 0: blocks have none.
+    ffn_hidden: hidden width of the FFN; 0: blocks have no FFN.
     frozen_levels: fast levels whose writes are switched off (`memory`, `k`,
       `v`, `q`, `eta`, `alpha`, `cms_0`, `cms_1` ...).
-    num_layers: blocks; those of a pattern (`samba`) are counted one by one.
-    conv_window: of the causal convolution on q, k and v; 0: none.
-    attention_window: tokens that a token's attention sees, itself included; 0:
-      all before it.
-    persistent_tokens: learned keys and values that every token's attention sees
-      beside its window (Titans MAG, MAC).
-    context_length: positions of attention's cache when generating; with a
-      window it has as many as that, and sequences may be of any length.
+    num_layers: number of blocks; in a pattern (`samba`), every block counts.
+    conv_window: width in tokens of the causal convolution on q, k and v; 0: no
+      convolution.
+    attention_window: number of tokens that a token attends to, itself included;
+      0: itself and all before it.
+    persistent_tokens: number of learned keys and values that every token
+      attends to in addition to its window (Titans MAG, MAC).
+    context_length: positions in attention's cache, which bound the length of a
+      sequence that is read in parts or generated.  With attention_window, the
+      cache has the window's size and sequences may be of any length.
     norm_eps: added to the mean square in norms with a learned scale.
-    initializer: how linear maps begin, `layers.initializer`; the embedding, the
-      CMS levels and MAC's maps of the memory always begin as with `normal`.
-    tied_embeddings: logits are read with the embedding; off: with a matrix of
-      their own.
-    remat: what the outer backward pass keeps of a block.
+    initializer: initial values of linear maps (`layers.initializer`).  The
+      embedding, the CMS levels and MAC's maps of the memory always use
+      `normal`.
+    tied_embeddings: the logits use the embedding matrix; off: they have a
+      matrix of their own.
+    remat: rematerialization of blocks in the outer backward pass: `none`, all
+      (`full`), or all but matrix products (`dots`).
   """
 
   sequence_layer: str = "transformer"
@@ -399,7 +409,7 @@ class ModelConfig:
 
   @property
   def traits(self) -> Traits:
-    """What distinguishes its sequence layer."""
+    """The traits of its sequence layer."""
     return LAYERS[self.sequence_layer]
 
   @property
@@ -413,22 +423,22 @@ class ModelConfig:
 
   @property
   def blocks(self) -> tuple[str, ...]:
-    """Sequence layers of the blocks that take turns, or of all blocks."""
+    """The sequence layers that alternate from block to block; else the one."""
     return self.traits.blocks or (self.sequence_layer,)
 
   @property
   def has_attention(self) -> bool:
-    """Whether blocks have attention in place of a memory."""
+    """Whether some or all blocks have attention in place of a memory."""
     return self.traits.attention == "alone"
 
   @property
   def has_longest_context(self) -> bool:
-    """Whether a sequence may have `context_length` tokens and no more."""
+    """Whether sequences are limited to `context_length` tokens."""
     return self.has_attention and not self.attention_window
 
   @property
   def memory_chunks(self) -> tuple[int, ...]:
-    """Chunk lengths at whose multiples a document has to begin."""
+    """Chunk lengths; documents have to begin at a multiple of each."""
     if not self.traits.chunks:
       return ()
     memory = self.memory

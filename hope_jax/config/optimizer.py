@@ -11,12 +11,12 @@ class OptConfig:
   """The optimizer, with warm-up, cosine decay and two learning-rate groups.
 
   Attributes:
-    name: of `optim/registry.py`.
+    name: a key of `OPTIMIZERS` in `optim/registry.py`.
     peak_lr, end_lr_ratio: cosine from peak_lr to end_lr_ratio * peak_lr.
-    warmup_steps: linear from 0.
-    memory_lr_ratio: rate of the memories' initial states and gates relative
-      to the rest.
-    clip_norm: global norm of the gradient; 0 does not clip.
+    warmup_steps: steps of linear warm-up from 0, at most half of the run.
+    memory_lr_ratio: learning rate of the memories' initial states, gates and
+      rates, relative to the rest.
+    clip_norm: largest global norm of the gradient; 0 does not clip.
   """
 
   name: Literal["adamw"] = "adamw"

@@ -12,7 +12,7 @@ from hope_jax.config.optimizer import OptConfig
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices per axis; -1 takes what is left (one axis at the most)."""
+  """Devices per axis; -1, for one axis at most, takes the remaining ones."""
 
   data: int = -1
   fsdp: int = 1
@@ -24,18 +24,18 @@ class TrainConfig:
   """The loop: length, logging, checkpoints.
 
   Attributes:
-    accumulate: microbatches per step, one after the other.
-    init_from: folder of an export (hope_jax.export) with the parameters to
-      begin with; empty: random ones.
-    carry_state: a document that continues in the next step finds the memories
-      as it left them (truncated backpropagation through time).
-    keep_checkpoints, keep_best: how many of the newest checkpoints are kept,
-      and of those with the lowest validation loss.
+    accumulate: number of microbatches per step, computed one after the other.
+    init_from: folder of an export (hope_jax.export) with the initial
+      parameters; empty: they are drawn at random.
+    carry_state: whether a document that continues in the next step keeps its
+      fast state (truncated backpropagation through time).
+    keep_checkpoints, keep_best: how many checkpoints are kept of the newest
+      ones, and of those with the lowest validation loss.
     max_bad_steps: the run ends after this many consecutive steps whose loss or
       gradient is not finite; until then such steps are skipped.
     rollback_factor: a logged loss above this multiple of the median of the last
-      50 sends the run back to its last checkpoint, past the data in between;
-      0: never.
+      50 sends the run back to its last checkpoint, and the data in between is
+      skipped; 0: never.
     max_rollbacks: the run ends after more rollbacks than this.
     hang_seconds: a step that takes longer dumps all stacks on stderr; 0: off.
   """
@@ -70,7 +70,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-  """Held-out evaluation: `batches` of `batch_size`; 0 is the whole split."""
+  """Held-out evaluation on `batches` batches; 0: the whole split."""
 
   batches: int = 0
   batch_size: int = 8
@@ -81,7 +81,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Everything of one run."""
+  """The whole configuration of one run."""
 
   model: ModelConfig = ModelConfig()
   opt: OptConfig = OptConfig()
@@ -144,14 +144,15 @@ class Config:
 def from_config_dict(config_dict: Any) -> Config:
   """ConfigDict (or nested mapping) -> `Config`; raises `ConfigError`.
 
-  Fields of the data group may have their `OLD_NAMES`, which go before the newer
-  ones: on a command line these are the config file's.
+  Fields of the data group may be in their old place (`OLD_NAMES`), which takes
+  precedence: if both are given, the old one is the command line's and the new
+  one the config file's.
   """
   return convert(Config, _with_new_names(config_dict))
 
 
 def _with_new_names(values: Any) -> Any:
-  """A nested mapping with `OLD_NAMES` renamed; what is none stays as it is."""
+  """Moves fields from their old place to their subgroup; keeps the rest."""
   data = values.get("data") if hasattr(values, "items") else None
   if not hasattr(data, "items"):
     return values
@@ -163,5 +164,5 @@ def _with_new_names(values: Any) -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-  """`Config` -> nested plain dict (JSON-ready), inverse of the above."""
+  """`Config` -> nested plain dict (JSON-ready); inverts `from_config_dict`."""
   return dataclasses.asdict(config)

@@ -1,4 +1,4 @@
-"""Sources of documents: text, JSONL, parquet, TFDS; cut into parts.
+"""Sources of documents (text, JSONL, parquet, TFDS), cut into parts.
 
 A part is what one worker reads: a whole text file, a range of a JSONL file's
 bytes, some row groups of a parquet file, or a range of a TFDS split.  The list
@@ -29,7 +29,7 @@ _KINDS = {
 
 
 class Fields(NamedTuple):
-  """Where a record keeps its text; `prompt` is read, but not to be learned."""
+  """Names of a record's fields; the text of `prompt` gets no loss."""
 
   text: str = "text"
   prompt: str | None = None
@@ -49,7 +49,7 @@ class Part(NamedTuple):
 
 
 class Text(NamedTuple):
-  """A document: what is only read, and what is to be learned."""
+  """A document: a prompt that is only read, and the text to be learned."""
 
   prompt: str
   text: str
@@ -82,7 +82,7 @@ def find(inputs: Sequence[str]) -> list[str]:
 
 
 def changed(name: str) -> float:
-  """When a source was last changed; 0 where that is not known."""
+  """The time of a source's last change; 0 if it is unknown."""
   if name.startswith(TFDS):
     return 0.0
   return float(epath.Path(name).stat().mtime or 0)
@@ -93,8 +93,8 @@ def parts(
   part_bytes: int = PART_BYTES,
   fields: Fields = FIELDS,
 ) -> list[Part]:
-  """The parts of all sources, in order; `ConfigError` for what can be known to
-  be unusable before anything is read."""
+  """The parts of all sources, in order; `ConfigError` for sources that are
+  unusable, as far as that shows before their documents are read."""
   return [part for path in paths for part in _parts(path, part_bytes, fields)]
 
 
@@ -181,7 +181,7 @@ def _read_text(part: Part, fields: Fields) -> Iterator[Text]:
 
 
 def _read_jsonl(part: Part, fields: Fields) -> Iterator[Text]:
-  """The lines that begin inside of the part."""
+  """The documents of the lines that begin inside the part."""
   with epath.Path(part.path).open("rb") as file:
     if part.start:
       file.seek(part.start - 1)

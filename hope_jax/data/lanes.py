@@ -1,8 +1,8 @@
-"""Examples in an order that lets a batch's rows carry their fast state on.
+"""Examples in an order in which each row of a batch continues its text.
 
 The examples, in the order of their documents, are cut into as many lanes as a
-batch has rows: row b reads lane b from its beginning to its end.  Every epoch
-cuts at another place.
+batch has rows: row b reads lane b from its beginning to its end.  The cut is at
+a new place in every epoch.
 
 Legend: B rows of a batch.
 """
@@ -18,10 +18,10 @@ Example = dict[str, np.ndarray]
 
 
 class Lanes:
-  """Endless: example `s B + b` is the next one of lane b at step s.
+  """An endless source: example `s B + b` is lane b's example at step s.
 
-  Where a lane begins, its first document does not go on from the row's last
-  example, and gets a number of its own.
+  Where a lane begins or the examples start over, the first document does not
+  continue the row's last example, so it gets a number of its own.
   """
 
   def __init__(self, examples: Any, batch_size: int, seed: int):

@@ -3,15 +3,15 @@
 A sequence of T tokens starts with P pairs, k1 v1 ... kP vP: distinct keys,
 values drawn uniformly.  In the other T - 2P positions each key appears once
 more, at a random position; the target there is its value, with weight 1.  All
-other targets have weight 0.  Deviations from the paper: queries stand at
-uniform (not power-law) positions, between them is a filler token (not random
-ones), and the answer is never part of the input.
+other targets have weight 0.  Deviations from the paper: queries are at uniform
+(not power-law) positions, with a filler token (not random ones) between them,
+and the answer is never part of the input.
 
-As in that paper, training may have several sizes (`train_pairs` of the group
-`data.mqar`), mixed or `stage_examples` of each one after the other, the last
-for the rest.  A row then holds as many problems of one size as fit, side by
-side, as documents of their own, and asks as many queries as a row with one
-large problem.  valid and test have `num_pairs` in one problem.
+As in that paper, training may use problems of several sizes
+(`data.mqar.train_pairs`): mixed, or in stages of `stage_examples` examples, of
+which the last lasts for the rest of the run.  A row then holds num_pairs / size
+problems of one size, each a document of its own, and so asks as many queries as
+a row with one large problem.  valid and test have one problem of `num_pairs`.
 
 Vocabulary: 0 filler, 1..num_keys keys, then num_values values.
 """
@@ -23,7 +23,7 @@ import numpy as np
 from hope_jax.config import ConfigError, DataConfig
 
 FILLER = 0
-EVAL_EXAMPLES = 1024  # of valid and of test
+EVAL_EXAMPLES = 1024  # in each of valid and test
 _STREAMS = {"train": 0, "valid": 1, "test": 2}
 
 Example = dict[str, np.ndarray]
@@ -68,7 +68,7 @@ def _problem(
   tokens = np.full(length, FILLER, np.int32)
   tokens[0 : 2 * pairs : 2] = keys
   tokens[1 : 2 * pairs : 2] = values
-  # `choice` without replacement is in random order: so are the queries.
+  # `choice` returns the positions in random order, which shuffles the queries.
   where = 2 * pairs + rng.choice(length - 2 * pairs, pairs, replace=False)
   tokens[where] = keys
   targets = np.zeros(length, np.int32)

@@ -1,9 +1,9 @@
-"""Documents -> packed examples of one length, documents on aligned places.
+"""Packs documents at aligned places into examples of one length.
 
 A document of n tokens fills n - 1 places: a place holds a token and, as its
 target, the next one.  Documents begin at multiples of `align` (the longest
-memory chunk: docs/equations.md); the tail of the document before is padded.  A
-document that does not fit continues in the next example.
+memory chunk: docs/equations.md); the gap before them is padding.  A document
+that does not fit continues in the next example.
 
 Legend: T places of an example.
 """
@@ -15,8 +15,9 @@ import numpy as np
 
 Example = dict[str, np.ndarray]
 
-# Beside tokens and targets: document number (0 goes on from the example
-# before, new ones count from 1), place in the document, loss weight.
+# Besides tokens and targets: document number (0 continues the last document of
+# the previous example, new ones count from 1), place in the document, loss
+# weight.
 FIELDS = {
   "segments": np.dtype(np.uint16),
   "positions": np.dtype(np.uint32),
@@ -26,7 +27,7 @@ _MAX_DOCUMENTS = np.iinfo(FIELDS["segments"]).max
 
 
 class Document(NamedTuple):
-  """tokens [n] and the loss weight of predicting each of them [n]."""
+  """Tokens [n], and the loss weight of predicting each of them [n]."""
 
   tokens: np.ndarray
   weights: np.ndarray
@@ -54,7 +55,7 @@ def pack(
     if count < 1:
       continue
     start = -(-place // align) * align
-    if place:  # padding belongs to the document before
+    if place:  # padding belongs to the previous document
       example["segments"][place:start] = number
     place, number, done = start, number + 1, 0
     if place >= length or number > _MAX_DOCUMENTS:

@@ -4,7 +4,7 @@ Batch = {"tokens", "targets": int32 [B, T], "weights": float32 [B, T]}, and
 "segments", int32 [B, T], where examples hold several documents.
 Step s of training takes examples s B .. (s + 1) B - 1 of an endless source,
 so a run resumes from its step number alone, on any number of processes and
-data workers.  Every process makes its own rows of the global batch only.
+data workers.  Every process makes only its own rows of the global batch.
 
 Legend: B batch, T tokens.
 """
@@ -29,9 +29,9 @@ class Kind(NamedTuple):
   """A kind of data, `data.kind`.
 
   Attributes:
-    load: (config, vocabulary) -> sources of the splits.
-    fingerprint: config -> hashes of the data; None: they are generated.
-    load_tokenizer: config -> what made the tokens; None: there is none.
+    load: (config, vocabulary size) -> sources of the splits.
+    fingerprint: config -> hashes of the data; None: the data is generated.
+    load_tokenizer: config -> the tokenizer of the data; None: there is none.
   """
 
   load: Loader
@@ -52,8 +52,8 @@ Batch = dict[str, np.ndarray]
 def load(config: Config) -> dict[str, Any]:
   """Split name -> source of examples; `ConfigError` for unusable data.
 
-  The train split is endless.  With `train.carry_state` its row b goes on, from
-  one step to the next, where row b ended.
+  The train split is endless.  With `train.carry_state`, row b of each step
+  continues where row b of the step before ended.
   """
   records.check_alignment(config)
   kind = KINDS[config.data.kind]
@@ -65,10 +65,10 @@ def load(config: Config) -> dict[str, Any]:
 
 
 def fingerprint(config: Config) -> dict[str, str]:
-  """Hashes that verify that a run is resumed on the same data: {} if they are
+  """Hashes that verify that a run resumes on the same data; {} if it is
   generated.
 
-  `content` is of all splits, `tokenizer` of the tokenizer that made them.
+  `content` covers all splits, `tokenizer` the tokenizer that made them.
   """
   of_kind = KINDS[config.data.kind].fingerprint
   return of_kind(config.data) if of_kind else {}
@@ -100,8 +100,8 @@ class TrainBatches:
 def prefetch(
   batches: TrainBatches, start: int, workers: int = 0
 ) -> Iterator[Batch]:
-  """Batches from step `start` on, made when asked for (`faults.with_timeout`
-  asks ahead), or ahead in `workers` processes."""
+  """Batches from step `start` on, made ahead in `workers` processes; with 0
+  workers they are made on demand (`faults.with_timeout` asks ahead)."""
   if not workers:
     return (batches[step] for step in range(start, len(batches)))
   import grain
@@ -110,7 +110,7 @@ def prefetch(
   dataset = grain.MapDataset.source(source).slice(slice(start, None))
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)
   ahead = dataset.to_iter_dataset(options)
-  if not flags.FLAGS.is_parsed():  # in a library; grain's workers ask
+  if not flags.FLAGS.is_parsed():  # used as a library; grain's workers ask
     flags.FLAGS.mark_as_parsed()
   # Through pipes: nothing frees the shared memory of a process that was killed.
   through_pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
@@ -123,7 +123,7 @@ def prefetch(
 
 
 def _in_processes(ahead: Any) -> Iterator[Batch]:
-  """`ahead`, whose first element starts its processes; closed, it ends them."""
+  """`ahead`: the first element starts its processes, closing it ends them."""
   with contextlib.closing(ahead):
     with workers_lib.starting():
       batch = next(ahead, None)
@@ -135,7 +135,7 @@ def _in_processes(ahead: Any) -> Iterator[Batch]:
 def eval_batches(
   source: Any, batch_size: int, rows: tuple[int, int], limit: int = 0
 ) -> Iterator[Batch]:
-  """A split in order, once; its last batch is padded with weight 0.
+  """One pass over a split, in order; the last batch is padded with weight 0.
 
   `limit` is the largest number of batches, 0 for the whole split.
   """

@@ -1,9 +1,10 @@
 """Raw documents -> packed ArrayRecord shards: parallel, resumable, the same
 for any number of workers.
 
-Each part of the inputs (`documents.py`) becomes shards of its own, written
-beside and then renamed, with a small JSON of counts as the sign that the part
-is done.  A second call does what is missing.  The manifests come last.
+Each part of the inputs (`documents.py`) becomes shards of its own, written to a
+temporary file and then renamed; a small JSON file of counts marks the part as
+done.  A second call prepares the parts that are missing.  The manifests are
+written last.
 """
 
 import collections
@@ -29,24 +30,26 @@ from hope_jax.runs import files
 
 SPLITS = ("train", "valid", "test")
 PARTS, PLAN = "parts", "plan.json"
-TOKENIZER_BYTES = 1 << 28  # of text that a tokenizer is trained on, about
+TOKENIZER_BYTES = 1 << 28  # of text, about, that a tokenizer is trained on
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What the content of prepared data depends on, beside its inputs.
+  """What the content of prepared data depends on, besides its inputs.
 
   Attributes:
-    length: places of an example.
-    align: documents begin at its multiples; the longest memory chunk.
-    split: all documents go there; or `holdout`.
-    holdout: shares of documents for valid and test, the rest is train.
+    length: places per example.
+    align: documents begin at multiples of it; the longest memory chunk.
+    split: the split of all documents, unless `holdout` is given.
+    holdout: shares of documents for valid and test; the rest is train.
       Equal texts go to the same split.
     long: documents of at least this many tokens form the group `long`, the
       others `short`; 0: one group, `all`.
-    text_field, prompt_field: of records; the prompt's tokens get weight 0.
-    parts: only this many parts, the first ones, of about `part_bytes`; 0: all.
-    seed: of the order of documents inside a part.
+    text_field, prompt_field: names of a record's fields; the prompt's tokens
+      get weight 0.
+    parts: number of parts, from the first one, of about `part_bytes` each; 0:
+      all parts.
+    seed: seed of the order of documents inside a part.
   """
 
   length: int = 4096
@@ -61,7 +64,7 @@ class Options:
   seed: int = 0
 
   def check(self) -> None:
-    """`ConfigError` for what cannot be."""
+    """Raises `ConfigError` for impossible options."""
     if self.length < 1 or self.align < 1 or self.length % self.align:
       raise ConfigError(
         f"--length={self.length} must be a multiple of --align={self.align}"
@@ -125,7 +128,7 @@ def _run_part(
   options: Options,
   output: str,
 ) -> int:
-  """Prepares one part: its shards and then its counts; returns its bytes."""
+  """Writes one part's shards, then its counts; returns its size in bytes."""
   groups = collections.defaultdict(list)
   fields = documents.Fields(options.text_field, options.prompt_field)
   for number, text in enumerate(documents.read(part, fields)):
@@ -160,8 +163,8 @@ def _run_part(
 
 
 def _shards(folder: epath.Path, index: int) -> list[Json] | None:
-  """What a part became; None if it is still to be prepared, or was damaged
-  since (a machine's end may lose what was not on its disk yet)."""
+  """The shards of a part; None if it is not prepared yet, or was damaged since
+  (a crash of the machine may lose what was not yet on its disk)."""
   try:
     shards = json.loads((folder / PARTS / f"{index:05d}.json").read_text())
     for shard in shards:
@@ -174,7 +177,7 @@ def _shards(folder: epath.Path, index: int) -> list[Json] | None:
 
 
 def _write_shard(path: epath.Path, examples: Iterable[packing.Example]) -> Json:
-  """Writes a shard atomically, nothing for no examples; what it holds."""
+  """Writes a shard atomically, or none if it is empty; returns its counts."""
   array_record: Any = importlib.import_module(
     "array_record.python.array_record_module"
   )
@@ -215,8 +218,8 @@ def prepare(
   """Prepares `inputs` into folder `output`; returns the splits' manifests.
 
   Args:
-    tokenizer: `bytes`, a tokenizer's file, or `sentencepiece:VOCAB_SIZE`:
-      trained on the inputs first.
+    tokenizer: `bytes`, a tokenizer's file, or `sentencepiece:VOCAB_SIZE` to
+      train one on the inputs first.
     workers: processes; 0: one per core.
     progress: called with (parts done, parts, bytes done) after every part.
   """
@@ -250,7 +253,7 @@ def prepare(
 
 
 def _claim(folder: epath.Path, plan: Json, options: Options) -> None:
-  """Makes `folder` that of this preparation, or checks that it is."""
+  """Claims `folder` for this preparation, or checks that it is claimed."""
   path, text = folder / PARTS / PLAN, json.dumps(plan)
   if path.exists():
     if path.read_text() != text:
@@ -274,7 +277,7 @@ def _tokenizer(
   parts: list[documents.Part],
   options: Options,
 ) -> tokenizer_lib.Tokenizer:
-  """The tokenizer, trained if that is wanted; its model lies in `folder`."""
+  """The tokenizer, trained if asked for; its files are saved in `folder`."""
   if name == tokenizer_lib.BYTES:
     return tokenizer_lib.load(name)
   path = folder / tokenizer_lib.MODEL
@@ -313,8 +316,8 @@ def _tokenizer(
 
 
 def _sample(parts: list[documents.Part]) -> list[documents.Part]:
-  """All parts, or of many as many as a tokenizer can learn from, evenly spread:
-  its training takes some 30 bytes of memory per byte of text."""
+  """All parts, or evenly spaced ones with about `TOKENIZER_BYTES` of text:
+  training takes some 30 bytes of memory per byte of text."""
   total = sum(part.bytes for part in parts)
   step = max(1, -(-total // TOKENIZER_BYTES))
   return parts[::step]
@@ -349,7 +352,7 @@ def _run(
       "a process that prepared a part was killed, perhaps for its memory: run"
       f" the same command again, with fewer --workers ({workers})"
     ) from error
-  finally:  # an error does not wait for what is under way
+  finally:  # after an error, running parts are not waited for
     pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -360,7 +363,7 @@ def _finish(
   tokenizer: tokenizer_lib.Tokenizer,
   options: Options,
 ) -> dict[str, records.Manifest]:
-  """Writes the splits' manifests and removes what only resuming needed."""
+  """Writes the splits' manifests and removes what only resuming needs."""
   by_split = collections.defaultdict(list)
   for index in range(len(parts)):
     for shard in _shards(folder, index) or ():

@@ -29,8 +29,8 @@ from hope_jax.runs import files
 MANIFEST = "manifest.json"
 VERSION = 1
 TOKEN_DTYPES = ("uint8", "uint16", "uint32")
-# Examples of 10,000s of tokens each make one compressed group of their own, so
-# that any of them is read alone.
+# Each example, which may have tens of thousands of tokens, is a compressed
+# group of its own, so that it can be read alone.
 WRITER_OPTIONS = "group_size:1,zstd:3"
 
 
@@ -114,7 +114,7 @@ def read_manifest(folder: epath.Path) -> Manifest:
 
 
 def encode(example: Example) -> bytes:
-  """An example's record."""
+  """The record of an example, as bytes."""
   return b"".join(
     np.ascontiguousarray(example[name]).tobytes()
     for name in ("tokens", "targets", *FIELDS)
@@ -139,7 +139,7 @@ def decode(record: bytes, manifest: Manifest) -> Example:
 
 
 def check_shards(folder: epath.Path, manifest: Manifest) -> None:
-  """`ConfigError` unless all shards are there and as long as recorded."""
+  """`ConfigError` unless all shards exist and have their recorded sizes."""
   for shard in manifest.shards:
     path = folder / shard.file
     try:
@@ -194,7 +194,7 @@ def load(config: DataConfig, vocab_size: int) -> Json:
 
 
 def fingerprint(config: DataConfig) -> dict[str, str]:
-  """Hashes of all manifests, which have the shards', and of the tokenizer."""
+  """Hashes of all manifests (which hold the shards') and of the tokenizer."""
   folders = _folders(config)
   manifests = [read_manifest(folder / "train") for folder in folders]
   manifests += [read_manifest(folders[0] / name) for name in ("valid", "test")]
@@ -276,7 +276,7 @@ def _check(
 def _group_shares(
   folder: epath.Path, manifest: Manifest, config: DataConfig
 ) -> dict[str, float]:
-  """Share of every group of a folder: by size, or as `long_share` says."""
+  """Shares of a folder's groups: by size, or as set by `long_share`."""
   sizes = collections.Counter()
   for shard in manifest.shards:
     sizes[shard.group] += shard.examples
@@ -297,7 +297,7 @@ def _group_shares(
 
 
 def _mixture(groups: list[tuple["Examples", float]], seed: int) -> Any:
-  """Endless: every group shuffled anew each epoch, mixed by their shares."""
+  """An endless mixture of groups by share, each reshuffled every epoch."""
   import grain
 
   datasets = [
@@ -329,7 +329,7 @@ class _Joined:
 
 
 class Examples:
-  """All examples of a split's group, in order, by number: a batch's fields."""
+  """Random access to the examples of a split's group, in order."""
 
   def __init__(self, folder: epath.Path, manifest: Manifest, group: str):
     from array_record.python import array_record_data_source
@@ -353,7 +353,7 @@ class Examples:
   def _explained(self) -> Iterator[None]:
     try:
       yield
-    except (RuntimeError, OSError) as error:  # of checksums
+    except (RuntimeError, OSError) as error:  # for example of checksums
       raise ConfigError(
         f"a shard in {self._folder} is damaged ({files.reason(error)}): copy it"
         " again, or prepare the data again"

@@ -1,9 +1,9 @@
 """Text files: loading, splitting, windows of T + 1 tokens (bytes by default).
 
 A window holds T inputs and, one position later, their T targets.  Windows do
-not overlap, so an epoch predicts every byte once.  Training shuffles them and
-moves the cut by a new offset each epoch; evaluation reads a split in order,
-down to its last byte.
+not overlap, so an epoch predicts every token at most once.  Training shuffles
+them and shifts them by a new offset each epoch; evaluation reads a split in
+order, down to its last token.
 
 Legend: T tokens of a window.
 """
@@ -50,13 +50,13 @@ class TrainWindows:
 def _epoch_order(
   seed: int, epoch: int, length: int, count: int
 ) -> tuple[int, np.ndarray]:
-  """Where an epoch's windows begin, below `length`, and their order."""
+  """The offset of an epoch's windows, below `length`, and their order."""
   rng = np.random.default_rng([seed, epoch])
   return int(rng.integers(length)), rng.permutation(count)
 
 
 class EvalWindows:
-  """The windows of a split in order; the last one is padded, weight 0."""
+  """The windows of a split in order; the last is padded with weight 0."""
 
   def __init__(self, tokens: np.ndarray, length: int):
     self._tokens, self._length = tokens, length
@@ -77,7 +77,7 @@ class EvalWindows:
 
 
 def find(path: str) -> epath.Path:
-  """`path` as given, or beside the repository root if only there."""
+  """`path` as given, or below the repository root if it is only there."""
   given = files.reach(path)
   beside = REPOSITORY / path
   if given.exists() or given.is_absolute() or not beside.exists():
@@ -174,5 +174,5 @@ def load(
 
 
 def _encode(part: np.ndarray, words: tokenizer.Tokenizer) -> np.ndarray:
-  """Bytes -> tokens; of a character that a split cuts nothing is read."""
+  """Bytes -> tokens; characters that a split cuts in two are left out."""
   return words.encode(part.tobytes().decode("utf-8", errors="ignore"))

@@ -1,7 +1,7 @@
 """Text <-> token numbers: bytes (a token is a byte), a SentencePiece model, or
 a `tokenizer.json` of Hugging Face (package `tokenizers`, extra `convert`).
 
-A tokenizer is known by its `sha256`, which prepared data and runs record.
+A tokenizer is identified by its `sha256`, which prepared data and runs record.
 """
 
 import hashlib
@@ -20,13 +20,19 @@ from hope_jax.runs import files
 BYTES = "bytes"
 VOCAB_SIZE = 256  # of bytes
 MODEL, JSON = "tokenizer.model", "tokenizer.json"
-SETTINGS = "tokenizer_config.json"  # beside the latter
+SETTINGS = "tokenizer_config.json"  # beside a tokenizer.json
 
 
 class Tokenizer(Protocol):
-  """What all kinds offer; `bos` is what the tokenizer of another's model puts
-  before every text, `eos` ends a document, None if there is none; `files` are
-  what `load` needs, by name, the one to give it first."""
+  """The interface of all kinds.
+
+  Attributes:
+    bos: the token that an imported model's tokenizer puts before every text;
+      None: there is none.
+    eos: the token that ends a document; None: there is none.
+    files: name -> content of the files that `load` needs; the first is the one
+      whose path it takes.
+  """
 
   @property
   def name(self) -> str: ...
@@ -52,7 +58,7 @@ class Tokenizer(Protocol):
 
 
 def utf8(text: str) -> bytes:
-  """The UTF-8 bytes of `text`; `ConfigError` for what came of other bytes."""
+  """The UTF-8 bytes of `text`; `ConfigError` if it stems from other bytes."""
   try:
     return text.encode("utf-8")
   except UnicodeEncodeError as error:
@@ -124,9 +130,9 @@ class SentencePiece:
 
 
 class HuggingFace:
-  """A `tokenizer.json`; text that spells one of its special tokens is one.
+  """A `tokenizer.json`; text that spells a special token becomes that token.
 
-  `eos` is the name of the end token: its file does not say which that is.
+  `eos` is the name of the end token, which a `tokenizer.json` does not say.
   """
 
   def __init__(self, model: bytes, name: str, eos: str | None):
@@ -141,7 +147,7 @@ class HuggingFace:
     settings = {
       "tokenizer_class": "PreTrainedTokenizerFast",
       "eos_token": eos,
-      "clean_up_tokenization_spaces": False,  # transformers 4 would drop some
+      "clean_up_tokenization_spaces": False,  # transformers 4 would drop spaces
     }
     self.files = {JSON: model, SETTINGS: json.dumps(settings).encode()}
     try:
@@ -162,7 +168,7 @@ class HuggingFace:
     return HuggingFace, (self.model, self.name, self._eos)
 
   def encode(self, text: str) -> np.ndarray:
-    """Text -> int32 [tokens], also `bos` only where the text spells it."""
+    """Text -> int32 [tokens], with `bos` only where the text spells it."""
     utf8(text)
     found = self._tokenizer.encode(text, add_special_tokens=False)
     return np.asarray(found.ids, np.int32)
@@ -176,7 +182,8 @@ class HuggingFace:
 def load(name: str | pathlib.Path | epath.Path) -> Tokenizer:
   """`bytes`, or the SentencePiece model or `tokenizer.json` in file `name`.
 
-  The latter's end token is what a `tokenizer_config.json` beside it says.
+  The end token of a `tokenizer.json` is that of the `tokenizer_config.json`
+  beside it.
   """
   if str(name) == BYTES:
     return Bytes()
@@ -212,10 +219,10 @@ def _end_token(path: epath.Path) -> str | None:
 
 
 def train(texts: Iterable[str], vocab_size: int, seed: int = 0) -> bytes:
-  """A SentencePiece model (unigram, byte fallback) of `texts`, its file.
+  """Trains a SentencePiece model (unigram, byte fallback); returns its file.
 
-  Lossless: no normalisation, spaces and line ends kept.  Long texts are
-  passed in lines.  Deterministic: one thread.
+  The model is lossless: nothing is normalised, spaces and line ends are kept.
+  Texts are passed line by line.  One thread makes training deterministic.
   """
   import sentencepiece
 

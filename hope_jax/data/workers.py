@@ -1,8 +1,8 @@
-"""Child processes that read data: they end with their parent, without noise.
+"""Child processes that read data and end quietly with their parent.
 
 A parent that is killed cannot end its children, so each of them waits for its
-parent's end.  A terminal's Ctrl-C and a scheduler's SIGTERM reach the children,
-too, but what is to be done then is the parent's to say.
+parent's end.  A terminal's Ctrl-C and a scheduler's SIGTERM also reach the
+children, which block them: the parent decides what to do.
 """
 
 import contextlib
@@ -19,9 +19,10 @@ _QUIET = "ignore:resource_tracker:UserWarning"
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-  """Processes that the calling thread, or a thread that it begins here, starts
-  do not hear SIGINT and SIGTERM."""
-  # It removes the semaphores of a parent that was killed: nothing to warn of.
+  """Inside, SIGINT and SIGTERM are blocked in the processes that this thread,
+  or a thread that it starts, creates."""
+  # The tracker need not warn of the semaphores of a killed parent: it removes
+  # them.
   sys.warnoptions.append(_QUIET)
   try:
     resource_tracker.ensure_running()

@@ -1,1 +1,1 @@
-"""Trained models at work: opened, evaluated, continued, held sessions with."""
+"""Inference with trained models: evaluation, generation, scoring, sessions."""

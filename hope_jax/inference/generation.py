@@ -1,9 +1,9 @@
 """Continuing token sequences: prefill in a few reads, then one token at a time.
 
 Everything that a model remembers is in an explicit state of constant size (an
-attention cache excepted).  Prompts of any length are read each by itself
+attention cache excepted).  Prompts of any length are read one at a time
 (`inference/streaming.py`); then all sequences are decoded together, each at its
-own place.
+own position.
 
 Legend: N sequences, T prompt tokens, V vocab, L state leaves with batch 1.
 """
@@ -23,13 +23,13 @@ from hope_jax.inference.sampling import Sampling
 from hope_jax.models import language_model, next_token_levels
 
 READ_SIZE = streaming.READ_SIZE  # tokens of prefill at a time
-DECODE_STEPS = 32  # tokens decoded between two looks at the stop condition
+DECODE_STEPS = 32  # tokens decoded between two checks of `is_over`
 
 
 def draw(key: jax.Array, logits_V: jax.Array, sampling: Sampling) -> jax.Array:
-  """One token; temperature 0 is the likeliest.
+  """Draws one token; at temperature 0, takes the likeliest.
 
-  The token that crosses probability top_p is kept, so one always remains.
+  The token with which the sum crosses top_p is kept, so one always remains.
   """
   if sampling.temperature == 0:
     return jnp.argmax(logits_V)
@@ -80,7 +80,7 @@ def decode(
   sampling: Sampling,
   vocab_size: int,
 ) -> tuple[jax.Array, jax.Array, Any]:
-  """Draws `count` tokens for every sequence, from logits and states at hand.
+  """Draws `count` tokens for every sequence, starting from `logits_NV`.
 
   Returns tokens [N, count], and the logits and states to continue from.
   """
@@ -93,7 +93,7 @@ def decode(
   def step(carry: Tree, number: jax.Array) -> tuple[Any, jax.Array]:
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys_N, number)
     states, logits = carry
-    if next_token_levels.is_on(config):  # its rare updates would run every time
+    if next_token_levels.is_on(config):  # vmap would update every time
       arguments = (states, logits, keys)
       states, logits, tokens_N = jax.lax.map(lambda xs: one(*xs), arguments)
     else:
@@ -114,8 +114,8 @@ def generate(
   count: int,
   **options: Any,
 ) -> list[np.ndarray]:
-  """Up to `count` new tokens for every prompt (of any lengths); options as of
-  `go_on`."""
+  """Up to `count` new tokens for every prompt (of any lengths); `options` are
+  those of `go_on`."""
   check_room(prompts, config=config, count=count)
   read = [prefill(params, prompt, config=config) for prompt in prompts]
   logits, states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *read)
@@ -148,7 +148,7 @@ def go_on(
   numbers: Sequence[int] | None = None,
   is_over: Callable[[np.ndarray], bool] = lambda tokens: False,
 ) -> list[np.ndarray]:
-  """Up to `count` new tokens for each of N sequences that were read.
+  """Up to `count` new tokens for each of N sequences that have been read.
 
   `states` (stacked fast states of batch 1, donated) and `logits` [N, V] are
   what `prefill` returns.  `is_over` is evaluated every DECODE_STEPS tokens.
@@ -156,7 +156,7 @@ def go_on(
   default: 0, 1 ...).
 
   Raises:
-    ConfigError: logits are not finite; no text would mean anything.
+    ConfigError: logits are not finite.
   """
   check_finite(logits)
   root = jax.random.key(seed)
@@ -187,7 +187,7 @@ def go_on(
 
 
 def check_finite(logits: jax.Array) -> None:
-  """`ConfigError` for logits of a model that is no longer one."""
+  """`ConfigError` for logits that are not finite."""
   if not jnp.isfinite(logits).all():
     raise ConfigError(
       "the model's logits are not finite: its parameters are damaged or"

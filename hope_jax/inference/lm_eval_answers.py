@@ -1,16 +1,16 @@
 """Answers of a model to the tasks of lm-eval, kept until all are scored.
 
-A model answers a task's requests (log-probabilities, texts) all together;
-then they are written beside `--output`, and a command that comes again after
-an error or a kill reads them instead of asking the model.  lm-eval computes
-all scores of all tasks from the answers at the end, so that scores, bounds and
-groups' means are those of one run.
+A model answers all requests of a task (log-probabilities, texts) together; the
+answers are then written next to `--output`, and the same command, run again
+after an error or a kill, reads them instead of asking the model.  lm-eval
+computes all scores of all tasks from the answers at the end, so that scores,
+bounds and groups' means are those of an uninterrupted run.
 
-A file belongs to one model and to these very requests: its key is a hash of
-the model (parameters, config, tokenizer) and of every request's text and
-options, so that another checkpoint, `--limit`, `--num_fewshot`, task file or
-data makes another key, and the task is asked again.  The batch size is not
-part of it: it moves nothing but the last bits.
+A file is valid for one model and one list of requests: its key is a hash of the
+model (parameters, config, tokenizer) and of every request's text and options,
+so that another checkpoint, `--limit`, `--num_fewshot`, task file or data makes
+another key, and the task is asked again.  The batch size, which changes only
+the last bits, is not part of the key.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ def _hash(value: Any) -> str:
 
 
 class Answers:
-  """The answers in a folder beside `output`; without one nothing is kept."""
+  """Answers kept in a folder next to `output`; without it nothing is kept."""
 
   def __init__(
     self, output: epath.Path | None, run: Run, seed: int = 0
@@ -61,7 +61,7 @@ class Answers:
   def read(
     self, task: str, kind: str, requests: Sequence[Any]
   ) -> list[Any] | None:
-    """The answers to these requests, None if there are none to rely on."""
+    """The answers to these requests; None if there are no valid ones."""
     path = self._path(task, kind)
     if path is None or not path.exists():
       return None
@@ -86,7 +86,7 @@ class Answers:
   def write(
     self, task: str, kind: str, requests: Sequence[Any], answers: list[Any]
   ) -> None:
-    """Keeps the answers: killed on the way, there are none."""
+    """Keeps the answers; if killed, it leaves no partial file."""
     path = self._path(task, kind)
     if path is None:
       return
@@ -102,7 +102,7 @@ class Answers:
       print(f"{task}: cannot keep answers: {reason}", file=sys.stderr)
 
   def remove(self) -> None:
-    """When the scores are written."""
+    """Removes the answers, once the scores are written."""
     if self._folder is None or not self._folder.is_dir():
       return
     with contextlib.suppress(OSError):  # anything else in there stays

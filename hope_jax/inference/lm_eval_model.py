@@ -1,20 +1,20 @@
 """A trained run as a model of lm-eval (extra `eval`), see `lm_eval_tasks.py`.
 
-Models whose state does not grow read any context whole, attention in a window
-as much of it as it sees.  The cache of attention without a window is bounded
-(`model.context_length`), so that for its models long contexts lose their
-beginning: how many do, and how much, is said and counted (`HopeLM.cuts`).
+Models whose state does not grow, among them attention in a window, read
+contexts of any length.  The cache of attention without a window is bounded
+(`model.context_length`), so that long contexts are truncated on the left; how
+many are, and by how much, is printed and counted (`HopeLM.cuts`).
 
-lm-eval makes the requests of all tasks before it asks for any answer.  The
-first time that it asks, all of them are looked at, so that what cannot be
-answered is refused before anything is.
+lm-eval makes the requests of all tasks before it asks for any answer.  When it
+asks for the first time, all requests are checked, so that one that cannot be
+answered is refused before any work is done.
 
-Where a checkpoint's tokenizer.json puts a token before every text (Llama 3's),
-contexts begin with it, and it stands before texts that nothing precedes (an
-empty context, a perplexity's text).  Elsewhere the token of a line break does:
-training here never shows an end token as an input, and no begin token exists; a
-line break is one token of bytes and of the SentencePiece models made here, and
-what texts in training most often begin after.
+If a checkpoint's tokenizer.json puts a begin token before every text (as Llama
+3's does), contexts begin with it, and so does a text that nothing precedes (an
+empty context, the text of a perplexity).  Otherwise such a text follows the
+token of a line break: in training here an end token is never an input, and
+there is no begin token, but a line break is one token of bytes and of the
+SentencePiece models made here, and the token that texts most often begin after.
 """
 
 import collections
@@ -39,14 +39,14 @@ from hope_jax.inference.scoring import Request, Score
 from hope_jax.inference.trained import Run
 from hope_jax.runs import files, progress
 
-NEW_TOKENS = 256  # that a task may draw if it does not say how many
-# lm-eval's names of what a model is asked for.
+NEW_TOKENS = 256  # drawn at most for a task that sets no maximum
+# lm-eval's names of the kinds of request.
 LIKELIHOOD, ROLLING = "loglikelihood", "loglikelihood_rolling"
 TEXT = "generate_until"
 
 
 def _without_terminal(label: str) -> contextlib.AbstractContextManager[None]:
-  """Lines that say how long it takes, where no bar can."""
+  """Prints lines about the time taken if there is no terminal for a bar."""
   if sys.stderr.isatty():
     return contextlib.nullcontext()
   return progress.waiting(label, patience=2.0)
@@ -61,8 +61,8 @@ class Asked(NamedTuple):
 
 
 class Planned(NamedTuple):
-  """A request as it is read: one part, or the windows of a long text; how many
-  tokens of the context are cut off."""
+  """A request as it will be read: one part, or the windows of a long text; how
+  many tokens of the context are cut off."""
 
   parts: list[Request]
   cut: int = 0
@@ -70,8 +70,8 @@ class Planned(NamedTuple):
 
 
 class Cuts(NamedTuple):
-  """Of a task: how many requests it has, how many of them are truncated, and by
-  how many tokens at the most."""
+  """The requests of a task, how many of them are truncated, and the most tokens
+  that one of them loses."""
 
   requests: int = 0
   truncated: int = 0
@@ -82,10 +82,10 @@ class HopeLM(TemplateLM):
   """Scores and continues texts with a run that `trained.open_run` opened.
 
   Attributes:
-    cuts: what is read of the requests, by task.
-    unfinished: how many texts of a task ended at their longest length, before
-      any of the marks they are to end at.
-    was_asked: whether the requests of all `tasks` are made, and good.
+    cuts: how the requests are truncated, by task.
+    unfinished: how many texts of a task reached their maximal length without
+      any of the strings that would end them.
+    was_asked: whether the requests of all `tasks` have been made and checked.
   """
 
   def __init__(
@@ -108,7 +108,7 @@ class HopeLM(TemplateLM):
     if run.tokenizer.bos is not None:
       begin = [run.tokenizer.bos]
     if not begin and run.tokenizer.eos is not None:
-      begin = [run.tokenizer.eos]  # an imported tokenizer
+      begin = [run.tokenizer.eos]  # imported tokenizers may drop newlines
     if not begin:
       raise ConfigError(
         f"{run.tokenizer.name} has no token for a line break, and none for the"
@@ -118,20 +118,20 @@ class HopeLM(TemplateLM):
 
   @property
   def max_length(self) -> int | None:
-    """How many tokens can be read, None: any number."""
+    """How many tokens can be read; None: any number."""
     model = self._run.config.model
     return model.context_length if model.has_longest_context else None
 
   @property
   def eot_token_id(self) -> int:
-    """What texts begin after; lm-eval's name for it."""
+    """The token that texts begin after, under lm-eval's name for it."""
     return self._begin
 
   def tok_encode(
     self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
   ) -> list[int]:
-    """Token numbers, after the begin token if texts have one and it is not
-    there."""
+    """Tokens of `string`, preceded by the tokenizer's begin token if it has one
+    that is not there yet."""
     del kwargs
     bos = self._run.tokenizer.bos
     tokens = self._run.tokenizer.encode(string).tolist()
@@ -140,7 +140,7 @@ class HopeLM(TemplateLM):
     return [bos, *tokens]
 
   def _pair(self, context: str, continuation: str) -> Planned:
-    """A context and what follows it."""
+    """Plans a context and its continuation."""
     if context:
       begin, end = self._encode_pair(context, continuation)
     else:
@@ -150,11 +150,11 @@ class HopeLM(TemplateLM):
     return self._bounded(begin, end)
 
   def _bounded(self, begin: list[int], end: list[int]) -> Planned:
-    """`begin`, as much of it as can be read, and `end`."""
+    """Plans `end` after as much of `begin` as can be read."""
     begin = begin or [self.prefix_token_id]
     if self.max_length is None:
       return Planned([Request(begin, end)])
-    # Nothing reads what the cache keeps of the last token.
+    # The cache's entry for the last token is never read.
     room = self.max_length + 1 - len(end)
     if room < 1:
       raise ConfigError(
@@ -164,8 +164,8 @@ class HopeLM(TemplateLM):
     return Planned([Request(begin[-room:], end)], max(0, len(begin) - room))
 
   def _windows(self, text: str) -> Planned:
-    """A whole text, in windows where attention is bounded: what is in the
-    second window and after has not all before it as its context."""
+    """Plans a whole text, in windows if attention is bounded: from the second
+    window on, tokens do not have everything before them as their context."""
     tokens = self.tok_encode(text, add_special_tokens=False)
     length = self.max_length or max(1, len(tokens))
     pairs = utils.get_rolling_token_windows(
@@ -175,7 +175,7 @@ class HopeLM(TemplateLM):
     return Planned(parts, max(0, len(tokens) - length))
 
   def _text(self, context: str, options: Json) -> Planned:
-    """A context, as much of it as leaves room for the text after it."""
+    """Plans as much of a context as leaves room for the text after it."""
     asked = self._asked(options)
     begin = self.tok_encode(context) or [self.prefix_token_id]
     if self.max_length is None:
@@ -188,7 +188,7 @@ class HopeLM(TemplateLM):
     """How requests of one task will be read.
 
     Raises:
-      ConfigError: one of them cannot be.
+      ConfigError: one of them cannot be answered.
     """
     one = {LIKELIHOOD: self._pair, ROLLING: self._windows, TEXT: self._text}
     if kind not in one:
@@ -230,9 +230,9 @@ class HopeLM(TemplateLM):
       )
 
   def _answers(self, kind: str, requests: Sequence[Instance]) -> list[Any]:
-    """Answers to requests of one kind, of each task together."""
+    """Answers to requests of one kind, task by task."""
     if not self.was_asked:
-      self.check(self._tasks)  # now all of them have their requests
+      self.check(self._tasks)  # by now all have their requests
       self.was_asked = True
     by_task = collections.defaultdict(list)
     for number, request in enumerate(requests):
@@ -251,8 +251,8 @@ class HopeLM(TemplateLM):
     return found
 
   def _answer(self, kind: str, label: str, plan: list[Planned]) -> list[Any]:
-    """[log-probability, is greedy] of pairs, log-probabilities of whole texts,
-    [text, has an end] of contexts."""
+    """[log-probability, is greedy] for a pair, a log-probability for a whole
+    text, [text, has an end] for a context."""
     if kind == TEXT:
       return self._generate(plan, label)
     scores = self._score([part for x in plan for part in x.parts], label)
@@ -375,7 +375,7 @@ class HopeLM(TemplateLM):
     config: ModelConfig,
   ) -> Iterator[tuple[int, str, bool]]:
     """(place in `contexts`, text after it, whether it has an end) of all; draws
-    go by `numbers`."""
+    depend on `numbers`."""
     run = self._run
     ends = scoring.read_all(
       run.params, contexts, config=config, batch_size=self.batch_size

@@ -13,18 +13,18 @@ from hope_jax.inference.trained import Run
 from hope_jax.runs import files
 from hope_jax.training import sharding
 
-ROUNDS = 1000  # of the bootstrap, for metrics that are no means
-CHOSEN = ("acc", "acc_norm", "acc_bytes")  # the share of right choices
+ROUNDS = 1000  # of the bootstrap, for metrics that are not means
+CHOSEN = ("acc", "acc_norm", "acc_bytes")  # shares of correct choices
 
 
 class Line(NamedTuple):
-  """A score; `stderr` and `chance` are None where there is none, the counts
-  for groups of tasks.
+  """A score; `stderr` and `chance` are None if there is none, the counts are
+  None for groups of tasks.
 
   Attributes:
     truncated: requests whose context was cut.
-    cut_tokens: by how many tokens at the most.
-    unfinished: texts that were drawn to their longest length without an end.
+    cut_tokens: the most tokens that one of them lost.
+    unfinished: texts that reached their maximal length without an end.
   """
 
   task: str
@@ -53,7 +53,7 @@ def load_tasks(
   metadata: Any = {"data": data}
   manager = TaskManager(
     include_path=include_path,
-    include_defaults=False,  # to look through them takes seconds
+    include_defaults=False,  # searching them takes seconds
     metadata=metadata,
   )
   if not set(names) <= set(manager.all_tasks):
@@ -80,7 +80,7 @@ def load_tasks(
 
 
 def _load(manager: Any, name: str) -> Any:
-  """What lm-eval loads of one name; `ConfigError` that says why it cannot."""
+  """What lm-eval loads for a name; a `ConfigError` says why it cannot."""
   try:
     return manager.load([name])
   except ConfigError:
@@ -104,7 +104,7 @@ def _reason(error: Exception) -> str:
 
 
 def _leaves(tasks: Sequence[Any]) -> list[Any]:
-  """The tasks themselves, those of groups too."""
+  """All single tasks, including those of groups."""
   found = {}
   for task in tasks:
     is_group = hasattr(task, "get_all_tasks")
@@ -144,7 +144,7 @@ def evaluate(
       results: Any = simple_evaluate(
         model=model,
         tasks=list(tasks),
-        task_manager=TaskManager(include_defaults=False),  # they are loaded
+        task_manager=TaskManager(include_defaults=False),  # already loaded
         limit=limit,
         num_fewshot=num_fewshot,
         bootstrap_iters=0 if limit == 1 else ROUNDS,
@@ -166,7 +166,7 @@ def evaluate(
 
 
 def _check_task(task: Any, num_fewshot: int | None) -> None:
-  """Refuses what lm-eval would, in one line; says what it would not."""
+  """Refuses in one line what lm-eval would refuse; reports what it ignores."""
   for field, why in (
     ("UNSAFE_CODE", "runs code that the model writes"),
     ("MULTIMODAL", "is not of texts alone"),
@@ -221,7 +221,7 @@ def lines(results: Mapping[str, Any]) -> list[Line]:
 def _chance(
   metric: str, kind: str | None, samples: Sequence[Any]
 ) -> float | None:
-  """What guessing scores, None if that is not known."""
+  """The score of guessing; None if it is not known."""
   if kind == "multiple_choice" and metric in CHOSEN:
     return statistics.fmean(1 / len(sample["arguments"]) for sample in samples)
   is_text = kind in ("generate_until", "loglikelihood")
@@ -253,5 +253,5 @@ def table(found: Sequence[Line]) -> str:
   return MarkdownTableWriter(
     headers=header,
     value_matrix=rows,
-    type_hints=[String] * len(header),  # or numbers would be written anew
+    type_hints=[String] * len(header),  # else numbers are reformatted
   ).dumps()

@@ -1,4 +1,4 @@
-"""Text files as tokens, without holding all of them."""
+"""Text files as tokens, without holding a whole file."""
 
 from collections.abc import Iterator
 
@@ -18,8 +18,8 @@ def read_text(
 ) -> Iterator[np.ndarray]:
   """Tokens of a UTF-8 file: `first` of them, then `size` at a time.
 
-  Only a part of the file is held.  Parts end with a line, which SentencePiece
-  models of this project encode each by itself anyway.
+  Only a part of the file is held.  Parts end at line ends: the SentencePiece
+  models of this project encode every line by itself anyway.
   """
   held, count, wanted = [], 0, first
   for part in _parts(path):
@@ -46,7 +46,7 @@ def _parts(path: epath.Path) -> Iterator[str]:
       while read := file.read(TEXT):
         data = rest + read
         end = data.rfind(b"\n") + 1
-        if not end:  # before the last character, it may not be whole
+        if not end:  # cut before the last character: it may be partial
           end = len(data) - 1
           while end > len(data) - 4 and data[end] & 0xC0 == 0x80:
             end -= 1

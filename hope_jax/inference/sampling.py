@@ -1,4 +1,4 @@
-"""How texts are continued: what can be checked before a model is there."""
+"""How texts are continued, and checks of that which need no model."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,15 +7,15 @@ from hope_jax.config import ConfigError
 
 
 class Sampling(NamedTuple):
-  """How a token is drawn: softmax(logits / temperature), cut to the `top_k`
-  likeliest (0: all) and to the likeliest with probability `top_p` in sum."""
+  """How a token is drawn: from softmax(logits / temperature), restricted to the
+  `top_k` likeliest tokens (0: all) and to the likeliest that sum to `top_p`."""
 
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
 
   def check(self) -> None:
-    """`ConfigError` for values without meaning."""
+    """`ConfigError` for invalid values."""
     if not self.temperature >= 0:
       raise ConfigError(f"--temperature={self.temperature} must be 0 or more")
     if self.top_k < 0:
@@ -25,7 +25,7 @@ class Sampling(NamedTuple):
 
 
 def check_request(count: int, sampling: Sampling, stop: Sequence[str]) -> None:
-  """`ConfigError` where the sampling flags ask for the impossible."""
+  """`ConfigError` if the sampling flags ask for the impossible."""
   if count < 1:
     raise ConfigError(f"--tokens={count} must be positive")
   if "" in stop:

@@ -1,15 +1,15 @@
 """Scores continuations of contexts; shared prefixes are evaluated once.
 
-All sequences (context and continuation) become a tree of blocks of tokens: what
-is equal from the beginning on (the examples before the questions, a question
-before its choices), up to the last whole block, is a node that is read once.
-Its state is kept until all that follows it is read.
+All sequences (context and continuation) form a tree of blocks of tokens: a
+shared prefix (the examples before the questions, a question before its
+choices), up to its last whole block, is a node that is read once.  Its state is
+kept until everything that follows it has been read.
 
-Nodes are read in batches of rows, each row at its own place with a state of its
-own: a step reads one of `streaming.py`'s few sizes in the rows that want it,
-and the others wait.  So nothing is padded where a state is wanted, and a row's
-result does not depend on the rows beside it.  A sequence's last block, after
-which no state is wanted, is padded on the right.
+Nodes are read in batches of rows, each row at its own position with a state of
+its own: a step reads one of `streaming.py`'s few sizes in the rows that need
+it, while the others wait.  So nothing is padded where a state is needed, and a
+row's result does not depend on the other rows.  A sequence's last block, after
+which no state is needed, is padded on the right.
 
 Legend: N rows, T tokens of a read, V vocab.
 """
@@ -49,8 +49,8 @@ class Request(NamedTuple):
 
 
 class Score(NamedTuple):
-  """Of a continuation: the sum of its tokens' log-probabilities, and whether
-  each of them was the likeliest."""
+  """A continuation's score: the sum of its tokens' log-probabilities, and
+  whether each of them was the likeliest."""
 
   log_prob: float
   is_greedy: bool
@@ -58,7 +58,7 @@ class Score(NamedTuple):
 
 class Read(NamedTuple):
   """What is known after `position` tokens: their `Scores` [position] in parts,
-  on the host; the state of batch 1."""
+  on the host; the state, with batch 1."""
 
   position: int
   scores: tuple[Scores, ...]
@@ -74,7 +74,7 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass
 class Node:
-  """Tokens after the parent's; numbers of the sequences that end there."""
+  """Tokens after the parent's; numbers of the sequences that end with them."""
 
   tokens: list[int]
   numbers: list[int] = dataclasses.field(default_factory=list)
@@ -84,8 +84,8 @@ class Node:
 
 
 def block_length(config: ModelConfig) -> int:
-  """Tokens of a node: where it ends, CMS levels that learn from the next token
-  may read on by any number."""
+  """Tokens of a block: at its end, CMS levels that learn from the next token
+  can continue with any number of tokens."""
   if next_token_levels.is_on(config):
     return math.lcm(NODE_LENGTH, config.cms.fast_lengths[0])
   return NODE_LENGTH
@@ -104,8 +104,8 @@ def grow(sequences: Sequence[Sequence[int]], block: int) -> Node:
 
 
 def _children(node: Node) -> list[Node]:
-  """A node's children, the longest first, each with all the blocks that
-  nothing branches from."""
+  """A node's children, the longest first, each merged with the blocks after it
+  up to the next branch or end of a sequence."""
   found = []
   for child in node.children.values():
     while not child.numbers and len(child.children) == 1:
@@ -124,16 +124,16 @@ def read_once(
   *,
   config: ModelConfig,
 ) -> tuple[Scores, StreamState]:
-  """Reads tokens in the rows that `is_read_N` names; others stay as they are.
+  """Reads tokens in the rows where `is_read_N` is set; others stay as they are.
 
-  Returns `Scores` [N, T] (of the other rows: without meaning) and the states.
+  Returns `Scores` [N, T] (meaningless in the other rows) and the states.
   """
 
   def one(state: StreamState, tokens_T: jax.Array) -> tuple[Scores, Any]:
     scores, state = streaming.read(params, state, tokens_T[None], config=config)
     return jax.tree.map(lambda x: x[0], scores), state
 
-  if next_token_levels.is_on(config):  # its rare updates would run every time
+  if next_token_levels.is_on(config):  # vmap would update every time
     count = tokens_NT.shape[1]
     nothing = Scores(jnp.zeros(count), jnp.zeros(count, bool))
     return jax.lax.map(
@@ -169,8 +169,8 @@ def read_last(
 
 
 def stack(states: Sequence[Any], batch_size: int) -> Any:
-  """States of batch 1 as `batch_size` rows, the last repeated: programs are
-  compiled for one number of rows."""
+  """States of batch 1 as `batch_size` rows; the last is repeated, for programs
+  are compiled for one number of rows."""
   rows = [*states, *[states[-1]] * (batch_size - len(states))]
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
 
@@ -229,8 +229,8 @@ def read_all(
 ) -> Iterator[tuple[int, Read]]:
   """(number of a sequence, what is known after it) of all, in any order.
 
-  Few states are held at a time: a node's children are read before the nodes
-  beside it.
+  A node's children are read before its siblings, so that few states are held at
+  a time.
   """
   root = grow(sequences, block_length(config))
   beginning = Read(0, (), streaming.start(config))
@@ -253,8 +253,8 @@ def _power_of_two(least: int, count: int) -> int:
 
 
 def with_cache(config: ModelConfig, count: int) -> ModelConfig:
-  """`config` whose attention, if its cache grows, has one for `count` tokens,
-  not for all that it could hold: of a few sizes."""
+  """`config` with a cache for `count` tokens, rounded up to one of a few sizes,
+  instead of the longest; unchanged if attention has no cache that grows."""
   if not config.has_longest_context:
     return config
   size = _power_of_two(LEAST_CACHE, count)
@@ -321,7 +321,7 @@ def _score_group(
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-  """`size` items at a time, and those that are left."""
+  """Lists of `size` items; the last one may be shorter."""
   rest = iter(items)
   while batch := list(itertools.islice(rest, size)):
     yield batch

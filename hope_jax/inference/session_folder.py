@@ -1,6 +1,6 @@
-"""The folder of a session: whether it is one, of which model, who uses it.
+"""The folder of a session: its card (session.json) and its lock.
 
-The state itself lies beside it, see `inference/sessions.py`.
+The state is a file next to the card, see `inference/sessions.py`.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ class Card:
   """session.json: which model the session belongs to, and its state.
 
   Attributes:
-    workdir: of the run, when the session was saved; it may have moved.
+    workdir: the run's folder when the session was saved; it may have moved.
     parameters, tokenizer: checksums.
-    tokens: read so far.
+    tokens: how many have been read so far.
     state: SHA-256 of the state's arrays.
   """
 
@@ -47,7 +47,7 @@ def state_file(folder: epath.Path, card: Card) -> epath.Path:
 
 
 def read_card(folder: epath.Path) -> Card:
-  """session.json; `ConfigError` if it is none."""
+  """Reads session.json; `ConfigError` if it is not valid."""
   path = folder / CARD
   try:
     values = json.loads(path.read_text())
@@ -103,7 +103,7 @@ def _nearest(folder: epath.Path) -> str:
 
 @contextlib.contextmanager
 def claimed(folder: epath.Path) -> Iterator[None]:
-  """Inside, no other process uses the session; a new one that is not saved
+  """Locks the session against other processes; a new session that is not saved
   leaves nothing behind."""
   try:
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""Sessions: what a model has read, and how it goes on from there.
+"""Sessions: the saved state of a model that has read a text, to be continued.
 
 The folder holds session.json, which names the run's checkpoint, and the state
-as state-<hash>.safetensors (names as in the tree of `streaming.StreamState`),
-whole arrays, so that it goes on on any number of devices.
-session.json is replaced last, in one go: killed at any moment, the session is
-as it was before or as it is after.
+as state-<hash>.safetensors (names as in the tree of `streaming.StreamState`).
+Arrays are saved whole, so a session can continue on any number of devices.
+session.json is replaced last and atomically: if saving is killed at any moment,
+the session is either the old or the new one.
 
 Legend: B batch (1), V vocab.
 """
@@ -38,7 +38,7 @@ from hope_jax.models import fast_state
 from hope_jax.runs import digest, errors, files, progress
 from hope_jax.runs import workdir as workdir_lib
 
-BAR_STEP = 4 * streaming.READ_SIZE  # tokens between two movements of the bar
+BAR_STEP = 4 * streaming.READ_SIZE  # tokens between two updates of the bar
 
 
 class Read(NamedTuple):
@@ -71,7 +71,7 @@ def _flat(state: StreamState) -> Json:
 
 
 def save(folder: epath.Path, run: Run, state: StreamState) -> None:
-  """Writes a session: killed on the way, the one before is still there."""
+  """Writes a session; if killed on the way, the previous one is still there."""
   import safetensors
   from safetensors import numpy as safetensors_numpy
 
@@ -106,7 +106,7 @@ def save(folder: epath.Path, run: Run, state: StreamState) -> None:
 def load(folder: epath.Path, run: Run) -> StreamState:
   """The state of a saved session on the run's mesh.
 
-  A `ConfigError` for one of another model, or one that is damaged.
+  `ConfigError` for a session of another model, or a damaged one.
   """
   import safetensors
   from safetensors import numpy as safetensors_numpy
@@ -168,7 +168,7 @@ def feed(run: Run, state: StreamState, path: epath.Path) -> Read:
   with tqdm.tqdm(
     total=total, desc=path.name, unit=" tokens", unit_scale=True, disable=None
   ) as bar:
-    first = BAR_STEP - begin % BAR_STEP  # then whole steps, to the last one
+    first = BAR_STEP - begin % BAR_STEP  # then whole steps, but for the last
     for tokens in reading.read_text(path, run.tokenizer, first, BAR_STEP):
       with progress.waiting(f"reading {path.name}", patience=5.0):
         read = streaming.extend(run.params, state, tokens[None], config=model)
@@ -195,7 +195,7 @@ def ask(
 ) -> Answer:
   """Continues `question` after what the session has read.
 
-  With `keep` the state has read question and answer; else it is as before.
+  With `keep` the state has read question and answer; else it is unchanged.
   """
   model = run.config.model
   tokens = run.tokenizer.encode(question)
@@ -227,7 +227,7 @@ def ask(
 
 
 def _tokens_of(text: str, new: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-  """Those of the drawn tokens that make `text`, which was cut of them."""
+  """The leading drawn tokens, those that decode to `text`."""
   ends = np.flatnonzero(new == tokenizer.eos)
   new = new[: ends[0]] if len(ends) else new
   while len(tokenizer.decode(new)) > len(text):
@@ -260,8 +260,8 @@ def check_room(
 ) -> None:
   """`ConfigError` if attention cannot hold what is going to be read.
 
-  That is the files of `paths`, but those that are read once, and each question
-  with an answer of `count` tokens; with `keep` one after the other.
+  That is the files of `paths`, except pipes, and each question with an answer
+  of `count` tokens; with `keep`, questions add up.
   """
   model = run.config.model
   if not model.has_longest_context:
@@ -276,5 +276,5 @@ def check_room(
   for question in questions:
     tokens = len(run.tokenizer.encode(question))
     streaming.check_room(model, position, tokens + count)
-    if keep:  # and what is answered, at least nothing
+    if keep:  # plus an answer of unknown length
       position += tokens

@@ -3,16 +3,16 @@ size.
 
 Everything that a model remembers of a sequence is one pytree, so that a text
 may be read in any parts, with the result of one pass over all of it; no token
-is read twice.  This is the only way in which texts are read outside of
-training: prompts, sessions and long streams all come through `extend`.
+is read twice.  Prompts, sessions and long streams are all read by `extend`;
+`inference/scoring.py` batches `read`.
 
 `inference/reading.py` makes tokens of a file without holding all of it; `reset`
-empties single levels of a state.
+resets single levels of a state.
 
 Tokens go to the device in reads of a few sizes (4096, 512, 64, 8, 1), so that
-few programs are compiled.  Every read begins at a multiple of its size: of a
-level whose chunk length is a power of two it is whole chunks, which is cheaper,
-or it lies inside a single one.
+few programs are compiled.  Every read begins at a multiple of its size, so for
+a level whose chunk length is a power of two it either covers whole chunks,
+which is cheaper, or lies inside a single one.
 
 Legend: B batch, T tokens, V vocab, L layers.
 """
@@ -47,8 +47,8 @@ class StreamState:
   Attributes:
     fast: the model's fast state (`language_model.init_state`).
     logits: [B, V] for the next token; NaN before the first one.
-    processed: tokens of each sequence that the device has worked on, uint32.
-      It is how many the sequence has: nothing is computed twice.
+    processed: tokens of each sequence that the device has processed, uint32:
+      exactly those that were read, for none is processed twice.
   """
 
   fast: Tree
@@ -77,7 +77,7 @@ def start(config: ModelConfig, batch_size: int = 1) -> StreamState:
 
 
 def copy(state: State) -> State:
-  """A copy of the state, whose buffers `extend` may take."""
+  """A copy of the state, whose buffers can be donated to `extend`."""
   return jax.tree.map(jnp.copy, state)
 
 
@@ -99,7 +99,7 @@ def forward(
 
 
 class Scores(NamedTuple):
-  """Of tokens, each given all before it: log-probability, and whether it was
+  """The log-probability of each token, given all before it, and whether it was
   the likeliest."""
 
   log_probs: jax.Array
@@ -107,7 +107,7 @@ class Scores(NamedTuple):
 
 
 def score(logits: jax.Array, tokens: jax.Array) -> Scores:
-  """`Scores` [...] of one token each under logits [..., V]."""
+  """`Scores` [...] of `tokens` [...] under `logits` [..., V]."""
   chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
   return Scores(
     chosen - jax.nn.logsumexp(logits, axis=-1),
@@ -147,7 +147,7 @@ def read_once(
 
 
 def read_sizes(position: int, count: int, largest: int) -> Iterator[int]:
-  """In which sizes `count` tokens are read that follow `position` others."""
+  """The sizes of the reads of `count` tokens after `position` others."""
   while count:
     size = largest
     while size > count or position % size:
@@ -203,6 +203,6 @@ def check_room(config: ModelConfig, position: int, count: int) -> None:
 def reset(
   state: StreamState, levels: Sequence[str], config: ModelConfig
 ) -> StreamState:
-  """`state` in which `levels` are as at the start, see `fast_state.reset`."""
+  """`state` with `levels` as they are at the start, see `fast_state.reset`."""
   fast = fast_state.reset(state.fast, levels, config)
   return dataclasses.replace(state, fast=fast)

@@ -1,4 +1,4 @@
-"""Texts that a trained model continues."""
+"""Continuations of texts by a trained model."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from hope_jax.training import sharding
 def cut(
   tokens: np.ndarray, tokenizer: Tokenizer, stop: Sequence[str]
 ) -> tuple[str, bool]:
-  """Text of new tokens up to their end; whether that end was reached."""
+  """Text of new tokens up to a stop or end token; whether they have one."""
   ends = np.flatnonzero(tokens == tokenizer.eos)
   if len(ends):
     tokens = tokens[: ends[0]]

@@ -1,4 +1,4 @@
-"""A trained model, opened to be used: the newest checkpoint of a run."""
+"""Opens trained models: the newest checkpoint of a run."""
 
 import hashlib
 from typing import NamedTuple
@@ -42,7 +42,7 @@ def open_run(workdir: epath.Path, devices: int = 1) -> Run:
 
 
 def load_tokenizer(workdir: epath.Path, config: Config) -> Tokenizer:
-  """The run's, unchanged; `ConfigError` for a run on other data than text."""
+  """The run's tokenizer; `ConfigError` if it has changed or there is none."""
   tokenizer = pipeline.load_tokenizer(config)
   if tokenizer is None:
     raise ConfigError(f"{workdir} was trained on {config.data.kind}, not text")
@@ -53,11 +53,11 @@ def load_tokenizer(workdir: epath.Path, config: Config) -> Tokenizer:
 def read_params(
   workdir: epath.Path, config: Config, mesh: Mesh
 ) -> tuple[int, Tree]:
-  """(step, parameters) of a run's newest checkpoint; says how many they are
-  before the slow parts begin."""
+  """(step, parameters) of a run's newest checkpoint; prints the number of
+  parameters before the slow work begins."""
   abstract = step_lib.abstract_params(config, mesh)
   progress.say(f"{step_lib.count_parameters(abstract):,} parameters")
-  from hope_jax.runs import checkpoints  # half a second
+  from hope_jax.runs import checkpoints  # takes half a second
 
   return checkpoints.restore_params(workdir, abstract)
 

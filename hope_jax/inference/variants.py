@@ -1,4 +1,4 @@
-"""A run's config as it is evaluated: without writes, on other data, longer."""
+"""Changes to a run's config for evaluation: no writes, other data, longer."""
 
 import dataclasses
 
@@ -29,10 +29,10 @@ def elsewhere(config: Config, path: str) -> Config:
 
 
 def lengthen(config: Config, length: int) -> Config:
-  """`config` on sequences of `length` tokens, as many tokens in all.
+  """`config` on sequences of `length` tokens, with about as many tokens in all.
 
-  The CMS levels that are the optimizer's never change: nothing is trained, and
-  a step of other sequences has another number of tokens.
+  CMS levels that the optimizer changes once in n steps never change here:
+  nothing is trained, and a step has another number of tokens.
   """
   if config.data.kind != "text":
     raise ConfigError(f"--length is for text, not {config.data.kind}")
@@ -51,7 +51,7 @@ def lengthen(config: Config, length: int) -> Config:
 
 
 def check_dynamics(model: ModelConfig) -> None:
-  """`ConfigError` for a model without a memory to look into."""
+  """`ConfigError` for a model without a level that writes."""
   if not model.fast_levels:
     raise ConfigError(
       f"--dynamics: {model.sequence_layer} has no level that writes"

@@ -1,1 +1,1 @@
-"""Whole runs for other programs, and the other way round."""
+"""Conversion of runs to and from the formats of other programs."""

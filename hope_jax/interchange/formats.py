@@ -1,5 +1,5 @@
-"""Runs made of checkpoints of Hugging Face `transformers`, and written as them;
-runs written as safetensors (`interchange/safetensors.py`)."""
+"""Conversion of runs from and to checkpoints of Hugging Face `transformers`;
+export of runs as safetensors (`interchange/safetensors.py`)."""
 
 import dataclasses
 from typing import Any
@@ -40,7 +40,7 @@ def export(folder: epath.Path, config: Config, params: Any) -> None:
 
 
 def read_checkpoint(folder: epath.Path) -> tuple[ModelConfig, mapping.Arrays]:
-  """A checkpoint's model and parameters by their path, with dots."""
+  """A checkpoint's model config, and its parameters by dotted path."""
   if not (folder / workdir_lib.CONFIG).exists():
     raise ConfigError(
       f"{folder} is no checkpoint of transformers: it has no"
@@ -66,14 +66,14 @@ def read_checkpoint(folder: epath.Path) -> tuple[ModelConfig, mapping.Arrays]:
 def _shapes(
   rules: list[mapping.Rule], model: ModelConfig
 ) -> dict[str, tuple[int, ...]]:
-  """Shape of every tensor of theirs."""
+  """Shape of every Hugging Face tensor by name."""
   init = LanguageModel(model).init
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   variables: Any = jax.eval_shape(init, jax.random.key(0), tokens)
   params: Json = traverse_util.flatten_dict(
     nn.unbox(variables["params"]), sep="."
   )
-  zero = np.zeros((), np.float32)  # of any shape, without its memory
+  zero = np.zeros((), np.float32)  # takes any shape without the memory
   ours = {k: np.broadcast_to(zero, x.shape) for k, x in params.items()}
   theirs = mapping.to_theirs(rules, model.num_layers, ours)
   return {name: x.shape for name, x in theirs.items()}
@@ -86,8 +86,8 @@ def from_hf(
   text: str | None = None,
   context_length: int | None = None,
 ) -> Config:
-  """Makes `workdir` a run with the checkpoint in `folder`; its config."""
-  from hope_jax.runs import checkpoints  # half a second
+  """Makes `workdir` a run of the checkpoint in `folder`; returns its config."""
+  from hope_jax.runs import checkpoints  # takes half a second
 
   files.check_empty(workdir)
   words = _tokenizer(folder)

@@ -1,9 +1,9 @@
-"""Checkpoints of Hugging Face `transformers`: what they mean here.
+"""Configs of Hugging Face `transformers`, and the models that they are here.
 
-ARCHITECTURES has one entry per `model_type`: which fields of config.json are
-which of ours, which must have one value, and the rules between the tensors
-(`mapping.py`).  To add an architecture, write its rules there and an entry
-here; tests/test_convert.py runs over all of them.
+ARCHITECTURES has one entry per `model_type`: how fields of config.json map to
+fields of `ModelConfig`, which of them must have a fixed value, and the rules
+that map tensors (`mapping.py`).  To add an architecture, write its rules there
+and an entry here; tests/test_convert.py runs over all of them.
 """
 
 import dataclasses
@@ -21,15 +21,16 @@ class Architecture(NamedTuple):
   """One `model_type` of transformers.
 
   Attributes:
-    name: of the class that has the logits.
+    name: of the class with a language-model head.
     layer: `model.sequence_layer`.
-    fields: of config.json -> of `ModelConfig`, the same in value.
+    fields: field of config.json -> field of `ModelConfig` with the same value.
     fixed: fields of config.json that must have this value.
-    defaults: what fields mean that a config.json leaves out.
-    read, write: what else there is, theirs -> ours and ours -> theirs.
-    constants: fields that change nothing of ours, written so that no reader
-      has to take its own default for them.
-    unused: fields of `ModelConfig` that the sequence layer does not look at.
+    defaults: values of fields that a config.json leaves out.
+    read, write: convert the other fields, from config.json and to it.
+    rules: map the tensors.
+    constants: fields without effect on our model, written so that no reader
+      falls back on its own defaults.
+    unused: fields of `ModelConfig` that the sequence layer does not use.
   """
 
   name: str
@@ -63,7 +64,7 @@ def _read_rope(values: Json) -> tuple[float, Json]:
 
   transformers 5 keeps both in `rope_parameters`, transformers 4 in `rope_theta`
   and `rope_scaling`.  A config.json may have all of them; then they must agree,
-  as some readers take these and some those.
+  because readers differ in which they use.
   """
   bases: Json = {"rope_theta": values.get("rope_theta")}
   scalings: Json = {}
@@ -84,7 +85,7 @@ def _read_rope(values: Json) -> tuple[float, Json]:
 
 
 def _the_one(found: Json, default: Any) -> Any:
-  """What all names that have a value agree on."""
+  """The value that all names with a value agree on."""
   found = {name: value for name, value in found.items() if value is not None}
   values = list(found.values()) or [default]
   if any(value != values[0] for value in values):
@@ -113,7 +114,7 @@ def _write_llama(model: ModelConfig) -> Json:
 
 def _read_mamba2(values: Json) -> Json:
   width, heads = values["hidden_size"], values["num_heads"]
-  if heads * 32 != width:  # heads of 64, twice the width
+  if heads * 32 != width:  # heads of 64, in all twice the width
     raise Unsupported("num_heads", heads, width // 32)
   low, high = values["time_step_limit"]
   if isinstance(high, dict):  # how transformers writes infinity
@@ -205,7 +206,7 @@ SCALING = {
   "high_freq_factor": "high_frequency_factor",
   "original_max_position_embeddings": "original_context_length",
 }
-ROPE_THETA = 10000.0  # of a config.json without any
+ROPE_THETA = 10000.0  # if a config.json has none
 ALWAYS = {"hidden_act": "silu", "quantization_config": None}
 # Fields of `ModelConfig` that a checkpoint does not determine: initialisation,
 # compute, and what these models do not have.
@@ -247,7 +248,7 @@ MAMBA = {
   "time_step_floor": 1e-4,
   "use_cache": True,
 }
-# Of layers with attention, which are not there; caches need one.
+# Fields of attention layers, of which there are none; caches would need one.
 QWEN = ATTENTION | {
   "use_cache": False,
   "attention_bias": False,
@@ -288,8 +289,8 @@ QWEN3_NEXT = Architecture(
   },
   unused=("rope_base",),
 )
-# The first of a sequence layer is the one that is written; with a window
-# Mistral.
+# The first entry of a sequence layer is the one that is written; with an
+# attention window, Mistral is.
 ARCHITECTURES = {
   "llama": LLAMA,
   "mistral": LLAMA._replace(
@@ -384,7 +385,7 @@ class Unsupported(ConfigError):
 
 
 def read_config(values: Json) -> tuple[Architecture, ModelConfig]:
-  """What a config.json describes; `ConfigError` if it is no model of ours."""
+  """The model of a config.json; `ConfigError` if it cannot be converted."""
   kind = values.get("model_type")
   if kind not in ARCHITECTURES:
     raise Unsupported("model_type", kind, *ARCHITECTURES)
@@ -408,7 +409,7 @@ def read_config(values: Json) -> tuple[Architecture, ModelConfig]:
 
 
 def is_ignored(name: str, model: ModelConfig) -> bool:
-  """Whether a tensor of theirs repeats what others or config.json say."""
+  """Whether a Hugging Face tensor only repeats others or config.json."""
   is_head = name == "lm_head.weight" and model.tied_embeddings
   return is_head or name.endswith("rotary_emb.inv_freq")
 

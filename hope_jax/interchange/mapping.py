@@ -1,9 +1,9 @@
-"""Rules that map tensors of Hugging Face (theirs) to our parameters and back.
+"""Rules that map Hugging Face tensors (`theirs`) to our parameters and back.
 
-A rule splits one tensor of theirs, of one layer, into parameters of ours, or
-joins it from them:
+A rule splits one Hugging Face tensor of one layer into parameters, or joins it
+from them:
 
-  theirs                            ours
+  theirs (Hugging Face)             ours (Flax)
   linear weight [out, in]           kernel [in, out]
   several projections, their rows   one kernel each
     one after the other, perhaps
@@ -12,10 +12,10 @@ joins it from them:
     tap first
   norms of 1 + weight               scale = 1 + weight
 
-Our layers are stacked on axis 0.  Every rule is linear (up to that
-1), so that gradients are converted as parameters are.
+Our layers are stacked on axis 0.  Every rule is linear (up to that 1), so that
+gradients are converted as parameters are.
 
-The rules of every architecture of `hugging_face.py` stand at the end.
+The rules of every architecture of `hugging_face.py` are at the end.
 
 Legend: D width, W window, L layers.
 """
@@ -35,7 +35,7 @@ LAYER = "{}"  # in a name: the layer's number
 
 
 class Form(NamedTuple):
-  """How one array is written: theirs -> ours, ours -> theirs."""
+  """Conversion of one array from Hugging Face's form to ours, and back."""
 
   ours: Callable[[np.ndarray], np.ndarray]
   theirs: Callable[[np.ndarray], np.ndarray]
@@ -51,8 +51,8 @@ class Rule(NamedTuple):
   """Splits a Hugging Face tensor (`theirs`) by rows into our parameters.
 
   Attributes:
-    parts: names of ours, and how many rows of a group are theirs.
-    groups: the rows are so many times (part, part, ...).
+    parts: name of our parameter -> how many rows of a group it has.
+    groups: how often (part, part, ...) repeats along the rows.
   """
 
   theirs: str
@@ -61,7 +61,7 @@ class Rule(NamedTuple):
   groups: int = 1
 
   def split(self, x: np.ndarray) -> Arrays:
-    """A tensor of theirs -> parameters of ours."""
+    """Splits a Hugging Face tensor into our parameters."""
     rest = x.shape[1:]
     x = x.reshape(self.groups, -1, *rest)
     ends = np.cumsum(list(self.parts.values()))[:-1]
@@ -81,14 +81,14 @@ class Rule(NamedTuple):
 
 
 def one(theirs: str, ours: str, form: Form = TRANSPOSED) -> Rule:
-  """A tensor of theirs that is one parameter of ours."""
+  """The rule of a Hugging Face tensor that is one of our parameters."""
   return Rule(theirs, {ours: 0}, form)
 
 
 def to_ours(
   rules: Iterable[Rule], num_layers: int, read: Callable[[str], np.ndarray]
 ) -> Arrays:
-  """Our parameters by their path, with dots; `read` gets a tensor of theirs."""
+  """Our parameters by dotted path; `read(name)` gives a Hugging Face tensor."""
   found: Arrays = {}
   for rule in rules:
     if LAYER not in rule.theirs:
@@ -105,7 +105,7 @@ def to_ours(
 def to_theirs(
   rules: Iterable[Rule], num_layers: int, params: Mapping[str, np.ndarray]
 ) -> Arrays:
-  """Inverse of `to_ours`: all tensors of theirs by name."""
+  """Inverse of `to_ours`: all Hugging Face tensors by name."""
   found: Arrays = {}
   for rule in rules:
     parts = [params[name] for name in rule.parts]
@@ -121,7 +121,7 @@ def to_theirs(
 def _embeddings(
   model: ModelConfig, inner: str, names: str, form: Form
 ) -> list[Rule]:
-  """What is outside of the layers; `names` of the embedding and last norm."""
+  """Rules outside of the layers; `names` of the embedding and last norm."""
   embed, norm = names.split()
   rules = [
     one(f"{inner}.{embed}.weight", "embed.embedding", SAME),
@@ -133,7 +133,7 @@ def _embeddings(
 
 
 def _llama_block(model: ModelConfig, norm: Form) -> list[Rule]:
-  """All of Llama but its attention: Qwen has it, too."""
+  """The rules of Llama except its attention; Qwen shares them."""
   layer = "model.layers.{}."
   return [
     *_embeddings(model, "model", "embed_tokens norm", norm),
@@ -149,7 +149,7 @@ def _llama_block(model: ModelConfig, norm: Form) -> list[Rule]:
 
 
 def llama(model: ModelConfig) -> list[Rule]:
-  """LlamaForCausalLM; rotary positions have the same layout, halves."""
+  """LlamaForCausalLM; rotary positions use the same layout (halves)."""
   names = {"q": "query", "k": "key", "v": "value", "o": "output"}
   return _llama_block(model, SAME) + [
     one(
@@ -245,7 +245,7 @@ def qwen3_next(model: ModelConfig) -> list[Rule]:
 
 
 def qwen3_5(model: ModelConfig) -> list[Rule]:
-  """Qwen3.5: the same layer, its projections apart."""
+  """Qwen3.5: the same layer with separate projections."""
   mixer, layer = "blocks.mixer.", "model.layers.{}.linear_attn."
   projected = {
     f"{mixer}{name}.kernel": size for name, size in _qwen_widths(model).items()
@@ -265,7 +265,7 @@ def _qwen_widths(model: ModelConfig) -> dict[str, int]:
 
 
 def _qwen_rules(model: ModelConfig) -> list[Rule]:
-  """All but the projections; norms outside of the layer are of 1 + weight."""
+  """All rules but the projections'; the block's norms scale by 1 + weight."""
   mixer, layer = "blocks.mixer.", "model.layers.{}.linear_attn."
   taps = {
     f"{mixer}conv_{name}.kernel": size

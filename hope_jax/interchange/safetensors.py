@@ -27,7 +27,7 @@ SHA256 = "sha256"  # of the arrays, in the file's metadata; older files lack it
 
 
 def save(folder: epath.Path, config: Config, params: Any) -> None:
-  """Writes parameters and config; an export that is there is replaced."""
+  """Writes parameters and config; an existing export is replaced."""
   flat: Json = traverse_util.flatten_dict(jax.device_get(params), sep=".")
   write_tensors(folder, flat, "hope_jax")
   workdir_lib.write_json(
@@ -38,8 +38,8 @@ def save(folder: epath.Path, config: Config, params: Any) -> None:
 def write_tensors(
   folder: epath.Path, tensors: Mapping[str, np.ndarray], kind: str
 ) -> None:
-  """model.safetensors of tensors by name, with their hash; `kind`: its
-  format's name."""
+  """Writes model.safetensors: tensors by name, with their hash; `kind` is the
+  name of the format."""
   from safetensors import numpy as safetensors
 
   folder.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""What a memory is: a residual MLP (eq. 89) or a matrix, read at one state.
+"""A memory's network, a residual MLP (eq. 89) or a matrix, at one state.
 
   mlp     M(x) = x + W1 act(W2 x)
   matrix  M(x) = W1 x
 
-W = M_0 + D: M_0 the learned start (slow, shared by all sequences), D the fast
-difference of each sequence.
+W = M_0 + D, where M_0 is the learned start (slow, shared by all sequences) and
+D the fast difference of each sequence.
 
 Legend: B batch, H heads, C tokens, K key dim, F hidden, E output dim.
 """
@@ -21,7 +21,7 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
 class Weights(NamedTuple):
   """One value per layer: hidden [..., F, K] (None: matrix), output [..., E, F].
 
-  Also used for what belongs to a layer: momenta, inputs, shapes.
+  Also holds other values per layer: momenta, inputs, shapes.
   """
 
   hidden: Tree
@@ -37,9 +37,9 @@ class Trace(NamedTuple):
 
 
 def whole(initial: Tree, difference: Tree) -> Tree:
-  """W = M_0 + D for every sequence: [H, ...] + [B, H, ...], or for one.
+  """W = M_0 + D, with M_0 shared [H, ...] or copied per sequence [B, H, ...].
 
-  `initial` None: the rule acts on W itself.
+  With `initial` None the rule acts on W itself, and `difference` is W.
   """
   if initial is None:
     return difference
@@ -51,7 +51,7 @@ def whole(initial: Tree, difference: Tree) -> Tree:
 
 
 def apply(x: jax.Array, weight: jax.Array) -> jax.Array:
-  """x [..., C, K] by W [..., F, K], which may be without leading axes."""
+  """x W^T for x [..., C, K], W [..., F, K]; W may lack the leading axes."""
   return jnp.einsum("...CK,...FK->...CF", x, weight)
 
 
@@ -61,7 +61,7 @@ def activate(z: jax.Array, activation: str) -> tuple[jax.Array, jax.Array]:
 
 
 def forward(weights: Weights, x: jax.Array, activation: str) -> Trace:
-  """M(x), x [B, H, C, K], at weights per sequence or shared."""
+  """M(x) for x [B, H, C, K], with weights per sequence or shared."""
   if weights.hidden is None:
     return Trace(Weights(None, x), None, apply(x, weights.output))
   features, slope = activate(apply(x, weights.hidden), activation)

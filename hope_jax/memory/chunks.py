@@ -1,16 +1,16 @@
-"""The one recurrence: fast state scanned over the chunks of a sequence.
+"""The recurrence of all memories: fast state scanned over a sequence's chunks.
 
 Inside a chunk gradients are taken at the state in which the chunk began
 (paper 8.2), so a fast level is described by two states: `start`, its weights
-at the chunk's first token, and `now`, what the tokens so far made of them.
+at the chunk's first token, and `now`, its state after the tokens so far.
 Training starts at a chunk's border, where both are the same; a session may
 stop and continue at any token.
 
-Several documents may follow each other in a sequence (`documents`, their
-numbers).  Document 0 is the one that a given state belongs to, so that what
-begins with another number begins with a new document.
+Several documents may follow each other in a sequence; `documents` are their
+numbers.  Document 0 is the one that a given state belongs to, so a sequence
+whose first number is not 0 begins with a new document.
 
-A memory is a `Memory`, a tuple of pure functions; `run` runs it.
+A memory is a `Memory`, a tuple of pure functions, which `run` applies.
 
 Legend: B batch, N chunks, C chunk length, T tokens.
 """
@@ -36,13 +36,13 @@ from pallas_kernels.common.scan import (
 
 @flax.struct.dataclass
 class Fast:
-  """Fast weights and what goes along with them, one for every sequence.
+  """Fast weights of every sequence, with their momentum and context.
 
   Attributes:
     weight: D, the difference from the learned start; any tree of [B, ...].
-    momentum: S, a tree like it; None without momentum.
-    segment: what attention sees of the tokens of the current chunk, where the
-      memory is a context of it (`models/titans_attention.py`); else None.
+    momentum: S, a tree like `weight`; None without momentum.
+    segment: in Titans MAC (`models/titans_attention.py`) the current chunk's
+      keys and values that attention sees; else None.
   """
 
   weight: Tree
@@ -55,10 +55,11 @@ class ChunkState:
   """State of a fast level between two calls.
 
   Attributes:
-    now: after the tokens so far.
+    now: the state after the tokens so far.
     start: `now.weight` as it was at the current chunk's first token.
-    position: tokens of the current chunk that are already written, int32.
-      None (and no `start`): whole chunks are read only, which is cheaper.
+    position: number of the current chunk's tokens already written, int32.  None
+      (then `start` is None, too) if calls read whole chunks only, which is
+      cheaper.
   """
 
   now: Fast
@@ -66,19 +67,19 @@ class ChunkState:
   position: jax.Array | None
 
   def map_weights(self, fn: Callable[[Tree], Tree]) -> "ChunkState":
-    """The same state with other weights."""
+    """The state with `fn` applied to its weights."""
     now = dataclasses.replace(self.now, weight=fn(self.now.weight))
     start = None if self.start is None else fn(self.start)
     return ChunkState(now, start, self.position)
 
   def reset(self) -> "ChunkState":
-    """D = 0 and S = 0, at the same place of the chunk."""
+    """D = 0 and S = 0, at the same position in the chunk."""
     now, start = jax.tree.map(jnp.zeros_like, (self.now, self.start))
     return ChunkState(now, start, self.position)
 
 
 def zeros(initial: Tree, batch_size: int) -> Tree:
-  """D = 0 for every sequence: [B, *M_0], any tree of M_0."""
+  """D = 0 for every sequence: [B, *M_0], for M_0 any tree."""
   return jax.tree.map(
     lambda w: jnp.zeros((batch_size, *w.shape), w.dtype), initial
   )
@@ -87,10 +88,11 @@ def zeros(initial: Tree, batch_size: int) -> Tree:
 def per_sequence(
   initial: Tree, batch_size: int, axes: tuple[str | None, ...]
 ) -> Tree:
-  """[B, *M_0]: M_0 for a scan over chunks, any tree; `axes`: M_0's first ones.
+  """Copies M_0, any tree, for every sequence: [B, *M_0], for scans over chunks.
 
-  The outer gradient of an M_0 that all sequences share would be summed over
-  them, and over the devices that hold them, in every chunk; so it is once.
+  `axes` are the logical names of M_0's first axes.  The outer gradient of a
+  shared M_0 would be summed over sequences, and over the devices that hold
+  them, in every chunk; that of copies is summed once, after the scan.
   """
 
   def copy(weight: jax.Array) -> jax.Array:
@@ -113,7 +115,7 @@ def fresh(
 ) -> ChunkState:
   """The state at the start of a chunk.
 
-  With a `read_size`, every later call brings that many tokens.
+  With a `read_size`, every later call must bring that many tokens.
   """
   if read_size and read_size % chunk_length == 0:
     return ChunkState(now, None, None)
@@ -121,10 +123,10 @@ def fresh(
 
 
 class Layout(NamedTuple):
-  """How T tokens are laid on `count` chunks of `length` tokens.
+  """How T tokens are divided into `count` chunks of `length` places.
 
-  `offset` (None: 0) tokens of the first chunk are past; `live` [N, C] says
-  which places hold a token, None if all do.
+  The first `offset` (None: 0) places of the first chunk belong to earlier
+  calls; `live` [N, C] says which places hold a token, None if all do.
   """
 
   tokens: int
@@ -151,8 +153,8 @@ class Layout(NamedTuple):
   def number(self, documents: jax.Array) -> jax.Array:
     """Document numbers [B, T] of all places: [N, B, C].
 
-    Places before the first token belong to its document, so that tokens may
-    begin with a new one wherever it begins; those after the last to its.
+    Places before the first token get its number, so that the tokens may begin
+    with a new document at any offset; places after the last token get its.
     """
     first = 0 if self.offset is None else self.offset
     token = jnp.arange(self.count * self.length) - first
@@ -161,7 +163,7 @@ class Layout(NamedTuple):
 
 
 def plan(tokens: int, chunk_length: int, state: ChunkState | None) -> Layout:
-  """Lays `tokens` on chunks; a state's position need not be a border."""
+  """Divides `tokens` into chunks; `state` may be inside a chunk."""
   at_border = state is not None and state.position is None
   if at_border and tokens % chunk_length:
     raise ValueError(
@@ -183,12 +185,16 @@ def plan(tokens: int, chunk_length: int, state: ChunkState | None) -> Layout:
 
 
 class Documents(NamedTuple):
-  """Where documents begin and end, and the state to begin one with.
+  """Where documents begin and end, and the state in which one begins.
 
-  begins [N, B]: chunk n begins with another document than chunk n-1 ended
-  with.  inherits, keeps [N, B, C]: a place's document is the one at the chunk's
-  first place (it may read what earlier chunks wrote), at its last place (what
-  it writes is for the next chunk).
+  Attributes:
+    begins: [N, B] chunk n begins with another document than chunk n-1 ended
+      with.
+    inherits: [N, B, C] the place's document is that of the chunk's first place,
+      so that it may read what earlier chunks wrote.
+    keeps: [N, B, C] its document is that of the chunk's last place, so that the
+      next chunk may read what it writes.
+    origin: the state at a document's start.
   """
 
   begins: jax.Array
@@ -200,7 +206,7 @@ class Documents(NamedTuple):
 def lay_documents(
   documents: jax.Array | None, layout: Layout, origin: Fast
 ) -> Documents | None:
-  """`documents` [B, T] as seen by chunks; None without.
+  """`documents` [B, T] by chunk; None if there are none.
 
   Only levels that mask (the CMS) allow a document to begin inside a chunk; for
   the others documents must begin on a chunk's border (docs/equations.md).
@@ -219,7 +225,7 @@ def lay_documents(
 
 
 def choose(condition_B: jax.Array, a: Tree, b: Tree) -> Tree:
-  """Per sequence `a` where the condition holds, else `b`."""
+  """For every sequence `a` where the condition holds, else `b`."""
 
   def pick(x, y):
     return jnp.where(condition_B.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
@@ -228,12 +234,12 @@ def choose(condition_B: jax.Array, a: Tree, b: Tree) -> Tree:
 
 
 class Places(NamedTuple):
-  """What a chunk's places hold.
+  """What the places of a chunk hold.
 
   Attributes:
-    live: [C] which of them hold a token; None: all do.
-    inherits, keeps: [B, C], see `Documents`; None: there is one document only.
-    index: [C] their places in a whole chunk; None where that is not asked for.
+    live: [C] which places hold a token; None: all do.
+    inherits, keeps: [B, C], see `Documents`; None with a single document.
+    index: [C] their positions in a whole chunk; None where not needed.
   """
 
   live: jax.Array | None
@@ -260,11 +266,12 @@ def scan_chunks(
 
   Args:
     xs: inputs with chunks first (`Layout.split`).
-    return_state: if False, None is returned and the last chunk's write is
-      skipped.
+    return_state: if False, None is returned in place of the state, and the last
+      chunk's write is dropped unless there are many chunks (`_outputs`).
     docs: from `lay_documents`.
   """
-  # Per chunk: a new document begins it; its first document also ends it.
+  # Per chunk: whether it begins with a new document, and whether its first
+  # place's document is also its last place's.
   borders = None if docs is None else (docs.begins, docs.keeps[..., 0])
   masks = (None, None) if docs is None else (docs.inherits, docs.keeps)
   inputs = (xs, Places(layout.live, *masks), borders)
@@ -314,7 +321,7 @@ def scan_chunks(
 
 
 # With at most this many chunks the last one is unrolled, so that XLA can drop
-# its unused write; with more, that is too small a part to pay for.
+# its unused write; with more, the saving is not worth the compile time.
 _MAX_COUNT_APART = 16
 
 
@@ -323,8 +330,8 @@ def _outputs(
 ) -> Tree:
   """What `body` returns for every chunk, without the last state.
 
-  Nothing reads what the last chunk writes, so that it runs after the scan,
-  where the compiler drops the write and its gradient.
+  Nothing reads what the last chunk writes.  Unless there are many chunks, it
+  runs after the scan, where the compiler drops the write and its gradient.
   """
   if count > _MAX_COUNT_APART:
     return checkpointed_scan(body, now, xs, policy=policy)[1]
@@ -339,13 +346,13 @@ def _outputs(
 
 
 def where(condition: jax.Array, a: Tree, b: Tree) -> Tree:
-  """The tree `a` where one condition for all holds, else `b`."""
+  """The tree `a` if the scalar condition holds, else `b`."""
   return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
 class MemoryOutput(NamedTuple):
-  """What was read; the state after (None if none was given); scalars about the
-  learning (None unless asked for)."""
+  """What was read; the new state (None if none was given); scalars about the
+  learning (None if not requested)."""
 
   outputs: Tree
   state: Tree
@@ -377,22 +384,22 @@ class Memory(NamedTuple):
   `base` is M_0 for every sequence, None where the rule acts on M_0 + D itself.
 
   Attributes:
-    chunk_length: tokens between two gradients' states.
+    chunk_length: tokens between two states at which gradients are taken.
     policy: what the backward pass stores (`checkpointed_scan`).
     step: (base, start, now, x, places) -> (`Fast` after the chunk, what it
-      read, what `dynamics` wants to know); `start` are the fast weights at the
-      chunk's first token, `now` those before the tokens x.
+      read, the trace for `dynamics`); `start` are the fast weights at the
+      chunk's first token, `now` the fast state before the tokens x.
     prepare: (base, tokens) -> tokens: work on all tokens at once, before they
       are cut into chunks.
-    lay_out: (xs, live) -> xs: work on all chunks at once, before the scan; xs
-      and live have chunks first.
+    lay_out: (xs, live) -> xs: work on all chunks at once, before the scan; the
+      first axis of xs and live is that of chunks.
     finish: (base, tokens, read) -> outputs: work on all tokens at once, after
       the scan.
-    dynamics: (base, after, trace, x, places) -> scalars of a chunk.
+    dynamics: (base, after, trace, x, places) -> scalars about a chunk.
     spread: (M_0, batch size) -> base.
     has_momentum: whether there is a momentum S.
     acts_on_whole: whether the rule acts on M_0 + D, forgetting towards zero.
-    kernel: whole chunks in a kernel (`memory/fused.py`), None without.
+    kernel: runs the chunks in a kernel (`memory/fused.py`); None without one.
   """
 
   chunk_length: int
@@ -425,7 +432,7 @@ def run(
     tokens: what the memory sees, any tree of [B, ...] with T on `axis`.
     state: from an earlier call or `fresh`; None: a new sequence.
     documents: [B, T] document numbers, see the module.
-    with_dynamics: also returns what `memory.dynamics` says.
+    with_dynamics: whether to return the scalars of `memory.dynamics`, too.
   """
   shape = jax.tree.leaves(tokens)[0].shape
   layout = plan(shape[axis], memory.chunk_length, state)

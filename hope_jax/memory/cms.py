@@ -6,15 +6,16 @@ n = RMS(x) and W = W_0 + D,
   y_t = W_down (silu(W_gate n_t) * W_up n_t),   x <- x + y
   after every C tokens:  D <- alpha^C D - mean_t alpha^(C-t) eta'_t u_t k_t^T
 
-u is the matrix's error for 1/2 |y(k_t) - value_t|^2 at the chunk's first state,
-eta' = eta / (1 + eta |input|^2) its proximal step, eta learned per level, alpha
-too where a level forgets.  The key k_t is n_t unless others are given.  Reads
-see only whole chunks, so inside a chunk nothing is sequential.  Deviates from
-the paper, which leaves signal and step open: see docs/equations.md.
+u is the matrix's error for 1/2 |y(k_t) - value_t|^2 at the chunk's first state
+and eta' = eta / (1 + eta |input|^2) its proximal step.  eta is learned per
+level, and so is alpha where a level forgets.  The key k_t is n_t unless others
+are given.  Reads see only completed chunks, so inside a chunk nothing is
+sequential.  The paper leaves signal and step open; docs/equations.md states the
+choices made here.
 
-`run_level` runs one level along the sequence; levels in sequence (eq. 73) or
-side by side (eq. 74) are several of them.  `run_nested` runs levels of which
-each restarts from its slower neighbour's state (eq. 72).
+`run_level` runs one level along the sequence and is called once per level in a
+chain (eq. 73) or side by side (eq. 74).  `run_nested` runs levels of which each
+restarts from its slower neighbour's state (eq. 72).
 
 A document may begin inside a chunk: its tokens read W_0 until the chunk's end,
 and what the chunk leaves behind is what its last document wrote.
@@ -49,7 +50,8 @@ class Rule(NamedTuple):
 
   Attributes:
     learn_rate: eta, a scalar; in `learn_chunk` one per sequence.
-    log_retention: log alpha per token, as eta; None: nothing is forgotten.
+    log_retention: log alpha per token, shaped as eta; None: nothing is
+      forgotten.
     chunk_length: tokens between updates; the step is divided by it.
     error_clip: largest norm of an error; 0 does not clip.
   """
@@ -61,7 +63,7 @@ class Rule(NamedTuple):
 
 
 class Inputs(NamedTuple):
-  """What a block reads: n [..., D], its slow products [..., F] of gate, up."""
+  """A block's input n [..., D], and its slow products [..., F] (gate, up)."""
 
   n: jax.Array
   gate: jax.Array
@@ -69,7 +71,7 @@ class Inputs(NamedTuple):
 
 
 class Tokens(NamedTuple):
-  """What a chunk brings: reads, keys (None: the reads), values [..., D]."""
+  """A chunk's reads, keys (None: the reads are keys), values [..., D]."""
 
   reads: Inputs
   keys: Inputs | None
@@ -93,12 +95,12 @@ def zero_state(slow: LevelWeights, batch_size: int) -> chunks.Fast:
 
 
 def slow_products(slow: LevelWeights, n: jax.Array) -> Inputs:
-  """n [B, T, D] with the products that no fast weight changes."""
+  """n [B, T, D], and its products with W_0, which no fast weight changes."""
   return Inputs(n, _slow_product(n, slow.gate), _slow_product(n, slow.up))
 
 
 def _slow_product(x: jax.Array, slow: jax.Array) -> jax.Array:
-  """x W_0; W_0 is shared [D, F], or a copy lies there for every sequence."""
+  """x W_0, with W_0 shared [D, F] or copied for every sequence [B, D, F]."""
   if slow.ndim == 2:
     return products.matmul(x, slow)
   return jnp.einsum("...TD,...DF->...TF", x, slow)
@@ -122,7 +124,7 @@ def _rule_per_sequence(rule: Rule, batch_size: int) -> Rule:
 
 
 def _whole_rows(*arrays: jax.Array | None) -> list[Tree]:
-  """[B, T, D] with all of D on a device, not gathered in every chunk."""
+  """[B, T, D] with D not split over devices, or every chunk would gather it."""
   axes = "batch", "length", "act"
   return [
     x if x is None else nn.with_logical_constraint(x, axes) for x in arrays
@@ -146,13 +148,13 @@ def run_level(
   Args:
     slow: W_0, without batch axis.
     inputs: n [B, T, D], the normalised input.
-    values: [B, T, D], what the block learns to answer.
+    values: [B, T, D], the targets that the block learns.
     policy: what the backward pass stores (`checkpointed_scan`).
-    keys: [B, T, D], to what it learns to answer; None: to `inputs`.
+    keys: [B, T, D], the inputs for which it learns them; None: `inputs`.
     documents: [B, T] document numbers (`memory/chunks.py`).
 
   Returns:
-    y [B, T, D], the state after, scalars about the learning.
+    y [B, T, D], the new state, scalars about the learning.
   """
   inputs, keys, values = _whole_rows(inputs, keys, values)
   # The slow products of all tokens at once; the scan adds the fast ones.
@@ -189,11 +191,11 @@ def learn_chunk(
   rule: Rule,
   places: chunks.Places,
 ) -> tuple[LevelWeights, Trace]:
-  """One chunk: (fast weights after its tokens, what was read).
+  """One chunk: (fast weights after its tokens, the trace of its reads).
 
-  `weights`: W_0, D at the chunk's first state, at which reads and gradients are
-  taken, and what earlier tokens of the chunk made of it.  A place without a
-  token has n = 0, which writes nothing.
+  `weights` are W_0, D at the chunk's first state (where reads and gradients are
+  taken), and D after the chunk's earlier tokens.  A place without a token has
+  n = 0, which writes nothing.
   """
   slow, start, weight = weights
   live, inherits, keeps, _ = places
@@ -237,7 +239,7 @@ def forward(
   x: Inputs,
   inherits: jax.Array | None = None,
 ) -> Trace:
-  """The block at one state; places that do not inherit [B, C] read W_0."""
+  """The block at one state; places where `inherits` [B, C] is off read W_0."""
 
   def apply(equation, x, weight):
     y = jnp.einsum(equation, x, weight)
@@ -259,9 +261,9 @@ def _errors(
   bound: float,
   inherits: jax.Array | None,
 ) -> LevelWeights:
-  """dL/d(output) of the three matrices, clipped, from that of the block's.
+  """Clipped dL/d(output) of each matrix, from the block's output `error`.
 
-  `weights`: slow and fast ones.
+  `weights` are W_0 and D.
   """
   slow, fast = weights
   through = jnp.einsum("BCD,BFD->BCF", error, fast.down)
@@ -276,15 +278,15 @@ def _errors(
 
 
 def _ages(length: int, live: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-  """Tokens of a chunk, and tokens after each of its places [C]."""
+  """Number of tokens in a chunk, and number after each of its places [C]."""
   live = jnp.ones(length, jnp.int32) if live is None else live.astype(jnp.int32)
   upto = jnp.cumsum(live)
   return upto[-1], upto[-1] - upto
 
 
 class NestedLevel(NamedTuple):
-  """A level of `run_nested`: its norm's scale [D] and epsilon; `writes` off: D
-  stays 0."""
+  """A level of `run_nested`: its norm's scale [D] and epsilon, its rule, and
+  whether it writes (else D stays 0)."""
 
   scale: jax.Array
   rule: Rule
@@ -298,7 +300,7 @@ class NestedLevel(NamedTuple):
     return self._replace(scale=scale, rule=rule)
 
   def normalize(self, x: jax.Array) -> jax.Array:
-    """n [B, C, D] of x [B, C, D], with parameters per sequence."""
+    """x [B, C, D] -> n [B, C, D], with parameters per sequence."""
     return norms.rms_normalize(x, self.epsilon) * self.scale[:, None]
 
 
@@ -319,10 +321,11 @@ def run_nested(
   When a level's chunk ends, its faster neighbour takes over its D (eq. 72), and
   so on down to the fastest.  All levels advance together by the shortest chunk.
   `x` [B, T, D] is the residual stream; `levels` are ordered fastest first, and
-  each chunk length divides the next; the others are as in `run_level`.
+  each chunk length divides the next; other arguments are as in `run_level`.
 
   Returns:
-    x after all levels, a list of their states, scalars by `cms_0`, `cms_1` ...
+    x after all levels, a list of their states, and scalars under `cms_0`,
+    `cms_1` ...
   """
   lengths = [level.rule.chunk_length for level in levels]
   origin = zero_state(slow, x.shape[0])
@@ -380,7 +383,7 @@ def _after(
   layout: chunks.Layout,
   levels: Sequence[NestedLevel],
 ) -> list[chunks.ChunkState]:
-  """The levels' states when all tokens are read."""
+  """The levels' states after all tokens."""
   lengths = [level.rule.chunk_length for level in levels]
   ends: list[Tree] = [s.position + layout.tokens for s in state]
   at_end = [end % c == 0 for end, c in zip(ends, lengths, strict=True)]
@@ -395,8 +398,10 @@ def _after(
 def _borders(
   layout: chunks.Layout, state: Sequence[Tree], lengths: Sequence[int]
 ) -> list[jax.Array]:
-  """Per level [N]: whether one of its chunks ends before each of the shortest
-  chunks (at the first of them it has been seen to already)."""
+  """Per level [N]: whether its chunk ends where each shortest chunk begins.
+
+  False at the first one, where the previous call already restarted.
+  """
   first = jnp.arange(layout.count) * layout.length
   offset = 0 if layout.offset is None else layout.offset
   past = state[-1].position - offset + first  # of the slowest level's chunk
@@ -409,7 +414,7 @@ def _restart(
   borders: Sequence[Tree],
   levels: Sequence[NestedLevel],
 ) -> tuple[Tree, ...]:
-  """(start, now) of every level where chunks may have ended (`borders`)."""
+  """(start, now) of every level, after the chunks that end (`borders`)."""
   pairs = list(carry)
   for i in reversed(range(len(levels))):
     start, now = pairs[i]
@@ -433,8 +438,8 @@ def _dynamics(
   rule: Rule,
   live: jax.Array | None,
 ) -> dict[str, jax.Array]:
-  """Scalars of one chunk, as in `deep.dynamics_of`; `states`: D at its first
-  token and after it."""
+  """Scalars about one chunk, as in `deep.dynamics_of`; `states` are D at its
+  first token and after it."""
   keys = tokens.reads if tokens.keys is None else tokens.keys
   before, later = (forward(slow, fast, keys).y for fast in states)
   return {

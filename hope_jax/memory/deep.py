@@ -8,7 +8,7 @@ Per chunk, with M the memory at the chunk's first state (paper 8.2):
   read     o_t = M_{t-1}(q_t) (token_pre, eq. 86), M_t(q_t) (token_post), or
            M(q_t) (chunk, eq. 90)
 
-Titans is this with slow k, v, q and gates; Hope feeds it from
+Titans is this memory with slow k, v, q and gates; in Hope they come from
 `self_modifying.py`.  Everything is float32.
 
 Legend: B batch, H heads, T tokens, N chunks, C chunk length, K key dim,
@@ -31,7 +31,7 @@ from pallas_kernels.linear_rule import one_chunk as chunk_lib
 
 
 class Tokens(NamedTuple):
-  """What the memory sees: keys, queries [B, H, T, K], values [B, H, T, E] and
+  """Inputs of the memory: keys, queries [B, H, T, K], values [B, H, T, E] and
   gates [B, H, T]."""
 
   keys: jax.Array
@@ -41,7 +41,7 @@ class Tokens(NamedTuple):
 
 
 class Chunk(NamedTuple):
-  """A chunk's tokens, with what is computed for all chunks at once: the slow
+  """A chunk's tokens, with two values computed for all chunks at once: the slow
   part of the queries' hidden layer, and the rule's decays."""
 
   tokens: Tokens
@@ -63,13 +63,13 @@ def run_memory(
 
   Args:
     initial: M_0, hidden [H, F, K] (None: matrix memory), output [H, E, F].
-    state: from an earlier call or `chunks.fresh`, None: a new sequence.
+    state: from an earlier call or `chunks.fresh`; None: a new sequence.
     documents: [B, T] document numbers (`memory/chunks.py`).
-    writes: off: nothing is written, o_t = M_0(q_t) (the twin).
-    with_dynamics: also returns what `dynamics_of` says.
+    writes: if False, nothing is written and o_t = M_0(q_t) (the twin).
+    with_dynamics: whether to return the scalars of `dynamics_of`, too.
 
   Returns:
-    o [B, H, T, E], the state after, scalars about the learning.
+    o [B, H, T, E], the new state, scalars about the learning.
   """
   if not writes:
     base = chunks.per_sequence(initial, tokens.keys.shape[0], ("heads",))
@@ -87,7 +87,7 @@ def run_memory(
 
 
 def memory(initial: Weights, cfg: MemoryConfig) -> chunks.Memory:
-  """The rule of the module as functions of a chunk."""
+  """The module's rule as a `chunks.Memory`."""
 
   def prepare(base, tokens):
     return tokens, slow_hidden(base, tokens.queries)
@@ -121,7 +121,7 @@ def memory(initial: Weights, cfg: MemoryConfig) -> chunks.Memory:
 
 
 def slow_hidden(slow: Weights | None, queries: jax.Array) -> jax.Array | None:
-  """The part of the queries' hidden layer that no chunk changes."""
+  """The part of the queries' hidden layer that comes from M_0."""
   if slow is None or slow.hidden is None:
     return None
   return architectures.apply(queries, slow.hidden)
@@ -130,7 +130,8 @@ def slow_hidden(slow: Weights | None, queries: jax.Array) -> jax.Array | None:
 class InnerLoss(NamedTuple):
   """The inner loss of a chunk's tokens at its first state.
 
-  features are the output layer's inputs [B, H, C, F], errors dL/dy per layer.
+  `features` are the output layer's inputs [B, H, C, F], `errors` dL/dy per
+  layer (for setting A see `inner_loss`).
   """
 
   features: jax.Array
@@ -148,9 +149,9 @@ def inner_loss(
 ) -> InnerLoss:
   """Forward and backward of loss_factor |M(k) - vhat|^2, analytically.
 
-  Setting A (`cfg.is_exact`) replaces the output layer's error by M_0's
-  prediction - vhat, clipped, which is constant in D: the erase term completes
-  the error token by token.
+  Setting A (`cfg.is_exact`) replaces the output layer's error by the prediction
+  without that layer's fast part, minus vhat and clipped.  This is constant in
+  the layer's D, and the erase term completes the error token by token.
   """
   whole = architectures.whole(slow, start)
   trace = architectures.forward(whole, keys, cfg.activation)
@@ -185,11 +186,11 @@ def learn_chunk(
   Args:
     start: fast weights at the chunk's first state.
     now: fast state before the chunk's tokens x.
-    loss: the gradients, taken at `start`.
+    loss: the errors, taken at `start`.
 
   Returns:
-    What was read: the hidden features of the queries (None: matrix) and the
-    output layer's fast part, for `read_out`.
+    The state after the tokens, and for `read_out` the hidden features of the
+    queries (None: matrix) with the output layer's fast part.
   """
   weight, momentum = now.weight, now.momentum or Weights(None, None)
   rule = rules.LayerRule(x.tokens.gates, x.decays, cfg, cfg.chunk_length)
@@ -247,8 +248,10 @@ def fused_chunk(
 def read_out(
   slow: Weights | None, queries: jax.Array, read: Weights
 ) -> jax.Array:
-  """o = q + h M_0 + h D (mlp) or q M_0 + q D (matrix); the slow product of
-  all tokens at once."""
+  """o = q + h M_0 + h D (mlp) or q M_0 + q D (matrix).
+
+  The slow product is taken for all tokens at once.
+  """
   features = queries if read.hidden is None else read.hidden
   outputs = read.output
   if slow is not None:
@@ -257,7 +260,7 @@ def read_out(
 
 
 class Learned(NamedTuple):
-  """A chunk's learning: the state after it, its gates and keys, its loss."""
+  """For `dynamics_of`: the state after a chunk, its gates, keys and loss."""
 
   after: chunks.Fast
   gates: Gates
@@ -273,12 +276,13 @@ def dynamics_of(
   *,
   live: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-  """What one chunk's learning did; scalars, means over batch and heads.
+  """Scalars about the learning of one chunk.
 
-  learn_rate (eta), half_life (tokens), relative_change |D| / |M_0|, inner
-  loss at the chunk's first and last state, clip_rate (share of output errors
-  above error_clip).  `slow` is None where the rule acts on the whole weights;
-  `live` [C]: which places hold a token, None if all do.
+  Means over tokens, batch and heads of learn_rate (eta), the inner loss at the
+  states before and after the chunk (loss_before, loss_after) and clip_rate (the
+  share of output errors above error_clip); medians of half_life (tokens) and
+  relative_change |D| / |M_0|.  `slow` is None where the rule acts on the whole
+  weights; `live` [C] says which places hold a token, None if all do.
   """
   weight, loss = chunk.after.weight, chunk.loss
   final = architectures.whole(slow, weight)

@@ -1,4 +1,4 @@
-"""Work that every device does on its own rows, or heads, of a batch.
+"""Work that every device does on its own rows or heads of a batch.
 
 Legend: B batch, H heads, T tokens.
 """
@@ -14,8 +14,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 
 def _mesh() -> Tree:
-  """The mesh to split work over; None where there is one device only, or where
-  this already is the work of one of them."""
+  """The mesh to split work over; None with a single device, and where the code
+  already runs per device (inside a `shard_map`)."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
     return None
@@ -23,22 +23,23 @@ def _mesh() -> Tree:
 
 
 def _ways(mesh: Any, axis: Any) -> int:
-  """Over how many devices a mesh axis, or several, splits an array."""
+  """Number of devices over which one or several mesh axes split an array."""
   names = axis if isinstance(axis, tuple) else (axis,)
   return math.prod(mesh.shape[name] for name in names if name is not None)
 
 
 def by_rows(run: Callable, results: Callable[[Tree, Tree], Tree]) -> Callable:
-  """`run(shared, rows, state)` by every device on its rows, for loops inside
-  which devices are not to talk.
+  """Runs `run(shared, rows, state)` on every device for its own rows, so that
+  loops inside it need no communication.
 
-  The axes of the batch split the rows; those of heads do, too, where they
-  divide what is left.  `shared` is gathered whole on every device, before, and
-  its gradient is summed over them, after; `rows` are [B, ...], `state` is
-  [layers, B, ...] or without B.
+  Rows are split over the mesh axes of the batch and also over those of heads,
+  if the number of rows is divisible.  `shared` is gathered on every device
+  beforehand, and its gradient is summed over the devices afterwards; `rows` are
+  [B, ...]; leaves of `state` are [layers, B, ...], or have no B and at most one
+  axis.
 
   Args:
-    results: (how rows are split, how `state` is) -> how the results are.
+    results: (sharding of rows, sharding of `state`) -> sharding of the results.
   """
   mesh = _mesh()
   if mesh is None:
@@ -57,7 +58,7 @@ def by_rows(run: Callable, results: Callable[[Tree, Tree], Tree]) -> Callable:
     )
 
     def local(shared: Tree, rows: Tree, state: Tree) -> Tree:
-      with nn.logical_axis_rules(()):  # nothing is split any more
+      with nn.logical_axis_rules(()):  # no axis is split any further
         return run(shared, rows, state)
 
     return jax.shard_map(
@@ -73,11 +74,12 @@ def by_rows(run: Callable, results: Callable[[Tree, Tree], Tree]) -> Callable:
 def by_heads(
   run: Callable, axes: tuple[str, ...], results: Any = "BH"
 ) -> Callable:
-  """`run` by every device on its rows and heads, where the mesh divides them.
+  """Runs `run` on every device for its own rows and heads.
 
-  Kernels are not partitioned automatically.  `axes`: the first axes of each
-  argument of `run`, any trees: B and H are split, others not ("BH", "NB");
-  `results`: a tree of those of what it returns.
+  Kernels are not partitioned automatically.  `axes` names the first axes of
+  each argument (any tree), as in "BH" or "NB": B and H are split where the mesh
+  divides them, others never.  `results` is a tree of such names for what `run`
+  returns.
   """
   mesh = _mesh()
   if mesh is None:

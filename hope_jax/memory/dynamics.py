@@ -1,4 +1,4 @@
-"""Scalars that say what a memory does inside a sequence.
+"""Scalars that describe how a memory learns inside a sequence.
 
 Legend: B batch, H heads, N chunks, C chunk length.
 """
@@ -9,7 +9,7 @@ from flax.typing import ArrayPytree as Tree
 
 
 def mean(x: jax.Array, live: jax.Array | None) -> jax.Array:
-  """Over all places [..., C] that hold a token."""
+  """Mean of x over the places [..., C] that hold a token."""
   if live is None:
     return jnp.mean(x)
   count = jnp.sum(live) * (x.size // live.size)
@@ -17,7 +17,7 @@ def mean(x: jax.Array, live: jax.Array | None) -> jax.Array:
 
 
 def half_life(retention: jax.Array, live: jax.Array | None = None) -> jax.Array:
-  """Median number of tokens after which half is forgotten."""
+  """Median number of tokens after which half of a memory is forgotten."""
   tokens = jnp.log(0.5) / jnp.minimum(jnp.log(retention), -1e-9)
   if live is None:
     return jnp.median(tokens)
@@ -34,9 +34,9 @@ def loss_dynamics(
   is_dot: bool = False,
   live: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-  """Inner loss of a chunk at its first and last state, and the clip rate.
+  """Inner loss of a chunk at the states before and after it, and the clip rate.
 
-  `is_dot`: the loss is -2 loss_factor <M(k), target>.
+  `is_dot`: the loss is -2 loss_factor <M(k), target>, not the squared distance.
   """
 
   def loss(outputs):
@@ -54,7 +54,10 @@ def loss_dynamics(
 
 
 def relative_change(initial: Tree, weight: Tree, is_whole: bool = False):
-  """Median over batch (and heads) of |D| / |M_0|, all layers together."""
+  """Median over batch (and heads) of |D| / |M_0|, each over all matrices.
+
+  `is_whole`: `weight` is M_0 + D, not D.
+  """
   change = weight
   if is_whole:
     change = jax.tree.map(lambda w, m: w - m[None], weight, initial)
@@ -69,7 +72,7 @@ def relative_change(initial: Tree, weight: Tree, is_whole: bool = False):
 
 
 def summarize(dynamics: dict[str, Tree]) -> dict[str, Tree]:
-  """Chunks [N] -> one number: the last chunk's change, else the mean."""
+  """Scalars per chunk [N] -> their mean, or the last of `relative_change`."""
   return {
     name: summarize(x)
     if isinstance(x, dict)

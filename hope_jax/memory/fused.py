@@ -1,8 +1,8 @@
 """Memories as one TPU kernel per sequence and head: `fused_scan`.
 
-What the XLA path does on a chunk of all heads a kernel does on a chunk of one
-of them, with the same functions; fast weights and momenta stay in VMEM from the
-first chunk to the last.
+The XLA path applies its functions to a chunk of all heads; a kernel applies the
+same functions to a chunk of one head.  Fast weights and momenta stay in VMEM
+from the first chunk to the last.
 
 Legend: B batch, H heads, T tokens, N chunks, C chunk length.
 """
@@ -25,7 +25,7 @@ KERNEL = chunk_lib.Arithmetic(in_kernel=True)
 
 
 def kernel(function: Callable, cfg: MemoryConfig, *, name: str) -> Tree:
-  """`chunks.Memory.kernel` of `function`, see `_Step`; None: not chosen."""
+  """`chunks.Memory.kernel` of `function` (see `_Step`); None if not chosen."""
   if not is_chosen(cfg.implementation):
     return None
   return functools.partial(run, function, cfg, name=name)
@@ -33,10 +33,10 @@ def kernel(function: Callable, cfg: MemoryConfig, *, name: str) -> Tree:
 
 @functools.cache
 def is_chosen(implementation: str) -> bool:
-  """Whether `memory.implementation` means the kernels.
+  """Whether `memory.implementation` selects the kernels.
 
   Raises:
-    ConfigError: it means kernels that memories do not have.
+    ConfigError: it selects kernels that memories do not have.
   """
   if implementation == "auto":
     backend = jax.default_backend()
@@ -55,7 +55,8 @@ class _Step:
   """`function` on one chunk of one head.
 
   function(initial, now, x, live, cfg) -> (what is read, the state after), with
-  `live` [C] as in `chunk_decays`.  The first `num_tokens` of all tokens exist.
+  `live` [C] as in `chunk_decays`.  Only the first `num_tokens` places of the
+  sequence hold a token; the others are padding.
   """
 
   function: Callable
@@ -102,17 +103,17 @@ def run(
   docs: chunks.Documents | None,
   name: str,
 ) -> tuple[Tree, chunks.ChunkState | None]:
-  """(outputs, state after) of whole chunks from a chunk's border.
+  """(outputs, state after) of tokens that begin at a chunk's border.
 
   Args:
-    function: of one chunk of one head, see `_Step`; a module's function.
+    function: of one chunk of one head, see `_Step`; a module-level function.
     initial: M_0, any tree of [H, ...].
     state: what the rule acts on, [B, H, ...].
     tokens: any tree of [B, H, T, ...].
     return_state, docs: as in `chunks.scan_chunks`.
-    name: of the kernels.
+    name: the kernels' name.
   """
-  # Pallas, which only kernels wait for.
+  # Imported here, so that only kernels wait for Pallas.
   from pallas_kernels.common import fused_scan
 
   num_tokens = jax.tree.leaves(tokens)[0].shape[2]

@@ -3,20 +3,20 @@
   M(x) = x + LN(W1 act(W2 x)),  W = K softmax(Z) over its input axis of size K
   W_t = K softmax(alpha_t log W_{t-1} - eta_t u_t x_t^T)
 
-that is, gradient descent on 1/2 |M(k) - v|^2 with the KL divergence to the last
-weights as retention.  On the logits it is the linear rule (P),
+This is gradient descent on 1/2 |M(k) - v|^2 with the KL divergence from the
+last weights as retention.  On the logits it is the linear rule (P),
 
   Z_t = alpha_t Z_{t-1} - eta_t u_t x_t^T,
 
-since what softmax cancels stays a constant along the input axis.  u_t x_t^T is
-the gradient with respect to W at the chunk's first state.
+since log W and Z differ by a constant along the input axis, which softmax
+cancels.  u_t x_t^T is the gradient for W at the chunk's first state.
 
-Source: Miras 2504.13173.  Its constant in front of the softmax is not given;
-here it is K, so that the weights' mean is 1.  LN has neither scale nor bias.
-Z_0 is learned and forgetting returns to it (`retention=start`); `zero`, the
-literal form, returns to equal weights, where all hidden units are the same.
+Source: Miras 2504.13173.  It does not state the constant in front of the
+softmax; here it is K, so that the weights' mean is 1.  LN has neither scale nor
+bias.  Z_0 is learned and forgetting returns to it (`retention=start`); `zero`,
+the literal form, returns to equal weights, where all hidden units are the same.
 
-Token reads hold the weights of a chunk's tokens, [B, H, C, E, K].
+Token reads store the weights at every token of a chunk, [B, H, C, E, K].
 
 Legend: B batch, H heads, T tokens, C chunk length, K key dim, F hidden,
 E output dim.
@@ -51,7 +51,7 @@ def run_memory(
   writes: bool = True,
   with_dynamics: bool = False,
 ) -> MemoryOutput:
-  """As `deep.run_memory`, with Z_0 as `initial`."""
+  """As `deep.run_memory`, but `initial` is Z_0."""
   if not writes:
     outputs, _ = read_at(simplex(initial), tokens.queries, cfg)
     return MemoryOutput(outputs, state, None)
@@ -75,7 +75,7 @@ def run_memory(
 
 
 def memory(initial: Weights, cfg: MemoryConfig) -> chunks.Memory:
-  """The rule of the module as functions of a chunk."""
+  """The module's rule as a `chunks.Memory`."""
 
   def step(base, start, now, tokens, places):
     weights = simplex(architectures.whole(base, start))
@@ -101,7 +101,7 @@ def memory(initial: Weights, cfg: MemoryConfig) -> chunks.Memory:
 def read_at(
   weights: Weights, x: jax.Array, cfg: MemoryConfig
 ) -> tuple[jax.Array, architectures.Trace]:
-  """M(x), and the trace of the MLP before LN and residual."""
+  """M(x), and the trace of its MLP, before LN and the residual."""
   z = architectures.apply(x, weights.hidden)
   features, slope = architectures.activate(z, cfg.activation)
   before_norm = architectures.apply(features, weights.output)
@@ -120,9 +120,9 @@ def learn_chunk(
 
   Args:
     weights: W at the chunk's first state.
-    logits: Z_0 where the rule acts on the difference from it, else None; what
-      the rule acts on, before the chunk's tokens given here.
-    live: [C], which places hold a token.
+    logits: (base, now) before the tokens; base is Z_0 and now the difference
+      from it, or base is None and now is Z.
+    live: [C], which places hold a token; None: all do.
   """
   keys, values, queries, gates = tokens
   base, now = logits
@@ -137,7 +137,7 @@ def learn_chunk(
   mix = decays.before if when == "pre" else decays.after
 
   def write(index: int) -> tuple[jax.Array, jax.Array | None]:
-    """Z of a layer after the chunk, and at every token [B, H, C, E, K]."""
+    """A layer's logits after the chunk, and at every token [B, H, C, E, K]."""
     x, u = trace.inputs[index], errors[index]
     rate, _ = rules.layer_rates(x, gates, cfg, chunk_length=cfg.chunk_length)
     out = chunk_lib.chunk_rule(
@@ -162,6 +162,6 @@ def learn_chunk(
   each: Tree = Weights(hidden_each, output_each)
   if base is not None:
     each = jax.tree.map(lambda z, b: z + b[..., None, :, :], each, base)
-  # Every token is a chunk of one of its own memory.
+  # Every token reads its own weights, as a chunk of one token.
   one_token, _ = read_at(simplex(each), queries[..., None, :], cfg)
   return after, one_token[..., 0, :]

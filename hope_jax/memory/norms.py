@@ -26,5 +26,5 @@ def layer_normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
 
 
 def layer_norm_error(x: jax.Array, error: jax.Array) -> jax.Array:
-  """The error at x of an error at layer_normalize(x)."""
+  """Backpropagates an error at layer_normalize(x) to x."""
   return jax.vjp(layer_normalize, x)[1](error)[0]

@@ -7,9 +7,10 @@ import jax
 def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
   """x W, [..., D] by [D, E], with x^T dy as its gradient to W.
 
-  JAX takes (dy^T x)^T.  For that, XLA on a CPU transposes dy together with
-  all that made it, at strides that miss the caches: training steps took up to
-  1.45 times as long (experiments/speed).  For reverse mode only, of any order.
+  JAX's own gradient is (dy^T x)^T, for which XLA on a CPU transposes dy
+  together with the computation that made it, at strides that miss the caches:
+  training steps took up to 1.45 times as long (experiments/speed).  Supports
+  reverse mode only, of any order.
   """
   return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (0,)), ((), ())))
 

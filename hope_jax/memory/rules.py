@@ -7,17 +7,17 @@ The rule of every layer (docs/equations.md; paper eq. 88 with momentum):
 
 with u the layer's error, x its input.  The proximal step of DGD with decay,
 argmin_W 1/2 |W x - u*|^2 + 1/(2 eta) |W - alpha W_t|^2, gives
-eta' = eta / (1 + eta |x|^2), erase = alpha eta' (App. C without |x| = 1; the
-literal rule erases eta').
+eta' = eta / (1 + eta |x|^2) and erase = alpha eta' (App. C, but without its
+assumption |x| = 1; the literal rule has erase = eta').
 
 Setting A (`token_exact`) takes the errors of the output layer so that the erase
 term completes them token by token; its steps are not divided by the chunk
 length.  With `negative_eigenvalues` it steps by eta' = eta / max(1, |x|^2), eta
-in (0, 2): beyond 1 the erase turns what is stored under x around, which
-tracking a state such as parity needs (the proximal step never does).
+in (0, 2).  Beyond 1 the erase flips the sign of what is stored under x, which
+tracking a state such as parity requires; the proximal step never does.
 
-Inside a chunk the rule is linear in (W, S), so that a long one is solved in
-subchunks, one after the other: exactly the same, at the cost of short ones.
+Inside a chunk the rule is linear in (W, S), so a long chunk is solved as a
+sequence of subchunks: the result is the same, at the cost of short chunks.
 
 Legend: eta learn_rate, eta' step_size, alpha retention, beta momentum_decay;
 P subchunks of a chunk, C tokens.
@@ -34,7 +34,7 @@ from hope_jax.config import MemoryConfig
 from pallas_kernels.common.scan import merge_chunks, split_chunks
 from pallas_kernels.linear_rule import one_chunk as chunk_lib
 
-SUBCHUNK_LENGTH = 64  # the longest: a solve costs its square per token
+SUBCHUNK_LENGTH = 64  # at most; a solve's cost per token grows with its square
 
 
 class Gates(NamedTuple):
@@ -79,7 +79,7 @@ def layer_rates(
 ) -> tuple[jax.Array, jax.Array | None]:
   """(step_size, erase) [..., C] of a layer with input x [..., C, K].
 
-  `exact`: the layer learns by setting A.
+  `exact`: whether the layer learns by setting A.
   """
   rate, square = gates.learn_rate, jnp.sum(jnp.square(x), axis=-1)
   if exact and cfg.setting == "negative_eigenvalues":
@@ -104,27 +104,27 @@ def output_error(
 ) -> jax.Array:
   """u of the output layer for loss_factor |M(k) - target|^2, clipped.
 
-  With setting `chunk_dot` for -2 loss_factor <M(k), target>.  The target is a
-  constant of the inner loss.
+  In setting `chunk_dot` the loss is -2 loss_factor <M(k), target>.  The target
+  counts as a constant of the inner loss.
   """
   error = -targets if cfg.setting == "chunk_dot" else outputs - targets
   return clip_norm((2.0 * cfg.loss_factor) * error, cfg.error_clip)
 
 
 def rule_read(cfg: MemoryConfig) -> chunk_lib.Read:
-  """When the rule's own queries see the state."""
+  """Whether the rule's queries see the state before or after their token."""
   return "post" if cfg.read == "token_post" else "pre"
 
 
 def _subchunks(length: int) -> int:
-  """Into how many equal subchunks a chunk is cut."""
+  """Number of equal subchunks of a chunk; 1 if no fitting number divides it."""
   shortest = -(-length // SUBCHUNK_LENGTH)
   divisors = (p for p in range(shortest, 2 * shortest) if length % p == 0)
   return next(divisors, 1)
 
 
 def _cut(tree: Tree, count: int, axis: int) -> list[Tree]:
-  """A tree's parts along an axis, counted from the end; slices."""
+  """Slices a tree into equal parts along an axis, counted from the end."""
 
   def part(i: int, x: jax.Array) -> jax.Array:
     length = x.shape[axis] // count
@@ -142,7 +142,7 @@ def subchunk_decays(
   """Decays of a chunk's subchunks for `write_layer`: [..., P, B, H, C / P ...].
 
   `gates` [..., B, H, C]; `live` [..., C] says which places hold a token.  In a
-  kernel, where there is no axis before C: a tuple of the subchunks'.
+  kernel, where C is the first axis, a tuple with the decays of each subchunk.
   """
   retention, momentum_decay = gates.retention, gates.momentum_decay
   count = _subchunks(retention.shape[-1])
@@ -165,7 +165,7 @@ def subchunk_decays(
 
 class LayerRule(NamedTuple):
   """How a layer learns in a chunk: gates [..., C], decays from
-  `subchunk_decays`, the config, tokens of a whole chunk."""
+  `subchunk_decays`, the config, the number of tokens in a whole chunk."""
 
   gates: Gates
   decays: Tree
@@ -181,12 +181,12 @@ def write_layer(
   exact: bool = False,
   arithmetic: chunk_lib.Arithmetic = chunk_lib.XLA,
 ) -> chunk_lib.LinearRuleOutput:
-  """One chunk of (P) on one layer; token-exact read where queries are given.
+  """One chunk of (P) on one layer, read at every token if there are queries.
 
   Args:
     tokens: the layer's inputs [..., C, K], errors [..., C, E] and queries.
     state: W and S, [..., E, K].
-    exact: the layer learns by setting A.
+    exact: whether the layer learns by setting A.
   """
   cfg, decays = rule.cfg, rule.decays
   rates = layer_rates(

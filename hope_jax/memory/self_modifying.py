@@ -1,20 +1,20 @@
 """The adaptive projections of Hope: memories that generate their own values.
 
-For every box in {k, v, q, eta, alpha} (paper eq. 83-88), each a memory M_box
-on per-head slices p of slow projections, taken at its chunk's first state:
+Every box in {k, v, q, eta, alpha} (paper eq. 83-88) is a memory M_box that acts
+on per-head slices p of slow projections, at its chunk's first state:
 
   k_t = l2norm(M_k(p_k)), v_t = M_v(p_v), q_t = l2norm(M_q(p_q))
   eta_t = softplus(M_eta(p_k) + p_eta)
   alpha_t = sigmoid(-(M_alpha(p_k) + p_alpha))
   vhat_box = M_box(v_t), M_box learns k_t -> vhat_box with eta_t, alpha_t
 
-A box that is not adaptive passes p on.  M_eta and M_alpha have one output and
-no residual.  None of the boxes reads the main memory, so that their scan, with
-its own chunk length, runs before that of `deep.run_memory`.  The boxes always
-learn by setting B.
+A box that is not adaptive returns p.  M_eta and M_alpha have one output and no
+residual.  No box reads the main memory, so their scan, which has its own chunk
+length, runs before that of `deep.run_memory`.  The boxes always learn by
+setting B.
 
-All boxes learn from the same k_t with the same gates: their hidden layers
-are one linear map with G F outputs.
+All boxes learn from the same k_t with the same gates, so their hidden layers
+are written as one linear map with G F outputs.
 
 Legend: B batch, H heads, G boxes, T tokens, C chunk length, K head dim,
 F hidden of one box, E output dim.
@@ -40,7 +40,7 @@ PROJECTIONS, GATES = ("k", "v", "q"), ("eta", "alpha")
 
 
 class Boxes(NamedTuple):
-  """Weights of the adaptive boxes, None where there is none of a kind.
+  """Weights of the adaptive boxes; None for a kind without boxes.
 
   hidden [..., H, G F, K] (all boxes), projection [..., H, G, K, F] (k, v, q),
   gate [..., H, G, 1, F] (eta, alpha).
@@ -52,7 +52,7 @@ class Boxes(NamedTuple):
 
 
 class Slow(NamedTuple):
-  """What slow weights say: projections [B, H, T, K], gate terms [B, H, T].
+  """Outputs of slow weights: projections [B, H, T, K], gate terms [B, H, T].
 
   `eta` and `alpha` are logits.  `beta` is the momentum decay, None without.
   """
@@ -75,12 +75,12 @@ class Projected(NamedTuple):
 
 
 def members(cfg: MemoryConfig, kind: tuple[str, ...]) -> tuple[str, ...]:
-  """The adaptive boxes of a kind, in the order of their axis G."""
+  """The adaptive boxes of a kind, in their order along axis G."""
   return tuple(box for box in kind if box in cfg.adaptive)
 
 
 def _place(box: str, cfg: MemoryConfig) -> tuple[int, str, int]:
-  """A box's number among all, its kind, its number among those."""
+  """A box's index among all boxes, its kind, and its index within the kind."""
   projections = members(cfg, PROJECTIONS)
   gates = members(cfg, GATES)
   number = (projections + gates).index(box)
@@ -96,7 +96,7 @@ def _hidden_rows(boxes: Boxes, number: int, cfg: MemoryConfig) -> slice:
 
 
 def without_box(boxes: Boxes, box: str, cfg: MemoryConfig) -> Boxes:
-  """`boxes` where one of them is zero."""
+  """`boxes` with the weights of one of them set to zero."""
   number, kind, index = _place(box, cfg)
   output = getattr(boxes, kind).at[..., index, :, :].set(0)
   if boxes.hidden is not None:
@@ -106,7 +106,7 @@ def without_box(boxes: Boxes, box: str, cfg: MemoryConfig) -> Boxes:
 
 
 def only_box(boxes: Boxes, box: str, cfg: MemoryConfig) -> list[jax.Array]:
-  """The weights of one box: output layer, its rows of the hidden one."""
+  """The weights of one box: its output layer and its hidden rows."""
   number, kind, index = _place(box, cfg)
   weights = [getattr(boxes, kind)[..., index, :, :]]
   if boxes.hidden is not None:
@@ -129,14 +129,14 @@ def _side_by_side(x: jax.Array) -> jax.Array:
 
 
 def _apply(weight: jax.Array, x: jax.Array) -> jax.Array:
-  """Every box its own weight [..., G, E, F] (maybe without B) on
+  """Applies each box's weight [..., G, E, F] (B may be missing) to its input
   [..., G, C, F]: [..., G, C, E]."""
   return jnp.einsum("...CF,...EF->...CE", x, weight)
 
 
 def project(boxes: Boxes | None, p: Slow, cfg: MemoryConfig) -> Projected:
-  """k, v, q and gates at one state of the adaptive boxes (None: there are
-  none), their whole weights M_0 + D."""
+  """k, v, q and gates, with `boxes` the whole weights M_0 + D of the adaptive
+  boxes at one state (None: there are none)."""
   made = {"k": p.k, "v": p.v, "q": p.q, "eta": p.eta, "alpha": p.alpha}
   if boxes is not None:
     projections, gates = members(cfg, PROJECTIONS), members(cfg, GATES)
@@ -166,7 +166,7 @@ def project(boxes: Boxes | None, p: Slow, cfg: MemoryConfig) -> Projected:
 def open_gates(
   eta: jax.Array, alpha: jax.Array, beta: jax.Array | None, cfg: MemoryConfig
 ) -> Gates:
-  """Gates from the logits of eta and alpha, and beta itself."""
+  """Gates from the logits of eta and alpha; `beta` is used as it is given."""
   return Gates(rules.learn_rate(eta, cfg), jax.nn.sigmoid(-alpha), beta)
 
 
@@ -176,7 +176,7 @@ def _boxed(hidden: Tree, count: int) -> jax.Array:
 
 
 class BoxTrace(NamedTuple):
-  """Forward pass of all boxes on one input; None where there is no box."""
+  """Forward pass of all boxes on one input; None for a kind without boxes."""
 
   features: Tree  # [..., G, C, F], input of the output layers
   slope: Tree  # act'(z), [..., C, G F]
@@ -226,7 +226,7 @@ def run_projections(
     initial: M_0 of the boxes.
     p: slow projections and gate terms of the whole sequence.
     state, documents, with_dynamics: as in `deep.run_memory`.
-    frozen: boxes that are not written to; all of them: the twin.
+    frozen: boxes that are not written to (in the twin all of them).
   """
   if not cfg.adaptive:
     return MemoryOutput(project(None, p, cfg), state, None)
@@ -246,7 +246,7 @@ def run_projections(
 def memory(
   initial: Boxes, cfg: MemoryConfig, frozen: tuple[str, ...] = ()
 ) -> chunks.Memory:
-  """The rule of all boxes as functions of a chunk."""
+  """The rule of all boxes as a `chunks.Memory`."""
 
   def step(base, start, now, p, places):
     start = architectures.whole(base, start)
@@ -286,7 +286,7 @@ def fused_chunk(
   live: jax.Array | None,
   cfg: MemoryConfig,
 ) -> tuple[Projected, chunks.Fast]:
-  """One chunk of one head in a kernel: (k, v, q and gates, state after)."""
+  """One chunk of one head in a kernel: (`Projected`, state after)."""
   start = now.weight
   if cfg.retention != "zero":
     start = architectures.whole(initial, start)
@@ -299,7 +299,7 @@ def fused_chunk(
 
 
 def _slow_projections(initial: Boxes, p: Slow, cfg: MemoryConfig) -> Projected:
-  """The twin: every box at M_0, chunk by chunk as the live ones."""
+  """The twin's projections: every box at M_0, computed chunk by chunk."""
   layout = chunks.plan(p.k.shape[2], cfg.projection_chunk_length, None)
   base = chunks.per_sequence(initial, p.k.shape[0], ("heads",))
   p = jax.tree.map(lambda x: layout.split(x, axis=2), p)
@@ -308,8 +308,8 @@ def _slow_projections(initial: Boxes, p: Slow, cfg: MemoryConfig) -> Projected:
 
 
 class _Chunk(NamedTuple):
-  """What the boxes made of a chunk's tokens, with which gates they learn, and
-  the rule's decays."""
+  """The boxes' outputs for a chunk's tokens, the gates with which they learn,
+  and the rule's decays."""
 
   made: Projected
   gates: Gates
@@ -317,7 +317,7 @@ class _Chunk(NamedTuple):
 
 
 class _Traces(NamedTuple):
-  """k of the tokens, the boxes' forward pass of it, and that of v: targets."""
+  """The tokens' k, the boxes' outputs for k, and those for v (the targets)."""
 
   keys: jax.Array
   outputs: BoxTrace
@@ -333,10 +333,10 @@ def learn_chunk(
   frozen: tuple[str, ...] = (),
   arithmetic: chunk_lib.Arithmetic = chunk_lib.XLA,
 ) -> tuple[chunks.Fast, _Traces]:
-  """One chunk of all boxes, whose whole weights are `start`: state after."""
+  """One chunk of all boxes, at whole weights `start`: (state after, traces)."""
   made = chunk.made
   trace, targets = forward(start, made.k, cfg), forward(start, made.v, cfg)
-  lead = made.k.ndim - 2  # B, H; in a kernel neither
+  lead = made.k.ndim - 2  # axes B, H; none in a kernel
   lead_decays = lead if arithmetic.in_kernel else lead + 1  # subchunks, B, H
   expand = lambda tree, axis: jax.tree.map(
     lambda x: jnp.expand_dims(x, axis), tree
@@ -394,8 +394,8 @@ def learn_chunk(
 def _unless_frozen(
   new: Boxes, old: Boxes, frozen: tuple[str, ...], cfg: MemoryConfig
 ) -> Boxes:
-  """`new` where a box learns, `old` where it is frozen (without an error it
-  would still decay)."""
+  """`new` for boxes that learn, `old` for frozen ones, which would otherwise
+  decay even without an error."""
   if not frozen:
     return new
   projections, gates = members(cfg, PROJECTIONS), members(cfg, GATES)
@@ -420,9 +420,10 @@ def _dynamics(
   *,
   live: jax.Array | None,
 ) -> dict[str, dict[str, jax.Array]]:
-  """Scalars of one chunk, per kind of box, as in `deep.dynamics_of`.
+  """Scalars about one chunk, per kind of box, as in `deep.dynamics_of`.
 
-  `weights`: M_0 and the whole ones after the chunk; `later`: what these say.
+  `weights` are M_0 and the whole weights after the chunk; `later` are the
+  outputs at the latter.
   """
   initial, final = weights
   trace, targets = traces.outputs, traces.targets

@@ -6,12 +6,13 @@
   W_t = W_start + c_t D_t,  D_t = D_{t-1} - eta_t u_t x_t^T,  c_t by position
   o_t = f(q_t; W_t)
 
-c_t = max(0, 1 / t + learned_t) for position t = 1 .. C belongs to the token
-that reads; the mini-batch ends with c_C.  u is the LN's VJP at LN - (v - k).
-D is the rule (P) with alpha = 1 and no momentum, so that a mini-batch is read
-by masked products (the paper's dual form).
+c_t = max(0, 1 / t + learned_t), t = 1 .. C, is that of the token that reads;
+the next mini-batch starts from W_start + c_C D_C.  u is LN's VJP of the error
+LN - (v - k).  D follows the rule (P) with alpha = 1 and no momentum, so a
+mini-batch is read by masked products (the paper's dual form).
 
-Between two calls `now` holds W_start + D_t, without c_t, which may be 0.
+Between two calls inside a mini-batch `now` holds W_start + D_t, without c_t,
+which may be 0.
 
 Source: TTT 2407.04620.
 
@@ -56,7 +57,7 @@ class Norm(NamedTuple):
 
 
 class Tokens(NamedTuple):
-  """What the memory sees: keys, values, queries [B, H, T, K]; eta [B, H, T];
+  """Inputs of the memory: keys, values, queries [B, H, T, K]; eta [B, H, T];
   c_t, and whether the token is its mini-batch's last (0 or 1), [B, H, T]."""
 
   keys: jax.Array
@@ -68,7 +69,7 @@ class Tokens(NamedTuple):
 
 
 def position(length: int, state: chunks.ChunkState | None, cfg: MemoryConfig):
-  """Places of the tokens in their mini-batches, [T] from 0."""
+  """Positions of the tokens in their mini-batches, [T], from 0."""
   first = 0
   if state is not None and state.position is not None:
     first = state.position
@@ -97,7 +98,7 @@ def run_memory(
     initial: `Layer`s hidden (None: linear) and output, with heads first.
     state: from an earlier call or `chunks.fresh`.
     documents: [B, T] document numbers.
-    writes: off: nothing is written, o_t = f(q_t; W_0).
+    writes: if False, nothing is written and o_t = f(q_t; W_0).
   """
   if not writes:
     batch_size = tokens.keys.shape[0]
@@ -123,19 +124,20 @@ def run_memory(
 def memory(
   initial: Weights, norm: Norm, cfg: MemoryConfig, *, at_border: bool
 ) -> chunks.Memory:
-  """The rule of the module as functions of a mini-batch.
+  """The module's rule as a `chunks.Memory`.
 
-  `at_border`: the tokens are whole mini-batches.
+  `at_border`: the tokens begin at a mini-batch's border.
   """
 
   def step(base, start, now, tokens, places):
     del places
-    written = None  # in this mini-batch, before these tokens
+    written = None  # D of this mini-batch before these tokens
     if not at_border:
       written = jax.tree.map(jnp.subtract, now.weight, start)
     weights = architectures.whole(base, start)
     written, outputs = learn_chunk(weights, written, norm, tokens)
-    last = jnp.sum(tokens.is_last, axis=-1)  # of a mini-batch: c_C, else 1
+    # D's factor afterwards: c_C if the mini-batch ends here, else 1.
+    last = jnp.sum(tokens.is_last, axis=-1)
     end = jnp.sum(tokens.is_last * tokens.factor, axis=-1) + 1.0 - last
 
     def add(weight, change):
@@ -161,8 +163,8 @@ def matrices(weights: Weights) -> Weights:
 
 
 class _Writes(NamedTuple):
-  """A mini-batch's writes to a layer: D before it (None: 0), inputs x and
-  scaled errors eta u, both [B, H, C, ...], and c of the readers [B, H, C]."""
+  """A mini-batch's writes to a layer: D before them (None: 0), inputs x and
+  scaled errors eta u, both [B, H, C, ...], and c_t of the reads [B, H, C]."""
 
   before: Layer | None
   inputs: jax.Array
@@ -170,7 +172,7 @@ class _Writes(NamedTuple):
   factor: jax.Array
 
   def read(self, x: jax.Array) -> jax.Array:
-    """c_t (D_t x_t + d_t)."""
+    """c_t (D_t x_t + d_t), with d the bias's part of D."""
     scores = jnp.einsum("...CK,...DK->...CD", x, self.inputs) + 1.0
     read = -jnp.einsum("...CD,...DF->...CF", jnp.tril(scores), self.errors)
     if self.before is not None:
@@ -178,7 +180,7 @@ class _Writes(NamedTuple):
     return self.factor[..., None] * read
 
   def after(self) -> Layer:
-    """D after the mini-batch."""
+    """D after these tokens."""
     weight = -jnp.einsum("...CF,...CK->...FK", self.errors, self.inputs)
     change = Layer(weight, -jnp.sum(self.errors, axis=-2))
     if self.before is None:

@@ -1,11 +1,12 @@
 """Softmax attention with rotary positions (Transformer++, Hope-Attention).
 
-Causal, RoPE on q and k, optional causal depthwise convolution on q, k and v;
-groups of query heads may share a head of keys and values (2305.13245).
-With `attention_window` W token t sees tokens t - W + 1 .. t only (Samba's
-attention, 2406.07522): blocks of W queries against two blocks of keys, so that
-time and memory grow with T W.  Of a sequence that is read in parts a cache is
-kept: of `context_length` positions, or of the last W, however long it is.
+Attention is causal, with RoPE on q and k and optional causal depthwise
+convolutions on q, k and v; groups of query heads may share a head of keys and
+values (2305.13245).  With `attention_window` W, token t sees only tokens
+t - W + 1 .. t (Samba's attention, 2406.07522): each block of W queries attends
+to two blocks of keys, so that time and memory grow with T W.  For a sequence
+that is read in parts, the state is a cache of `context_length` positions or,
+with a window, of the last W.
 
 Legend: B batch, T tokens, L cache places, W window, H heads (G of keys and
 values), K head dim, D model.
@@ -35,7 +36,7 @@ class AttentionState(FastState):
     position: number of filled places (a prefix); with a window the cache is
       always full and right-aligned.
     first: [B] the place where the last token's document begins.
-    keys: with a window not yet rotated, as the places' numbers move on.
+    keys: with a window stored before rotation, because positions shift.
   """
 
   keys: jax.Array = owned("attention")
@@ -46,7 +47,7 @@ class AttentionState(FastState):
 
 
 def widths(config: ModelConfig) -> dict[str, int]:
-  """Widths H K of the queries, G K of keys and values."""
+  """Widths: H K of queries, G K of keys and values."""
   of_group = config.kv_heads * config.head_dim
   return {"query": config.width, "key": of_group, "value": of_group}
 
@@ -72,8 +73,8 @@ def init_state(
 def document_place(
   state: AttentionState, documents: jax.Array | None
 ) -> jax.Array:
-  """[B]: where the last token's document begins, if tokens with these numbers
-  [B, T] follow the `position` places that are taken."""
+  """[B]: the place where the last token's document begins, once tokens with
+  document numbers [B, T] follow the `position` filled places."""
   if documents is None:
     return state.first
   is_last = documents == documents[:, -1:]
@@ -82,21 +83,21 @@ def document_place(
 
 
 def cache_numbers(state: AttentionState) -> jax.Array:
-  """Document numbers of the cache's places [B, L]: 0 the last one, -1 others
-  (places behind the last token are 0, too)."""
+  """Document numbers of the cache's places [B, L]: 0 in the last document, -1
+  in earlier ones (and 0 at places not yet filled)."""
   place = jnp.arange(state.keys.shape[1])
   return jnp.where(place[None] >= state.first[:, None], 0, -1)
 
 
 class Persistent(NamedTuple):
-  """Learned keys and values [P, G, K] that every token sees, wherever it is."""
+  """Learned keys and values [P, G, K] that every token sees."""
 
   keys: jax.Array
   values: jax.Array
 
 
 class PersistentTokens(nn.Module):
-  """Titans' persistent memory, as attention's keys and values; may be none."""
+  """Titans' persistent memory as keys and values of attention, or None."""
 
   config: ModelConfig
 
@@ -127,7 +128,7 @@ def attend(
   """Attention of q [B, T, H, K] to k, v [B, S, G, K] where `mask` [B, 1, T, S]
   allows, and of `plain`, the queries before rotation, to persistent tokens.
 
-  Both in one softmax: (q, plain) on (k, 0) and (0, persistent keys).
+  Both share one softmax: (q, plain) attends to (k, 0) and (0, persistent keys).
   """
   if persistent is None:
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
@@ -160,7 +161,7 @@ def full_pass(
   documents: jax.Array | None,
   config: ModelConfig,
 ) -> jax.Array:
-  """Causal attention of whole sequences [B, T, H or G, K]."""
+  """Causal attention within whole sequences [B, T, H or G, K]."""
   position = jnp.arange(q.shape[1])
   q, k = (rotary.rotate_positions(x, position, config) for x in (q, k))
   mask = None
@@ -211,8 +212,8 @@ def window_extend(
   *,
   persistent: Persistent | None = None,
 ) -> tuple[jax.Array, AttentionState]:
-  """The same with a window: queries in blocks of C = min(W, T), each against
-  its own keys and the W before them."""
+  """`full_extend` with a window: each block of C = min(W, T) queries attends to
+  its own keys and to the W before them."""
   q, k, v = tokens
   batch, length, *heads = q.shape
   window = config.attention_window

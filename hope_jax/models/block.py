@@ -2,9 +2,9 @@
 
   x <- x + mixer(RMS(x));  x <- x + FFN(RMS(x))  or  x <- CMS(x)  or neither
 
-(paper eq. 94-97 for Hope; the baselines are the same block with another mixer
-and one slow FFN level.)  `mixer` is the block's sequence layer, whichever of
-`models/registry.py` that is.
+(Paper eq. 94-97 for Hope; the baselines are the same block with another mixer
+and one slow FFN level.)  `mixer` is the block's sequence layer, one of those in
+`models/registry.py`.
 
 Legend: B batch, T tokens, D model.
 """
@@ -50,7 +50,7 @@ class Block(nn.Module):
   def mix(
     self, x_BTD: jax.Array, state: Tree, documents: jax.Array | None
   ) -> MixerOutput:
-    """What the sequence layer reads."""
+    """The sequence layer's output for the normalised stream."""
     normed = layers.rms_norm(self.config, "norm_mixer")(x_BTD)
     mixer: Any = self.mixer(self.config, name="mixer")
     return mixer(normed, state, documents)
@@ -62,7 +62,7 @@ class Block(nn.Module):
     state: BlockState | None,
     documents: jax.Array | None,
   ) -> tuple[jax.Array, BlockState | None]:
-    """x after the FFN or CMS, and the state after all."""
+    """x after the FFN or CMS, and the block's new state."""
     cfg = self.config
     if cfg.cms.levels:
       return cms.ContinuumMemory(cfg, name="cms")(

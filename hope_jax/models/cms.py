@@ -3,7 +3,7 @@
   sequential    x <- x + SwiGLU_l(RMS_l(x); W_l + D_l), fastest level first (73)
   independent   x <- x + sum_l w_l SwiGLU_l(RMS_l(x); W_l + D_l)            (74)
   nested        as sequential with one W for all levels; a level restarts from
-                its slower neighbour's state when that one's chunk ends     (72)
+                its slower neighbour's state when the latter's chunk ends   (72)
 
 The last level is slow.  The k levels split the FFN's hidden width (nested ones
 share one block of the whole width), so that models with and without CMS have
@@ -13,8 +13,9 @@ equal parameters.  A fast level learns to answer its own input n_t with a value:
   mixer_value   the sequence layer's values v_t
   mixer_pair    the same, and the key is the sequence layer's k_t, not n_t
 
-keys and values RMS-normalised; or from the model's loss on what came next
-(`models/next_token.py`), which gives the levels their D (`GivenLevel`).
+These keys and values are RMS-normalised.  With the next-token signal the levels
+learn from the model's own loss instead (`models/next_token.py`), which gives
+them their D (`GivenLevel`).
 
 Legend: B batch, T tokens, D model, F hidden.
 """
@@ -53,7 +54,7 @@ def init_state(
   config: ModelConfig, batch_size: int, read_size: int | None = None
 ) -> dict[str, chunks.ChunkState]:
   """D = 0 for every level that has a chunk length."""
-  if config.cms.connection == "nested":  # its levels need their places
+  if config.cms.connection == "nested":  # its levels track their positions
     read_size = None
   state = {}
   for i, chunk_length in enumerate(config.cms.fast_lengths):
@@ -65,7 +66,7 @@ def init_state(
   return state
 
 
-SHARED = ("cms_shared",)  # owner of what all levels use
+SHARED = ("cms_shared",)  # owner of parameters that all levels use
 
 
 def _owner(level: int) -> tuple[str, ...]:
@@ -94,8 +95,8 @@ def _weights(
 def _rule(
   module: nn.Module, config: ModelConfig, level: int, end: str = ""
 ) -> cms.Rule:
-  """A level's rates as parameters of `module`, softplus of `learn_rate` and
-  `forget`; alpha, if the level forgets, starts at the configured half-life."""
+  """A level's rates, softplus of the parameters `learn_rate` and `forget` of
+  `module`; alpha, if the level forgets, starts at the configured half-life."""
 
   def scalar(name: str, start: float) -> jax.Array:
     logit = math.log(math.expm1(start))
@@ -112,13 +113,13 @@ def _rule(
 
 def _scalar(module: nn.Module, name: str, start: float, level: int) -> Tree:
   """A learned number of a level."""
-  # Not weakly typed, or a step compiles again.
+  # With a dtype: a weakly typed array would make the step compile again.
   init = lambda key, shape: jnp.full(shape, start, jnp.float32)
   return parameter(module, name, init, (), (), role="rate", owner=_owner(level))
 
 
 class GivenLevel(NamedTuple):
-  """D of a level that learns elsewhere; which places read it, None: all."""
+  """D of a level that learns elsewhere; which places read it (None: all)."""
 
   weight: cms.LevelWeights
   inherits: jax.Array | None
@@ -127,7 +128,7 @@ class GivenLevel(NamedTuple):
 def _given(
   slow: cms.LevelWeights, n: jax.Array, level: GivenLevel | None
 ) -> jax.Array:
-  """y [B, T, D] of a block at given weights; W_0 where none are given."""
+  """y [B, T, D] of a block with the given D; with W_0 if none is given."""
   if level is None:
     return cms.feed_forward(slow, n)
   reads = cms.slow_products(slow, n)
@@ -135,8 +136,8 @@ def _given(
 
 
 class _Tokens(NamedTuple):
-  """What the levels learn from, [B, T, D], and document numbers [B, T]; keys
-  None: each level's own input."""
+  """The keys and values that the levels learn, [B, T, D], and document numbers
+  [B, T].  Without keys each level's own input is the key."""
 
   keys: jax.Array | None
   values: Tree
@@ -163,7 +164,7 @@ class Scale(nn.Module):
 
 
 class FastLevel(nn.Module):
-  """One fast level by itself."""
+  """A fast level of a sequential or independent CMS."""
 
   config: ModelConfig
   number: int
@@ -201,7 +202,7 @@ class FastLevel(nn.Module):
 
 
 class NestedLevels(nn.Module):
-  """All levels on one block, the slow one included: x -> x + ..."""
+  """All levels on one shared block, including the slow one: x -> x + ..."""
 
   config: ModelConfig
 
@@ -294,7 +295,7 @@ class ContinuumMemory(nn.Module):
     state: dict[str, Tree] | None,
     given: dict[str, GivenLevel] | None,
   ) -> tuple[jax.Array, dict[str, Tree]]:
-    """Levels in sequence, or side by side: x after them, their states."""
+    """Levels in sequence or side by side: (x after them, their states)."""
     cfg, input_BTD, after = self.config, x_BTD, {}
     is_chain = cfg.cms.connection == "sequential"
     for i in range(cfg.cms.levels):

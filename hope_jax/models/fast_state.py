@@ -1,10 +1,10 @@
-"""Fast state of a whole model: its levels, and what may be done with them.
+"""Fast state of a whole model: its levels, and operations on them.
 
-Three kinds of state are told apart: *slow* (the parameters, which the outer
-optimizer changes), *fast* (what a model keeps of the sequences that it reads:
-here) and *run* (`training/step.TrainState`: step, optimizer, counters).
+There are three kinds of state: *slow* (the parameters, which the outer
+optimizer changes), *fast* (what a model keeps of the sequences that it reads,
+defined here) and *run* (`training/step.TrainState`: step, optimizer, counters).
 
-The fast state is a `BlockState` with layers on axis 0, or, where CMS levels
+The fast state is a `BlockState` with layers on axis 0 or, where CMS levels
 learn from the model's own loss, a `NextTokenState`.
 """
 
@@ -28,11 +28,11 @@ class BlockState(FastState):
   """Fast state of one block.
 
   Attributes:
-    mixer: the sequence layer's.
+    mixer: the sequence layer's state.
     cms: `chunks.ChunkState` of every fast level, by name.
     ffn: the last token that RWKV-7's channel mix read.
     given: `models/cms.GivenLevel` by name, where levels learn elsewhere.
-    stream: [B, T, D] what the CMS read; returned where levels are given.
+    stream: [B, T, D] the CMS's input; returned only where levels are given.
   """
 
   mixer: Tree
@@ -52,7 +52,7 @@ class BlockState(FastState):
     return self.cms[name].now.weight
 
   def reset_cms(self, name: str) -> "BlockState":
-    """The state in which a CMS level is as at the start."""
+    """The state with one CMS level reset to its start."""
     return dataclasses.replace(
       self, cms=self.cms | {name: self.cms[name].reset()}
     )
@@ -79,12 +79,12 @@ def levels(params: Tree, fast: Tree, config: ModelConfig) -> dict[str, Level]:
 
 
 def reset(fast: Tree, names: Sequence[str], config: ModelConfig) -> Tree:
-  """`fast` in which the levels `names` are as at the start: D and S are zero.
+  """`fast` with the levels `names` reset to their start: D and S are zero.
 
-  What they have of a chunk that is not complete is zero, too; the chunk ends
-  where it would have ended (what levels with the next-token signal learn there,
-  they learn from all of it).  Convolutions and attention keep what they have
-  seen.
+  What they have learned in an incomplete chunk is dropped, too, but the chunk
+  still ends where it would have ended (levels with the next-token signal do
+  learn from all tokens that are pending).  Convolutions and attention keep what
+  they have seen, except that Titans MAC forgets its segment with its memory.
   """
   for name in names:
     if name.startswith("cms_"):
@@ -97,7 +97,8 @@ def reset(fast: Tree, names: Sequence[str], config: ModelConfig) -> Tree:
 def relative_change(
   params: Tree, fast: Tree, config: ModelConfig
 ) -> dict[str, float]:
-  """|D| / |M_0| of every fast level, median over layers, rows and heads."""
+  """|D| / |M_0| of every fast level: the median over layers of the medians over
+  rows and heads."""
   changes = {}
   for name, level in levels(params, fast, config).items():
     by_layer = jax.vmap(dynamics.relative_change)(level.start, level.weight)
@@ -110,8 +111,8 @@ def _is_chunk_state(x: Tree) -> bool:
 
 
 def at_border(fast: Tree, like: Tree) -> Tree:
-  """Drops the place within the chunk of levels that `like`, a state of the same
-  model, keeps at chunk borders."""
+  """Drops the position in the chunk of those levels that `like`, a state of the
+  same model, keeps at chunk borders."""
 
   def convert(level: Tree, like: Tree) -> Tree:
     if not _is_chunk_state(level) or like.position is not None:
@@ -122,7 +123,7 @@ def at_border(fast: Tree, like: Tree) -> Tree:
 
 
 def anywhere(fast: Tree, before: Tree) -> Tree:
-  """Inverse of `at_border`: `fast` followed `before`, at whole chunks."""
+  """Inverse of `at_border`, where `fast` is `before` after whole chunks."""
 
   def convert(old: Tree, level: Tree) -> Tree:
     if not _is_chunk_state(level) or level.position is not None:

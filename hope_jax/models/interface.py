@@ -1,11 +1,12 @@
-"""What every sequence layer is, to the block and to everything above it.
+"""The interface of sequence layers, for the block and everything above it.
 
 A sequence layer is a Linen module with
-`__call__(x_BTD, state, documents) -> MixerOutput` and, beside it, the functions
+`__call__(x_BTD, state, documents) -> MixerOutput`, together with the functions
 `init_state(config, batch_size, read_size) -> FastState` and
 `describe(config) -> [Problem]`.  Without a state it starts a sequence and
-returns none; with a state it continues one, so that training, prefill, decoding
-and sessions are one code path.  `models/registry.py` lists them all.
+returns no state; with a state it continues a sequence.  Training, prefill,
+decoding and sessions are therefore one code path.  `models/registry.py` lists
+all sequence layers.
 """
 
 import dataclasses
@@ -23,8 +24,8 @@ Self = TypeVar("Self", bound="FastState")
 
 
 class MixerOutput(NamedTuple):
-  """y [B, T, D]; its keys and values k_t, v_t [B, T, D] for the CMS (heads
-  side by side); the new state."""
+  """The output y [B, T, D]; keys and values k_t, v_t for the CMS, [B, T, D]
+  (heads side by side) in layers that may have a CMS; the new state."""
 
   y: jax.Array
   keys: jax.Array
@@ -34,26 +35,27 @@ class MixerOutput(NamedTuple):
 
 class Level(NamedTuple):
   """A fast level: its learned start M_0 [...], its difference D and momentum S
-  [B, ...] (S None without), each any tree of matrices; layers may lie first."""
+  (None without) [B, ...], each a tree of matrices.  An axis of layers may come
+  first."""
 
   start: Tree
   weight: Tree
   momentum: Tree
 
 
-# What a state holds: components, and what they share in equal parts.
+# Pairs (components, the part of a state that they share equally).
 Parts = Iterator[tuple[tuple[str, ...], Tree]]
 
 
 @flax.struct.dataclass
 class FastState:
-  """What a layer keeps of the sequences that it reads, [B, ...] each.
+  """What a layer keeps of the sequences that it reads; arrays are [B, ...].
 
-  Fields are states themselves, or trees of arrays made with `owned`.
+  A field is a `FastState` itself, or a tree of arrays declared with `owned`.
   """
 
   def parts(self, config: ModelConfig) -> Parts:
-    """All that is kept, by the components that share it in equal parts."""
+    """The whole state, by the components that share each part equally."""
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       if isinstance(value, FastState):
@@ -64,12 +66,12 @@ class FastState:
   def fast_levels(
     self, initial: Mapping[str, Tree], config: ModelConfig
   ) -> dict[str, Level]:
-    """Its fast levels by name; `initial`: the slow parameters of M_0."""
+    """The fast levels by name; `initial` are the slow parameters of M_0."""
     del initial, config
     return {}
 
   def reset(self: Self, level: str, config: ModelConfig) -> Self:
-    """The state in which a fast level is as at the start, D = 0."""
+    """The state with one fast level reset to its start, D = 0."""
     del config
     raise KeyError(level)
 
@@ -83,13 +85,13 @@ def owned(owner: str, **options: Any) -> Any:
 
 
 class Problem(NamedTuple):
-  """A component of the model as a problem of its own (paper section 3,
-  definitions 3 and 4).
+  """A component of the model as an optimization problem of its own (paper
+  section 3, definitions 3 and 4).
 
   Attributes:
-    name: of the component, `memory`, `k`, `cms_0` ...
+    name: the component's, such as `memory`, `k` or `cms_0`.
     frequency: updates per token of a sequence; `math.inf`: non-parametric.
-    context: the stream that it learns from.
+    context: the stream from which it learns.
     objective, rule: what it minimises, and how.
     transfer: how it exchanges knowledge with other components (section 3.3).
   """
@@ -102,6 +104,6 @@ class Problem(NamedTuple):
   transfer: str
 
 
-# What the texts of a `Problem` have in common.
+# Phrases that several `Problem`s share.
 META_LEARNED = "start meta-learned by backpropagation"
 OUTER_LOSS = "cross entropy of the next token"

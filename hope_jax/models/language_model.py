@@ -26,7 +26,7 @@ from hope_jax.models.parameters import boxed
 
 
 class ModelOutput(NamedTuple):
-  """logits [B, T, V] in float32; the new state, None if none was given."""
+  """logits [B, T, V] in float32; the new state (None if none was given)."""
 
   logits: jax.Array
   state: Tree
@@ -38,11 +38,11 @@ def init_state(
   """Fast state of all layers before the first token, layers on axis 0.
 
   With a `read_size` every call must bring that many tokens; memories whose
-  chunks divide it then learn as fast as without a state.
+  chunk length divides it then run as fast as without a state.
   """
   learns = next_token_levels.is_on(config)
   if read_size and learns and next_token_levels.learning_layers(config) > 1:
-    # The sequence layers above the first that learns read chunk by chunk.
+    # Sequence layers above the first learning layer read chunk by chunk.
     read_size = min(read_size, config.cms.fast_lengths[0])
   one = registry.init_state(config, batch_size, read_size)
   turns = config.num_layers // len(config.blocks)
@@ -62,7 +62,7 @@ def forward(
   state: Tree = None,
   documents: jax.Array | None = None,
 ) -> ModelOutput:
-  """The model as a function of its parameters, all its levels learning."""
+  """The model as a function of its parameters, with all levels learning."""
   config = model.config
 
   def apply(tokens: jax.Array, state: Tree, documents: Tree) -> ModelOutput:
@@ -104,13 +104,13 @@ def _begin(
   mixer: Tree,
   documents: jax.Array | None,
 ) -> tuple[jax.Array, Tree]:
-  """All that lies before the first level that learns from the next token.
+  """The model below the first level that learns from the next token.
 
   Args:
     mixer: fast state of the first L - K + 1 sequence layers, or None.
 
   Returns:
-    the residual stream [B, T, D] after these, and their new state.
+    The residual stream [B, T, D] after these layers, and their new state.
   """
   count = config.num_layers - next_token_levels.learning_layers(config)
   x_BTD = _embed(config, params["embed"]["embedding"], tokens_BT)
@@ -150,7 +150,8 @@ def _read_layers(
   levels: Tree,
   documents: jax.Array | None,
 ) -> tuple[jax.Array, Tree]:
-  """(stream, fast state after) of some layers, all arguments layers first."""
+  """(stream, fast state after) of consecutive layers; `params`, `mixer` and
+  `levels` have the layers' axis first."""
 
   def layer(x_BTD: jax.Array, xs: Tree) -> tuple[jax.Array, Tree]:
     params, mixer, levels = xs
@@ -181,14 +182,15 @@ def _finish(
   *,
   config: ModelConfig,
 ) -> tuple[jax.Array, Tree]:
-  """Logits [B, T, V] from where the first of the last K layers' CMS reads, and
-  the fast state of the K - 1 sequence layers after it.
+  """The rest of the model, from the CMS of the first of the last K layers on:
+  logits [B, T, V], and the fast state of the K - 1 sequence layers after it.
 
   Args:
     top: parameters, from `_top`.
-    x_BTD: the residual stream there.
-    levels: `GivenLevel`s of these layers, K first.
-    mixer: fast state of the sequence layers after it, K - 1 first.
+    x_BTD: the residual stream that this CMS reads.
+    levels: `GivenLevel`s of these K layers, whose axis comes first.
+    mixer: fast state of the K - 1 sequence layers, whose axis comes first; or
+      None.
   """
   first = jax.tree.map(lambda x: x[0], (top["blocks"], levels))
   rest = jax.tree.map(lambda x: x[1:], (top["blocks"], levels))
@@ -219,8 +221,8 @@ def _embed(
 ) -> jax.Array:
   """The residual stream [B, T, D] that the first layer reads.
 
-  The lookup's table is whole along `embed`: a row that lies on several devices
-  would be gathered whole on all of them.
+  The table is not split along `embed` here: rows split over several devices
+  would be gathered in full on each device.
   """
   table_VD = nn.with_logical_constraint(
     table_VD.astype(jnp.dtype(config.dtype)), ("vocab", None)
@@ -231,7 +233,7 @@ def _embed(
 def _remat(
   config: ModelConfig, layer: Any, transform: Callable = jax.checkpoint
 ) -> Tree:
-  """`layer` with what the outer backward pass keeps of it, for a scan."""
+  """`layer`, for a scan, with the configured rematerialisation."""
   if config.remat == "none":
     return layer
   policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -244,14 +246,14 @@ def _remat(
 def _tied_logits(
   config: ModelConfig, table_VD: jax.Array, x_BTD: jax.Array
 ) -> jax.Array:
-  """Logits that the embedding reads, in float32."""
+  """Logits x E^T in float32, from the embedding E."""
   dtype = jnp.dtype(config.dtype)
   logits = products.matmul(x_BTD.astype(dtype), table_VD.astype(dtype).T)
   return logits.astype(jnp.float32)
 
 
 def _output(config: ModelConfig) -> nn.Dense:
-  """Logits where the embedding does not read them."""
+  """The map to the logits where the embedding is not tied to it."""
   return layers.dense(config.vocab_size, config, ("embed", "vocab"), "lm_head")
 
 
@@ -259,8 +261,8 @@ class LanguageModel(nn.Module):
   """tokens [B, T] -> logits [B, T, V] of the next token.
 
   `state` (from `init_state` or an earlier call) continues a sequence;
-  `documents` [B, T] are document numbers: nothing passes from one to another;
-  0 is the document that `state` belongs to.
+  `documents` [B, T] are document numbers; nothing passes from one document to
+  another, and 0 is the document that `state` belongs to.
   """
 
   config: ModelConfig
@@ -285,7 +287,7 @@ class LanguageModel(nn.Module):
     x_BTD = _embed(cfg, embed.embedding, tokens_BT)
     block, arguments = registry.stack(cfg)
     layer = _remat(cfg, block, nn.remat)
-    scan: Any = nn.scan  # its annotations know no tuple of axes
+    scan: Any = nn.scan  # its annotations do not allow a tuple of axes
     layer = scan(
       layer,
       variable_axes={"params": 0, "dynamics": 0},

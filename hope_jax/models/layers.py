@@ -2,8 +2,8 @@
 
 Slow weights are Linen parameters with logical axis names (`training/
 sharding.py` maps them to mesh axes).  Parameters are float32, activations
-have the model's dtype.  All linear maps are without bias; how they begin is the
-config's `initializer`.
+have the model's dtype.  Linear maps have no bias; the config's `initializer`
+says how they start.
 
 Legend: B batch, T tokens, D model, F hidden, W window.
 """
@@ -33,9 +33,10 @@ def uniform(
 
 
 def initializer(config: ModelConfig, *, is_output: bool) -> Initializer:
-  """The start of a linear map from n inputs, D model width, L blocks.
+  """The initializer of a linear map with n inputs, for model width D, L blocks.
 
-  `is_output`: it ends on the residual stream, to which a block adds r times.
+  `is_output`: whether its output is added to the residual stream, to which each
+  block adds r times.
 
     config   inner map          output map
     normal   N(0, 0.02)         N(0, 0.02) / sqrt(2 L)       GPT-2
@@ -56,7 +57,7 @@ def initializer(config: ModelConfig, *, is_output: bool) -> Initializer:
 def _dot_general(
   x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: None
 ) -> jax.Array:
-  """The product of `nn.Dense`, which is x W."""
+  """The product x W, as `dot_general` of `nn.Dense`."""
   assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ()))
   assert precision is None
   return products.matmul(x, kernel)
@@ -76,9 +77,10 @@ def dense(
   """A linear map without bias; `axes` are its kernel's logical axes.
 
   Args:
-    is_output: it ends on the residual stream, see `initializer`.
-    kernel_init: a published start in place of the config's.
-    role, owner: of the kernel, `models/parameters.py`.
+    is_output: whether its output is added to the residual stream, see
+      `initializer`.
+    kernel_init: a published initializer in place of the config's.
+    role, owner: the kernel's, see `models/parameters.py`.
   """
   kernel_init = kernel_init or initializer(config, is_output=is_output)
   return nn.Dense(
@@ -92,7 +94,7 @@ def dense(
 
 
 class Matrix(nn.Module):
-  """A linear map of the model's width whose matrix others use: (x W, W)."""
+  """A linear map of the model's width that also returns its matrix: x W, W."""
 
   config: ModelConfig
 
@@ -118,7 +120,7 @@ def rms_norm(
 
 
 def residual(x_BTD: jax.Array) -> jax.Array:
-  """The residual stream, laid out on the mesh as between blocks."""
+  """The residual stream, with its layout between blocks on the mesh."""
   return nn.with_logical_constraint(x_BTD, ("batch", "length", "act"))
 
 
@@ -132,7 +134,7 @@ def document_starts(documents: jax.Array) -> jax.Array:
 
 
 def step_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """a of Mamba: softplus(a) log-uniform in 0.001 .. 0.1."""
+  """Initial a of Mamba, with softplus(a) log-uniform in 0.001 .. 0.1."""
   low, high = jnp.log(1e-3), jnp.log(0.1)
   step = jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high))
   return step + jnp.log(-jnp.expm1(-step))
@@ -141,11 +143,12 @@ def step_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 class ShortConv(nn.Module):
   """Causal depthwise convolution: y_t = sum_j kernel_j x_{t-j} (+ bias).
 
-  Both begin uniform in +-1 / sqrt(window), as PyTorch's; with `is_normal` as
-  Flax's, from a (cut) normal distribution of variance 1 / window and from 0.
-  The state is the last window - 1 inputs, [B, W-1, D], of the last document.
-  Taps that reach across a segment border read zero; the state's inputs belong
-  to segment 0.
+  Kernel and bias start uniform in +-1 / sqrt(window), as in PyTorch.  With
+  `is_normal` they start as in Flax: the kernel from a truncated normal
+  distribution of variance 1 / window, the bias at 0.  The state is the last
+  window - 1 inputs, [B, W-1, D], with zeros for those of earlier documents.
+  Taps that reach across a document's border read zero; the state's inputs
+  belong to document 0.
   """
 
   window: int
@@ -201,7 +204,7 @@ class ShortConv(nn.Module):
 
 
 def full_widths(config: ModelConfig) -> dict[str, int]:
-  """Query, key and value of the model's width."""
+  """Query, key and value, all with the model's width."""
   return dict.fromkeys(("query", "key", "value"), config.width)
 
 
@@ -235,8 +238,10 @@ def convolve(
   *,
   use_bias: bool = False,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-  """A causal convolution of each projection, where configured, and the
-  convolutions' new states."""
+  """A causal convolution of each projection, where configured.
+
+  Returns the results and the convolutions' new states.
+  """
   if not config.conv_window:
     return dict(projected), {}
   convolved, new_state = {}, {}
@@ -251,7 +256,7 @@ def convolve(
 def init_conv_state(
   config: ModelConfig, batch_size: int, widths: Mapping[str, int]
 ) -> dict[str, jax.Array]:
-  """The last window - 1 inputs of each projection's convolution, zeros."""
+  """Zeros for the last window - 1 inputs of each projection's convolution."""
   if not config.conv_window:
     return {}
   dtype, past = jnp.dtype(config.dtype), config.conv_window - 1
@@ -269,13 +274,13 @@ def split_heads(x_BTD: jax.Array, heads: int) -> jax.Array:
 
 
 def merge_heads(x_BHTK: jax.Array) -> jax.Array:
-  """[B, H, T, K] -> [B, T, H K]: heads side by side."""
+  """[B, H, T, K] -> [B, T, H K], with heads side by side."""
   x = x_BHTK.swapaxes(1, 2)
   return x.reshape(*x.shape[:2], -1)
 
 
 def silu_gate(gate: jax.Array, up: jax.Array) -> jax.Array:
-  """silu(gate) * up, SwiGLU's hidden activation."""
+  """silu(gate) * up, the hidden activation of SwiGLU."""
   return nn.silu(gate) * up
 
 
@@ -300,13 +305,13 @@ class SwiGLU(nn.Module):
 
 
 def wants_dynamics(module: nn.Module) -> bool:
-  """Whether `dynamics` is asked for: not by `init`, to which all is mutable."""
+  """Whether `dynamics` is requested; never in `init`, where all is mutable."""
   return (
     module.is_mutable_collection("dynamics") and not module.is_initializing()
   )
 
 
 def sow_dynamics(module: nn.Module, name: str, values: dict | None):
-  """Records scalars of an inner learning where `dynamics` is asked for."""
+  """Records scalars about inner learning if `dynamics` is requested."""
   for key, value in (values or {}).items():
     module.sow("dynamics", f"{name}.{key}", value)

@@ -1,4 +1,4 @@
-"""Linear baselines: one matrix memory per head, read after it is written.
+"""Linear baselines: one matrix memory per head, read after each write.
 
   S_t = S_{t-1} (alpha_t I - delta_t k_t k_t^T) + eta_t v_t k_t^T
   y_t = W_o (norm(S_t q_t) * gate(n_t))
@@ -9,23 +9,24 @@
   gated_deltanet  exp(-e^A s)   b    alpha b  conv, l2   swish
   comba           exp(-e^A s)   b    c b      conv, l2   sigmoid
 
-with b = sigmoid(n w_b), s = softplus(n w_s + a), and A, a, c learned per head;
-"conv": SiLU of a causal convolution, v too.  Queries are scaled by K^-1/2;
-Comba first subtracts from them, q <- l2norm(q - d c k).  `VARIANTS` is the
+with b = sigmoid(n w_b), s = softplus(n w_s + a), and A, a, c, d learned per
+head; "conv" is SiLU of a causal convolution, of v, too.  Queries are scaled by
+K^-1/2; Comba first corrects them, q <- l2norm(q - d c k).  `VARIANTS` is this
 table; Mamba2 uses the same rule (`models/mamba2.py`).
 
 Sources: RetNet 2307.08621, DeltaNet 2406.06484, Gated DeltaNet 2412.06464,
-Comba 2506.02475.  Layouts as published: values twice as wide as keys in RetNet,
-Gated DeltaNet and Comba, the last two with 3/4 of the heads.
+Comba 2506.02475.  Layouts are as published: values are twice as wide as keys in
+RetNet, Gated DeltaNet and Comba, and the last two have 3/4 of the heads.
 
-Initial values are those of the authors' code: A uniform in 0 .. 16 in Gated
+Initial values are those of the authors' code: e^A uniform in 0 .. 16 in Gated
 DeltaNet and Comba; softplus(a) log-uniform in 0.001 .. 0.1; c = sigmoid(1); d =
-0.02, from a width of 2048 on 1 (Comba at 340M and 1.3B).  RetNet's and
-DeltaNet's maps begin Xavier-uniform with gain 2^-5/2, but W_o with 1 in RetNet
-and divided by sqrt(2 L) in DeltaNet; those of the FFN, and all of the others,
-as the config's `initializer` says.
+0.02, or 1 from a width of 2048 on (Comba at 340M and 1.3B).  RetNet's and
+DeltaNet's maps start Xavier-uniform with gain 2^-5/2, except W_o, with gain 1
+in RetNet and 2^-5/2 / sqrt(2 L) in DeltaNet.  The other models' maps, and all
+FFNs, start as the config's `initializer` says.
 
-All are choices of `pallas_kernels.linear_rule`, exact for any chunk length.
+All are special cases of `pallas_kernels.linear_rule`, which is exact for any
+chunk length.
 
 Legend: B batch, T tokens, D model, H heads, K head dim, E value dim of a head.
 """
@@ -59,8 +60,8 @@ class Layout(NamedTuple):
 
 
 class Rule(NamedTuple):
-  """alpha, eta and delta (None: no erase) of the rule, [B, H, T]; what of the
-  key is subtracted from the query, [1, H, 1], or None."""
+  """alpha, eta and delta (None: no erase) of the rule, [B, H, T]; the multiple
+  of the key that is subtracted from the query, [1, H, 1], or None."""
 
   retention: jax.Array
   learn_rate: jax.Array
@@ -69,13 +70,13 @@ class Rule(NamedTuple):
 
 
 class GateInputs(NamedTuple):
-  """What a variant's gates are made of.
+  """The building blocks of a variant's gates.
 
   Attributes:
     ones: [B, H, T].
-    per_token: name -> a map of the layer's input, [B, H, T].
+    per_token: name -> a linear map of the layer's input, [B, H, T].
     per_head: (name, initializer) -> a learned number per head, [1, H, 1].
-    config: the model's.
+    config: the model's config.
   """
 
   ones: jax.Array
@@ -91,11 +92,11 @@ class Variant(NamedTuple):
     layout: (heads, head width) -> the published layout.
     rule: the gates of a token.
     problem: its objective and rule in words.
-    gate: what opens the output, None: nothing does.
-    is_rotary: q and k are turned by their position, in place of a norm.
-    is_centered: the norm of the output is a group norm (RMS otherwise).
-    gain: of the Xavier-uniform start of all maps, and of W_o in a model of L
-      blocks; None: the config's `initializer`.
+    gate: the activation of the output's gate; None: there is no gate.
+    is_rotary: whether q and k have rotary positions in place of an L2 norm.
+    is_centered: whether the output's norm is a group norm (RMS otherwise).
+    gain: L blocks -> the gains of the maps' Xavier-uniform start: of all but
+      W_o, and of W_o; None: the config's `initializer`.
   """
 
   layout: Callable[[int, int], Layout]
@@ -108,7 +109,7 @@ class Variant(NamedTuple):
 
 
 def log_decay_rate(lowest: float) -> Initializer:
-  """A: log of uniform(lowest, 16), where 0 means a little more."""
+  """Initial A: log of uniform(lowest, 16), with `lowest` at least 1e-4."""
   low = max(lowest, 1e-4)
   return lambda key, shape: jnp.log(
     jax.random.uniform(key, shape, minval=low, maxval=16.0)
@@ -120,7 +121,7 @@ def _constant(value: float) -> Initializer:
 
 
 def decay(gates: GateInputs, lowest: float) -> tuple[jax.Array, jax.Array]:
-  """exp(-e^A s) and s, A from `log_decay_rate(lowest)`."""
+  """exp(-e^A s) and s, where A starts from `log_decay_rate(lowest)`."""
   speed = jnp.exp(gates.per_head("log_decay_rate", log_decay_rate(lowest)))
   step = gates.per_token("step")
   step = nn.softplus(step + gates.per_head("step_bias", layers.step_bias))
@@ -206,7 +207,7 @@ def _widths(config: ModelConfig) -> dict[str, int]:
 
 @flax.struct.dataclass
 class Matrix:
-  """S [B, H, E, K], and the number of tokens that it has read."""
+  """S [B, H, E, K], and the number of tokens read so far."""
 
   weight: jax.Array
   position: jax.Array
@@ -242,7 +243,7 @@ def init_state(
 def _kernel_init(
   config: ModelConfig, *, is_output: bool = False
 ) -> Initializer | None:
-  """The published start of the maps; None: the config's."""
+  """The published initializer of the maps; None: the config's."""
   gain = _variant(config).gain
   if gain is None:
     return None
@@ -250,12 +251,12 @@ def _kernel_init(
 
 
 class Gates(nn.Module):
-  """A `Rule` of the layer's input: scalars per token and head.
+  """A `Rule` from the layer's input: scalars per token and head.
 
   Attributes:
-    rule: of a `Variant`.
+    rule: as in `Variant`.
     heads: H.
-    kernel_init: of the maps, None: the config's.
+    kernel_init: the maps' initializer; None: the config's.
   """
 
   config: ModelConfig
@@ -360,8 +361,8 @@ def run_rule(
   documents: jax.Array | None,
   config: ModelConfig,
 ) -> tuple[jax.Array, Matrix]:
-  """(o [B, H, T, E], the memory after) by `linear_rule`, on every device's
-  heads."""
+  """(o [B, H, T, E], the memory after) by `linear_rule`, which every device
+  runs for its own heads."""
   name = config.memory.implementation
   heads, length = tokens.keys.shape[1:3]
   reset = None

@@ -1,14 +1,14 @@
-"""LSTM: a gated recurrence, read and written token by token (Table 5).
+"""LSTM: a gated recurrence of the model's width (Table 5).
 
   i, f, g, o = n_t W + h_{t-1} U + b
   c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g)
   y_t = h_t = sigmoid(o) tanh(c_t)
 
-of the model's width, in the same block as all others (Hochreiter and
-Schmidhuber 1997; forget gate: Gers et al. 2000, its bias starts at 1).  W
-starts as LeCun's normal, U orthogonal.  Linen's cells have neither that bias
-nor documents, so the recurrence is written out here; all tokens share one
-product n W, and the loop has only h U.
+It sits in the same block as all other layers.  Sources: Hochreiter and
+Schmidhuber 1997; Gers et al. 2000 for the forget gate, whose bias starts at 1.
+W starts as LeCun's normal, U orthogonal.  Linen's cells have neither that bias
+nor documents, so the recurrence is written out here; n W is one product for all
+tokens, and the loop has only h U.
 
 Legend: B batch, T tokens, D model.
 """
@@ -52,7 +52,7 @@ def init_state(
 
 
 def _bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """0, of the forget gate 1."""
+  """0, but 1 for the forget gate."""
   gate = jnp.arange(4).repeat(shape[0] // 4)
   return (gate == 1).astype(jnp.float32)
 
@@ -93,7 +93,7 @@ class LSTM(nn.Module):
         state = jax.tree.map(lambda s: jnp.where(is_new[:, None], 0, s), state)
       z = x + jnp.dot(state.hidden.astype(x.dtype), recurrent)
       z = z.astype(jnp.float32) + bias[None]
-      # Left to the compiler, gradients are wrong on a mesh of all three axes.
+      # Without this, gradients are wrong on a mesh with all three axes.
       z = nn.with_logical_constraint(z, ("batch", "gates"))
       i, f, g, o = jnp.split(z, 4, axis=-1)
       cell = nn.sigmoid(f) * state.cell + nn.sigmoid(i) * jnp.tanh(g)
@@ -108,7 +108,7 @@ class LSTM(nn.Module):
         step, start, jax.tree.map(by_token, (projected, reset))
       )
     y_BTD = by_token(y)
-    # There are no pairs for a CMS, which the config refuses.
+    # Placeholders: it has no pairs for a CMS, which the config rules out.
     return MixerOutput(y_BTD, y_BTD, y_BTD, state and LSTMState(end))
 
 

@@ -4,10 +4,10 @@
   h_t = exp(-s_t A) h_{t-1} + s_t v_t k_t^T    `pallas_kernels/selective_scan`
   y = ((h q + D v) * silu(n W_z)) W_o
 
-The paper calls q, k, v, s C, B, x, dt.  Each of E = 2 D channels has a state of
-16, whose 16 decays A start at 1 .. 16 (S4D-real), and a step s, through a rank
-R = D / 16, that starts log-uniform in 0.001 .. 0.1; W_2 starts uniform in
-+-1 / sqrt(R).  Published without FFNs.
+In the paper's symbols q, k, v, s are C, B, x, dt.  Each of the E = 2 D channels
+has a state of 16 numbers, whose decay rates A start at 1 .. 16 (S4D-real).  Its
+step s is made through a rank R = D / 16 and starts log-uniform in 0.001 .. 0.1;
+W_2 starts uniform in +-1 / sqrt(R).  The published model has no FFNs.
 
 Legend: B batch, T tokens, D model, E channels, K state of a channel, R rank.
 """
@@ -32,7 +32,7 @@ KEY_DIM = 16
 
 class Tokens(NamedTuple):
   """v and s [B, T, E], k and q [B, T, K]; which tokens begin a document [B, T],
-  None: there is one only."""
+  None with a single document."""
 
   values: jax.Array
   step: jax.Array
@@ -42,7 +42,7 @@ class Tokens(NamedTuple):
 
 
 def _widths(config: ModelConfig) -> dict[str, int]:
-  """E, the width of what is convolved."""
+  """E, the width of the convolution."""
   return {"value": 2 * config.width}
 
 
@@ -113,7 +113,7 @@ class Gates(nn.Module):
 def run_scan(
   tokens: Tokens, rate_EK: jax.Array, state: jax.Array, config: ModelConfig
 ) -> ScanOutput:
-  """`selective_scan` from `state` [B, E, K], on every device's channels."""
+  """`selective_scan` from `state` [B, E, K]; devices run their own channels."""
 
   def run(values, step, keys, queries, reset, rate, state):
     found = selective_scan(

@@ -3,14 +3,14 @@
   S_t = exp(-e^A s_t) S_{t-1} + s_t v_t k_t^T
   y_t = W_o RMS((S_t q_t + D v_t) * silu(n_t W_z))
 
-with s = softplus(n w_s + a); A, a and D are learned per head.  The paper calls
-q, k, v, s C, B, x, dt.  q, k and v are SiLU of causal convolutions; all heads
-share one q and one k, which are not scaled, and the norm is over all of them
-together.  Layout as published: heads of 64, keys of 128, values of twice the
-model's width, and no FFN.
+with s = softplus(n w_s + a); A, a and D are learned per head.  In the paper's
+symbols q, k, v, s are C, B, x, dt.  q, k and v are SiLU of causal convolutions;
+all heads share one q and one k, which are not scaled, and the norm is taken
+over all heads together.  The layout is as published: heads of 64, keys of 128,
+values with twice the model's width in total, and no FFN.
 
-Initial values are those of the authors' code: A uniform in 1 .. 16, softplus(a)
-log-uniform in 0.001 .. 0.1, D = 1.
+Initial values are those of the authors' code: e^A uniform in 1 .. 16,
+softplus(a) log-uniform in 0.001 .. 0.1, D = 1.
 
 Legend: B batch, T tokens, D model, H heads, K key dim, E value dim of a head.
 """

@@ -6,12 +6,12 @@ length, C_l the level's, after every C_l tokens
   D_l <- alpha^C_l D_l - eta_l clip(mean over the chunk of dL_t / dD_l)
 
 L_t is the cross entropy of token t + 1, differentiated through all layers
-above; slower levels add up the gradients of several chunks of C tokens, each at
-the weights that it was read with.  Levels learn in the last K layers only
-(`learning_layers`).  What lies below, the sequence layer of the first of these
-K included, does not depend on D: it reads all tokens at once, and only the rest
-is scanned by chunk, where one forward pass gives the logits and the gradient.
-For K = 1 that is an FFN and the logits.
+above; slower levels add up the gradients of several chunks of C tokens, each
+taken at the weights with which that chunk was read.  Levels learn in the last K
+layers only (`learning_layers`).  Everything below their first CMS, including
+the sequence layer of the same block, does not depend on D and reads all tokens
+at once.  Only the rest is scanned by chunk, with one forward pass for both the
+logits and the gradient.  For K = 1 the rest is one CMS and the logits.
 
 A chunk's last target is the first token of the next chunk.  The update is
 therefore made when that token arrives, before it is read.  Until then the state
@@ -21,14 +21,14 @@ also stores
   - the residual stream that the first learning level read there, and
   - what the sequence layers above it remembered at the chunk's start.
 
-Tokens inside a chunk are read by the whole model at the weights with which the
-chunk began (`_read`); the chunk is computed once more for its gradient when the
-next one begins (`_learn`).
+Calls with less than a chunk run the whole model at the weights with which the
+chunk began (`_read`); when the next chunk begins, the layers that learn run
+again on the whole chunk for its gradient (`_learn`).
 
-The outer gradient goes through the inner one (`outer_order` 2) or takes it for
+The outer gradient goes through the inner one (`outer_order` 2) or treats it as
 a constant (1).  A document that begins inside a chunk reads W_0 there and
-learns from the next chunk on.  The nearest public reading is TTT-E2E
-(2512.23675); the paper does not say how it trains this signal.
+learns from the next chunk on.  The paper does not say how it trains this
+signal; the closest published method is TTT-E2E (2512.23675).
 
 Legend: B batch, T tokens, C shortest chunk length, N chunks, L layers, K
 learning layers, V vocab.
@@ -70,9 +70,10 @@ class Parts(NamedTuple):
   Attributes:
     apply: (tokens, `BlockState`, documents) -> `ModelOutput`, with given D.
     begin: (tokens, mixer, documents) -> the stream that the first learning
-      level reads [B, T, D], and the fast state of the sequence layers up to
-      there, both as given: L - K + 1 layers first, or None.
-    top: the parameters of the rest, K layers first in "blocks".
+      level reads [B, T, D], and the fast state of the sequence layers below it.
+      That state, like `mixer`, has an axis of L - K + 1 layers first, or is
+      None.
+    top: the parameters of the rest, with an axis of K layers first in "blocks".
     finish: (top, stream, levels, mixer, documents) -> logits [B, T, V] and the
       fast state of the K - 1 sequence layers above.
   """
@@ -92,14 +93,14 @@ def forward(
   documents: jax.Array | None,
   is_whole: bool = False,
 ) -> tuple[jax.Array, NextTokenState | None]:
-  """Reads `tokens` [B, T] on from `state`: (logits [B, T, V], state).
+  """Continues `state` with `tokens` [B, T]: (logits [B, T, V], new state).
 
-  They must begin at a chunk's border, or lie inside one chunk.
+  The tokens must begin at a chunk's border, or lie inside one chunk.
 
   Args:
-    documents: [B, T] document numbers, 0: the state's document.
-    is_whole: the tokens are a whole sequence, `state` is the one before it, and
-      None is returned in place of the state after it.
+    documents: [B, T] document numbers; 0 is the state's document.
+    is_whole: the tokens are a whole sequence and `state` is the initial one;
+      None is returned in place of the new state.
   """
   if is_whole:
     return _read_chunks(parts, tokens, state, documents, config, is_whole=True)
@@ -119,7 +120,7 @@ def forward(
 def _numbers(
   state: NextTokenState, tokens: jax.Array, documents: jax.Array | None
 ) -> jax.Array:
-  """[B, T] numbers of the tokens' documents, as the state counts them."""
+  """[B, T] document numbers of the tokens, in the state's own numbering."""
   numbers = jnp.broadcast_to(state.document[:, None], tokens.shape)
   return numbers if documents is None else numbers + documents
 
@@ -131,7 +132,7 @@ def _read(
   documents: jax.Array | None,
   config: ModelConfig,
 ) -> tuple[jax.Array, NextTokenState]:
-  """Tokens [B, T] of one chunk, at the weights that it began with."""
+  """Reads tokens [B, T] of one chunk, at the weights with which it began."""
   is_first = state.pending == 0
   numbers = _numbers(state, tokens, documents)
   first = jnp.where(is_first, numbers[:, 0], state.first_document)
@@ -168,14 +169,15 @@ def _learn(
   number: jax.Array,
   config: ModelConfig,
 ) -> NextTokenState:
-  """The update by the full pending chunk, on receipt of what follows it.
+  """Updates the levels from the full pending chunk, when its successor arrives.
 
   Args:
-    token: [B], the next one; number: [B], that of its document.
+    token: [B], the token after the chunk; number: [B], its document's number.
   """
   targets = jnp.concatenate([state.tokens[:, 1:], token[:, None]], axis=1)
   top = _Top(parts.finish, parts.top, config)
-  # A chunk of several documents teaches nothing: it is taken for one.
+  # The chunk is treated as one document: if there are several, `advance` resets
+  # the levels, and nothing is learned from it.
   documents = jnp.broadcast_to(state.begins[:, None], targets.shape)
   gradients, _ = top.gradients(
     weights_of(state.levels),
@@ -196,13 +198,13 @@ def _learn(
 
 
 class _Chunk(NamedTuple):
-  """What the learning layers read of a chunk.
+  """A chunk as input of the learning layers.
 
   Attributes:
     stream: [B, C, D].
-    documents: [B, C] document numbers, 0: the one that ended the last chunk.
-    inherits: [B, C] which places read D.  Both are None where there is one
-      document only.
+    documents: [B, C] document numbers; 0 is the one that ended the last chunk.
+    inherits: [B, C] which places read D.  This and `documents` are None with a
+      single document.
   """
 
   stream: jax.Array
@@ -211,7 +213,7 @@ class _Chunk(NamedTuple):
 
 
 class _Top(NamedTuple):
-  """The learning layers, from the first one's levels on."""
+  """The learning layers, from the first one's CMS on, and the logits."""
 
   finish: Callable[..., Tree]
   params: Tree
@@ -237,7 +239,7 @@ class _Top(NamedTuple):
     mixer: Tree,
     targets: jax.Array,
   ) -> tuple[dict[str, LevelWeights], tuple[jax.Array, Tree]]:
-    """The mean loss of a chunk by every D; what `read` returns for it."""
+    """Gradient of a chunk's mean loss for every D, and what `read` returns."""
 
     def loss(weights: dict[str, LevelWeights]) -> tuple[jax.Array, Tree]:
       logits, after = self.read(weights, chunk, mixer)
@@ -251,7 +253,7 @@ class _Top(NamedTuple):
 
 
 class _Carry(NamedTuple):
-  """What is handed from chunk to chunk; fields as in `NextTokenState`."""
+  """The state carried from chunk to chunk; fields as in `NextTokenState`."""
 
   levels: dict[str, Level]
   mixer: Tree
@@ -268,7 +270,7 @@ def _read_chunks(
   *,
   is_whole: bool = False,
 ) -> tuple[jax.Array, NextTokenState | None]:
-  """Tokens [B, T] from a chunk's border on, all that is below D at once."""
+  """Reads tokens [B, T] that begin at a chunk's border, scanned by chunk."""
   numbers = None if documents is None else _numbers(state, tokens, documents)
   below = None
   if not is_whole:
@@ -313,22 +315,22 @@ def _read_chunks(
 
 
 def _following(x: jax.Array) -> jax.Array:
-  """What follows each of [B, n]; the last one, which is not used, itself."""
+  """x [B, n] shifted left by one; the last entry is repeated and not used."""
   return jnp.concatenate([x[:, 1:], x[:, -1:]], axis=1)
 
 
 def _chunk_of(
   stream: jax.Array, numbers: jax.Array | None, document: jax.Array
 ) -> _Chunk:
-  """`document` [B] is the one that ended the last chunk."""
+  """A `_Chunk`; `document` [B] is the number that ended the last chunk."""
   if numbers is None:
     return _Chunk(stream)
   inherits = numbers == numbers[:, :1]
   return _Chunk(stream, numbers - document[:, None], inherits)
 
 
-# Up to so many chunks the last one is compiled apart, without an update that
-# nothing reads: beyond, that is too small a part to pay for it.
+# With at most this many chunks the last one is compiled separately, without its
+# unused update; with more, the saving is not worth the compile time.
 _MAX_COUNT_APART = 16
 
 
@@ -341,8 +343,8 @@ def _scan(
   config: ModelConfig,
   is_whole: bool,
 ) -> tuple[jax.Array, _Carry, Tree]:
-  """(logits [B, T, V], what the last chunk began with, the fast state of the
-  layers above after it).
+  """(logits [B, T, V], the carry before the last chunk, the fast state of the
+  layers above after it).  The last two are not used if `is_whole`.
 
   Args:
     sequence: stream [B, T, D], tokens and document numbers [B, T].
@@ -350,7 +352,7 @@ def _scan(
   stream, tokens, numbers = sequence
   top = _Top(finish, params, config)
   length, total = config.cms.fast_lengths[0], tokens.shape[1]
-  count = -(-total // length)  # the last one may be shorter
+  count = -(-total // length)  # the last chunk may be shorter
   is_apart = not is_whole or total % length or count <= _MAX_COUNT_APART
   scanned = count - 1 if is_apart else count
 
@@ -398,9 +400,10 @@ def blocks(
   inherits: jax.Array,
   config: ModelConfig,
 ) -> BlockState:
-  """The model's state: `mixer`, and D for every layer (0 where none learns).
+  """The model's state: `mixer`, and D for every layer (0 in those that do not
+  learn).
 
-  `inherits` [B, T]: which places read D.
+  `inherits` [B, T] says which places read D.
   """
   layers = config.num_layers
   missing = layers - learning_layers(config)

@@ -1,7 +1,7 @@
-"""The levels that learn by the next-token loss, and what is kept of a sequence.
+"""Levels that learn from the next-token loss, and the state of a sequence.
 
-One chunk's gradient makes every level's next weights, `advance`; who computes
-it is `models/next_token.py`, whose symbols these are.
+`advance` updates every level from one chunk's gradient, which
+`models/next_token.py` computes; symbols are as there.
 
 Legend: B batch, T tokens, C shortest chunk length, D model, L layers, K
 learning layers.
@@ -23,8 +23,9 @@ from hope_jax.models.interface import FastState, Parts, owned
 
 
 class Level(NamedTuple):
-  """D and the sum of the current chunk's gradients (None: the shortest chunk
-  has no more than one), each LevelWeights with axes [K, B] first."""
+  """D and the sum of gradients in the level's current chunk, both LevelWeights
+  with axes [K, B] first.  The level with the shortest chunk, which needs one
+  gradient only, has no sum (None)."""
 
   weight: LevelWeights
   gradient: LevelWeights | None
@@ -32,17 +33,20 @@ class Level(NamedTuple):
 
 @flax.struct.dataclass
 class NextTokenState(FastState):
-  """What is kept of a sequence.
+  """The fast state of a model whose levels learn from the next-token loss.
 
   Attributes:
-    mixer: the sequence layers' fast state, L first.
-    start: that of the last K - 1 layers before the pending chunk; None: K is 1.
+    mixer: the sequence layers' fast state, with an axis of L layers first.
+    start: `mixer` of the last K - 1 layers before the pending chunk; None if K
+      is 1.
     levels: `Level` by name.
     tokens: [B, C] the current chunk's tokens; the first `pending` are valid.
-    stream: [1, B, C, D] what the first learning layer's levels read of it.
-    position: tokens that were learned from since the slowest chunk began.
-    document, first_document: [B] numbers of the last token's document, and of
-      the one that the pending chunk began with; begins: whether it began there.
+    stream: [1, B, C, D] the input of the first learning layer's CMS for them.
+    position: number of tokens that were learned from since the slowest level's
+      chunk began.
+    document: [B] number of the last token's document.
+    first_document: [B] number of the pending chunk's first document.
+    begins: [B] 1 if that document began with the pending chunk, else 0.
   """
 
   mixer: Tree
@@ -66,17 +70,17 @@ class NextTokenState(FastState):
         yield (field.metadata["owner"],), getattr(self, field.name)
 
   def cms_weight(self, name: str) -> LevelWeights:
-    """D of a CMS level in the layers that learn, the last ones."""
+    """D of a CMS level in the learning layers, which are the last ones."""
     return self.levels[name].weight
 
   def reset_cms(self, name: str) -> "NextTokenState":
-    """The state in which a CMS level is as at the start."""
+    """The state with one CMS level reset to its start."""
     zero = jax.tree.map(jnp.zeros_like, self.levels[name])
     return dataclasses.replace(self, levels=self.levels | {name: zero})
 
 
 def is_on(config: ModelConfig) -> bool:
-  """Whether any level of the model learns so."""
+  """Whether any level of the model learns from the next-token loss."""
   return config.cms.signal == "next_token" and any(
     config.is_live(name) for name in _names(config)
   )
@@ -85,7 +89,7 @@ def is_on(config: ModelConfig) -> bool:
 def init_state(
   config: ModelConfig, mixer: Tree, batch_size: int
 ) -> NextTokenState:
-  """Before the first token; `mixer`: the sequence layers' state, L first."""
+  """The state before the first token; `mixer` is the L sequence layers'."""
   length, width = config.cms.fast_lengths[0], config.width
   count, levels = learning_layers(config), {}
   for i, name in enumerate(_names(config)):
@@ -110,12 +114,12 @@ def init_state(
 
 
 def learning_layers(config: ModelConfig) -> int:
-  """How many layers, from the last one down, learn."""
+  """Number K of learning layers, which are the last ones."""
   return max(1, round(config.cms.learning_share * config.num_layers))
 
 
 def layers_above(mixer: Tree, config: ModelConfig) -> Tree:
-  """The part of the last K - 1 layers, above the first level that learns."""
+  """`mixer` of the last K - 1 layers, those above the first learning level."""
   count = learning_layers(config) - 1
   return jax.tree.map(lambda x: x[-count:], mixer) if count else None
 
@@ -133,11 +137,11 @@ def advance(
   *,
   config: ModelConfig,
 ) -> tuple[dict[str, Level], jax.Array]:
-  """All levels, and the position, after a chunk of the shortest one.
+  """All levels and the position after one chunk of the shortest length.
 
   Args:
-    is_other: [B] whether what follows is of another document than the one that
-      the chunk began with: then all is forgotten.
+    is_other: [B] whether the next token belongs to another document than the
+      chunk's first token; if so, all levels are reset.
   """
   length = config.cms.fast_lengths[0]
   position = position + length
@@ -179,12 +183,13 @@ def update(
   parts: int,
   error_clip: float,
 ) -> Level:
-  """One level after a chunk of the shortest level.
+  """One level after a chunk of the shortest length.
 
   Args:
     gradient: of that chunk's mean loss.
     rates: eta and log alpha (None: nothing is forgotten), [K] each.
-    is_due: whether the level's own chunk, of `parts` shortest ones, is whole.
+    is_due: whether the level's own chunk, which consists of `parts` shortest
+      ones, is complete.
     error_clip: largest norm of a sequence's gradient, over all layers.
   """
   total, rest = gradient, level.gradient

@@ -24,7 +24,7 @@ class Parameter(nn.LogicallyPartitioned):
   """The box of a parameter.
 
   Attributes:
-    role: `optim/roles.py`.
+    role: see `optim/roles.py`.
     owner: names of components, see `kinds`.
   """
 
@@ -38,7 +38,7 @@ def boxed(
   role: Role = "weight",
   owner: tuple[str, ...] = (),
 ) -> Callable[..., Tree]:
-  """The initializer `init`, whose array is put into a `Parameter`."""
+  """The initializer `init`, with its array put into a `Parameter`."""
 
   def make(*args: Any, **kwargs: Any) -> Parameter:
     return Parameter(init(*args, **kwargs), axes, role=role, owner=owner)
@@ -60,7 +60,8 @@ def parameter(
   return module.param(name, boxed(init, axes, role, owner), shape)
 
 
-# What a parameter that names no owner is part of, by its place in the model.
+# The component that owns a parameter without an explicit owner, by the name of
+# a module that contains it.
 _PLACES = {
   "mixer": "projections",
   "norm_mixer": "projections",
@@ -72,9 +73,9 @@ _PLACES = {
 def kinds(params: Tree) -> Tree:
   """`Kind` of every boxed parameter, as a tree like the parameters.
 
-  A parameter that names no owner belongs to the part of a block that it lies
-  in: the sequence layer's `projections`, the `ffn`; outside of blocks to the
-  `embedding`.
+  Without an explicit owner a parameter belongs to the part of the block that
+  contains it, `projections` (the sequence layer) or `ffn`, or outside of blocks
+  to the `embedding`.
   """
 
   def kind(path: tuple[Tree, ...], box: Parameter) -> Kind:

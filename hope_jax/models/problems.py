@@ -1,7 +1,7 @@
-"""How the memories learn that several sequence layers share, in words.
+"""Descriptions, in words, of memories that several sequence layers share.
 
-Paper section 3 and App. C: every component is a problem with an objective, a
-context and a rule; `analysis/levels.py` orders them by their frequency.
+In the paper (section 3 and App. C) every component is a problem with an
+objective, a context and a rule; `analysis/levels.py` orders them by frequency.
 """
 
 import math
@@ -15,7 +15,7 @@ DOT, L2 = "-⟨S k, v⟩", "1/2 ‖S k - v‖²"
 
 
 def attention(context: str) -> Problem:
-  """Softmax attention, non-parametric solution of an L2 regression (eq. 62)."""
+  """Softmax attention: non-parametric solution of an L2 regression (eq. 62)."""
   return Problem(
     name="attention",
     frequency=math.inf,
@@ -39,8 +39,8 @@ def linear(objective: str, rule: str) -> Problem:
 
 
 def deep_memories(config: ModelConfig, prefix: str = "") -> list[Problem]:
-  """The long-term memory (eq. 86-90) and the adaptive projections and gates,
-  which are memories themselves (eq. 83-88); `prefix` to their rule."""
+  """The long-term memory (eq. 86-90), and the adaptive projections and gates,
+  which are memories themselves (eq. 83-88).  `prefix` precedes their rule."""
   cfg = config.memory
   inputs = "q, k, v and gates by slow projections"
   if cfg.adaptive:

@@ -1,8 +1,8 @@
 """The sequence layers of all models by name, and the stack of their blocks.
 
 A model is a row here, a row of traits in `config/layers.py`, and its own file.
-All blocks of a model are alike, or blocks of a few kinds take turns, as in
-Samba (2406.07522): Mamba, FFN, attention with a window, FFN.
+Its blocks are all alike, or blocks of a few kinds alternate, as in Samba
+(2406.07522): Mamba, FFN, attention with a window, FFN.
 """
 
 import dataclasses
@@ -53,9 +53,9 @@ class Layer(NamedTuple):
     init_state: (config, batch size, read size) -> its `FastState`.
     describe: config -> what it learns inside the sequence.
     block: the residual block around it.
-    begin: (config, x) -> what the first block reads, of the embeddings.
-    end: (config, stream) -> what the logits read, of the last block's.
-    init_ffn: (config, batch size) -> what the block's FFN remembers.
+    begin: (config, embeddings) -> the input of the first block.
+    end: (config, last block's output) -> the input of the map to the logits.
+    init_ffn: (config, batch size) -> the state of the block's FFN, or None.
   """
 
   module: type[nn.Module]
@@ -120,7 +120,7 @@ LAYERS: dict[str, Layer] = {
 
 
 def pattern(config: ModelConfig) -> tuple[ModelConfig, ...]:
-  """Configs of the blocks that take turns; mostly there is one kind only."""
+  """A config for each of the blocks that alternate; usually a single one."""
   if len(config.blocks) == 1:
     return (config,)
 
@@ -135,12 +135,12 @@ def pattern(config: ModelConfig) -> tuple[ModelConfig, ...]:
 
 
 def layer_of(config: ModelConfig) -> Layer:
-  """The layer of the model's first block."""
+  """The kind of sequence layer in the model's first block."""
   return LAYERS[config.blocks[0]]
 
 
 def make_block(config: ModelConfig, **options: Any) -> nn.Module:
-  """A block of one kind; `options` are fields of `Block`."""
+  """A block of the first kind; `options` are fields of `Block`."""
   layer = layer_of(config)
   return layer.block(config, layer.module, **options)
 
@@ -148,7 +148,7 @@ def make_block(config: ModelConfig, **options: Any) -> nn.Module:
 def init_state(
   config: ModelConfig, batch_size: int, read_size: int | None = None
 ) -> Tree:
-  """The state before the first token: a block's, or a tuple of a turn's."""
+  """The state before the first token; a tuple if several blocks alternate."""
   turn = pattern(config)
   if len(turn) > 1:
     return tuple(init_state(one, batch_size, read_size) for one in turn)
@@ -167,7 +167,7 @@ def describe(config: ModelConfig) -> list[Problem]:
 
 
 class Turn(nn.Module):
-  """The blocks of a pattern, one after the other; the state has one of each."""
+  """The blocks of a pattern in sequence; the state is a tuple of theirs."""
 
   config: ModelConfig
 
@@ -188,7 +188,7 @@ class Turn(nn.Module):
 
 
 def stack(config: ModelConfig) -> tuple[type[nn.Module], tuple[Tree, ...]]:
-  """(module, its arguments) that is repeated along the depth of the model."""
+  """The module that is repeated along the model's depth, and its arguments."""
   if len(config.blocks) > 1:
     return Turn, (config,)
   layer = layer_of(config)

@@ -12,7 +12,7 @@ from hope_jax.config import ModelConfig, RopeScaling
 def frequencies(
   half: int, base: float, scaling: RopeScaling | None
 ) -> jax.Array:
-  """Radians per token of each of K / 2 rotations."""
+  """Angle per token, in radians, of each of the K / 2 rotations."""
   frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
   if scaling is None or scaling.factor == 1:
     return frequency
@@ -42,5 +42,5 @@ def rotate(
 def rotate_positions(
   x_BTHK: jax.Array, position_T: jax.Array, config: ModelConfig
 ) -> jax.Array:
-  """`rotate` as the model is configured."""
+  """`rotate` with the model's base and scaling."""
   return rotate(x_BTHK, position_T, config.rope_base, config.rope_scaling)

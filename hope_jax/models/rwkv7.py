@@ -11,15 +11,16 @@ k, v, a, g, and lora(x) = base + f(x A) B:
   y_t = W_o (g_t * (groupnorm_head(S_t r_t) + (sum r_t rho k~_t) v_t)),
         g = sigmoid(x^_g A) B
 
-Channel mix, in the FFN's place: W_v relu(W_k x^)^2.  Norms are LayerNorms, one
-more follows the embedding.  Heads of 64; r is not scaled.
+Channel mix, in the FFN's place: W_v relu(W_k x^)^2.  Norms are LayerNorms, and
+one more follows the embedding.  Heads have 64 channels; r is not scaled.
 
-Source: 2503.14456 and its authors' code (BlinkDL/RWKV-LM, x070), from which
-ranks of the low-rank maps and all initial values are: mu, the decay's base and
-the group norm's scale depend on the layer, W_o, W_v and all A begin at zero.
-Not so the embedding, which is that of all models here: N(0, 0.02), tied.  The
-first layer has the parameters of lerp(v, ...), too, unused, as the layers are
-stacked; the authors' steps for the decay's base are twice as long.
+Source: 2503.14456 and its authors' code (BlinkDL/RWKV-LM, x070), from which the
+ranks of the low-rank maps and all initial values are taken: mu, the decay's
+base and the group norm's scale depend on the layer; W_o, the channel mix's W_v
+and all A start at zero.  Deviations: the embedding is the one of all models
+here (N(0, 0.02), tied by default); the first layer has the parameters of
+lerp(v, ...), too, but does not use them, since layers are stacked; and the
+decay's base has no doubled learning rate.
 
 Legend: B batch, T tokens, D model, H heads, K head dim, F hidden.
 """
@@ -48,24 +49,25 @@ from pallas_kernels import generalized_delta_rule as rule
 
 HEAD_DIM = 64
 SHIFTED = ("receptance", "decay", "key", "value", "rate", "gate")
-# mu = 1 - (i / D)^(p (1 - l / L)) - q l / (L - 1) in channel i of layer l.
+# mu = 1 - (i / D)^(p (1 - l / L)) - q l / (L - 1) in channel i of layer l, with
+# p from SHIFT_POWERS, q from SHIFT_SLOPES (0 if absent).
 SHIFT_POWERS = dict(zip(SHIFTED, (0.2, 0.9, 0.9, 0.4, 0.9, 0.2), strict=True))
 SHIFT_SLOPES = {"key": 0.4, "value": 0.6}
 
 
 class Depth(NamedTuple):
-  """What a layer has to know of those before it: how many they are, int32, and
-  the values v [B, T, D] of the first."""
+  """What a layer needs from the layers before it: their number, int32, and the
+  first layer's values v [B, T, D]."""
 
   layer: jax.Array
   first_values: jax.Array
 
   def after(self, values: jax.Array) -> "Depth":
-    """For the layer that follows one with these values."""
+    """The `Depth` of the layer that follows one with these values."""
     return Depth(self.layer + 1, self.first(values))
 
   def first(self, values: jax.Array) -> jax.Array:
-    """Those of the first layer, seen from a layer with these values."""
+    """The first layer's values, given the current layer's `values`."""
     return jnp.where(self.layer == 0, values, self.first_values)
 
 
@@ -74,7 +76,7 @@ def first_depth(x_BTD: jax.Array) -> Depth:
 
 
 def num_heads(config: ModelConfig) -> int:
-  """Heads of 64 channels; a model that is narrower has one."""
+  """Number of heads of 64 channels; a narrower model has one."""
   return max(1, config.width // HEAD_DIM)
 
 
@@ -105,7 +107,7 @@ def init_shift(config: ModelConfig, batch_size: int) -> jax.Array:
 def token_shift(
   x_BTD: jax.Array, last_BD: jax.Array | None, documents: jax.Array | None
 ) -> jax.Array:
-  """The token before each: the first has `last_BD`, a document's first 0."""
+  """The token before each: `last_BD` for the first, 0 if a document begins."""
   if last_BD is None:
     last_BD = jnp.zeros_like(x_BTD[:, 0])
   before = jnp.concatenate([last_BD[:, None].astype(x_BTD.dtype), x_BTD], 1)
@@ -133,7 +135,7 @@ def _relative(layer: jax.Array, config: ModelConfig) -> tuple[Tree, Tree]:
 
 
 class _Layer(nn.Module):
-  """A module with learned numbers per channel."""
+  """A module with learned vectors of one number per channel."""
 
   config: ModelConfig
   role: Role = "weight"
@@ -142,7 +144,7 @@ class _Layer(nn.Module):
   def channels(
     self, name: str, init: Callable[[jax.Array], Tree], axis: str = "heads"
   ) -> Tree:
-    """[1, 1, D]; `init` makes the start from the channels' i / D."""
+    """A parameter [1, 1, D]; it starts at `init(i / D)` in channel i."""
     width = self.config.width
     start = lambda key, shape: jnp.broadcast_to(
       jnp.asarray(init(jnp.arange(width) / width), jnp.float32), shape
@@ -154,7 +156,7 @@ class _Layer(nn.Module):
 
 
 class Projections(_Layer):
-  """Token shift for all that is made of it; r, k, v [B, T, D]."""
+  """The token-shifted inputs of all maps by name, and r, k, v [B, T, D]."""
 
   @nn.compact
   def __call__(
@@ -219,7 +221,7 @@ class Gates(_Layer):
     """f(x A) B in float32; the rank is rounded to a multiple of 32."""
     cfg = self.config
     rank = max(32, round(rank / 32) * 32)
-    # As the authors': a gain for matrices that are higher than wide.
+    # The authors' gain for matrices with more rows than columns.
     scale = 0.1 * max(1.0, rank / cfg.width) ** 0.5
     for part, width, axes, init in (
       ("down", rank, ("embed", None), nn.initializers.zeros),
@@ -239,7 +241,7 @@ class Gates(_Layer):
 
 
 class ReadOut(_Layer):
-  """W_o (g * (groupnorm_head(o) + (sum r rho k~) v)); o, r, k~, v per head."""
+  """W_o (g * (groupnorm_head(o) + (sum r rho k~) v)); o, r, k~, v by head."""
 
   @nn.compact
   def __call__(self, o, rkv, gate_BTD, layer):
@@ -313,7 +315,7 @@ class TimeMix(nn.Module):
 
 
 class ChannelMix(_Layer):
-  """W_v relu(W_k lerp(x_t, x_{t-1}, mu))^2; returns the last token, too."""
+  """W_v relu(W_k lerp(x_t, x_{t-1}, mu))^2; also returns the last token."""
 
   @nn.compact
   def __call__(
@@ -344,8 +346,8 @@ class ChannelMix(_Layer):
 
 
 class RWKV7Block(Block):
-  """The block, with LayerNorms, a channel mix in the FFN's place and a `Depth`
-  beside the residual stream: (x, depth) -> (x, depth)."""
+  """The block with LayerNorms, a channel mix in the FFN's place, and a `Depth`
+  that accompanies the residual stream: (x, depth) -> (x, depth)."""
 
   @nn.compact
   def __call__(
@@ -384,13 +386,13 @@ def _layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
 
 
 def begin(config: ModelConfig, x_BTD: jax.Array) -> tuple[jax.Array, Depth]:
-  """The stream that the first block reads, of the embeddings."""
+  """The input of the first block, from the embeddings."""
   x_BTD = _layer_norm(config, "norm_in")(x_BTD)
   return x_BTD, first_depth(x_BTD)
 
 
 def end(config: ModelConfig, stream: tuple[jax.Array, Depth]) -> jax.Array:
-  """What the logits read."""
+  """The input of the map to the logits."""
   return _layer_norm(config, "norm_out")(stream[0])
 
 

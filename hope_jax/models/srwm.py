@@ -1,18 +1,19 @@
-"""A self-referential weight matrix: it makes its own keys, queries and rates.
+"""A self-referential weight matrix that makes its own keys, queries and rates.
 
 Per head, with phi = softmax and x_t the head's part of the layer's input:
 
   y_t, k_t, q_t, b_t = W_{t-1} phi(x_t)
   W_t = W_{t-1} + sigmoid(b_t) (W_{t-1} phi(q_t) - W_{t-1} phi(k_t)) phi(k_t)^T
 
-W [3 K + 4, K] is all four parts one above the other; b_t are four numbers, the
-learn rate of each.  The layer's output is W_o y_t of all heads.  W_0 is a slow
-parameter; without writes (the twin) y_t = W_0 phi(x_t).
+W [3 K + 4, K] stacks the rows of the four parts that make y, k, q and b; the
+four numbers b_t give each part its learn rate.  The layer's output is W_o
+applied to y_t of all heads.  W_0 is a slow parameter; without writes (the twin)
+y_t = W_0 phi(x_t).
 
-Source: Irie et al. 2022, 2202.05780, and their code (IDSIA/
-modern-srwm), whose initial values these are: N(0, 1/K), for what makes q
-N(0, 1e-4/K).  Every token's write is nonlinear in the state: a loop over the
-tokens, whose backward pass recomputes (`pallas_kernels/common/scan.py`).
+Source: Irie et al. 2022, 2202.05780, and their code (IDSIA/modern-srwm), which
+gives the initial values: normal with variance 1/K, or 1e-4/K in the rows that
+make q.  Every token's write is nonlinear in the state, so the layer loops over
+the tokens; the backward pass recomputes (`pallas_kernels/common/scan.py`).
 
 Legend: B batch, T tokens, D model, H heads, K head dim, R = 3 K + 4 rows.
 """
@@ -44,7 +45,7 @@ from pallas_kernels.common.scan import checkpointed_scan
 
 
 def num_rows(config: ModelConfig) -> int:
-  """Rows of W: y, k and q of a head, four rates."""
+  """Number of rows of W: those of y, k and q, and four of rates."""
   return 3 * config.head_dim + 4
 
 
@@ -72,7 +73,7 @@ class SRWMState(FastState):
 def init_state(
   config: ModelConfig, batch_size: int, read_size: int | None = None
 ) -> SRWMState:
-  """D = W - W_0 = 0; it is written at every token, however many are read."""
+  """D = W - W_0 = 0; every token writes, so `read_size` does not matter."""
   del read_size
   shape = batch_size, config.num_heads, num_rows(config), config.head_dim
   return _state(jnp.zeros(shape, jnp.float32))
@@ -144,17 +145,17 @@ class SelfReferentialMatrix(nn.Module):
     y_BTD = layers.dense(
       cfg.width, cfg, ("heads", "embed"), "output", is_output=True
     )(y)
-    # There are no pairs for a CMS, which the config refuses.
+    # Placeholders: it has no pairs for a CMS, which the config rules out.
     return MixerOutput(y_BTD, y_BTD, y_BTD, state and _state(difference))
 
 
 def _by_token(x: jax.Array) -> jax.Array:
-  """[B, H, T, K] or [B, T] -> T first."""
+  """Moves axis T of [B, H, T, K] or [B, T] to the front."""
   return jnp.moveaxis(x, 2 if x.ndim == 4 else 1, 0)
 
 
 def _step(initial: jax.Array, dim: int) -> Tree:
-  """(D, (phi(x) [B, H, K], is first of a document [B])) -> (D, y)."""
+  """(D, (phi(x) [B, H, K], whether a document begins [B])) -> (D, y)."""
 
   def step(d_BHRK: jax.Array, token: Tree) -> tuple[jax.Array, jax.Array]:
     x_BHK, is_new = token

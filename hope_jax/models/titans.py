@@ -6,10 +6,10 @@
 
 with M a deep memory per head that learns k -> vhat.  Titans' long-term memory
 (LMM; 2501.00663) is the case without adaptive projections: q, k, v are the
-slow ones (q, k of norm 1) and the gates are slow projections of n.  Hope
-(2512.24695, eq. 83-90) makes some of k, v, q, eta, alpha memories, too.  DLA
-(Atlas, 2505.23735) is Titans with a dot product as objective and no momentum;
-Memora has another memory, `memory/memora.py`.
+slow ones (q, k of norm 1) and the gates are slow projections of n.  In Hope
+(2512.24695, eq. 83-90) some of k, v, q, eta, alpha are memories, too.  DLA
+(Atlas, 2505.23735) is Titans with a dot product as objective and no momentum.
+Memora uses the memory of `memory/memora.py` instead.
 
 Legend: B batch, T tokens, D model, H heads, K head dim, F memory hidden,
 G memories side by side.
@@ -68,11 +68,12 @@ class SlowProjections(nn.Module):
 class Gates(nn.Module):
   """Logits of learn rate and retention, momentum decay beta, [B, H, T] each.
 
-  Slow projections plus biases per head, which start at the configured learn
-  rate, at half-lives spread log-uniformly over the heads, and at the configured
-  momentum.  To a gate that is a memory itself (`adaptive`) that memory's output
-  is added, as M_k(x) = x + ... adds to the slow key: without the slow part Hope
-  learned to recall about twice as slowly (experiments/mqar).
+  Each is a slow projection plus a bias per head.  Biases start at the
+  configured learn rate, at half-lives spread log-uniformly over the heads, and
+  at the configured momentum.  The output of an `adaptive` gate's memory is
+  added to the slow logit later, as M_k(x) = x + ... adds to the slow key;
+  without the slow part Hope learned to recall about twice as slowly
+  (experiments/mqar).
   """
 
   config: ModelConfig
@@ -99,12 +100,12 @@ class Gates(nn.Module):
       del starts["beta"]
     gates = {}
     for name, start in starts.items():
-      # A gate that is a memory itself owns what is slow of it.
+      # An adaptive gate also owns its slow part.
       owner = (name if name in cfg.adaptive else "memory",)
       bias = parameter(
         self,
         f"{name}_bias",
-        # Not weakly typed, or the second step would compile again.
+        # With a dtype: a weakly typed array would recompile the second step.
         lambda key, shape, start=start: start.astype(jnp.float32),
         (heads,),
         ("heads",),
@@ -141,9 +142,11 @@ def initial_shapes(config: ModelConfig) -> tuple[Weights, Boxes]:
 
 
 class InitialWeights(nn.Module):
-  """M_0 of every memory: hidden std K^-1/2, output std 0.1 or 0.02, never 0
-  (0 would leave the hidden layer without a gradient).  Memora's are logits,
-  with std 1."""
+  """M_0 of every memory: hidden std K^-1/2, output std 0.1 (boxes 0.02).
+
+  An output of 0 would leave the hidden layer without a gradient.  Memora's M_0
+  are logits with std 1.
+  """
 
   config: ModelConfig
 
@@ -211,14 +214,14 @@ class ReadOut(nn.Module):
 
 @flax.struct.dataclass
 class TitansState(FastState):
-  """Main memory, adaptive projections, last inputs of the convolutions."""
+  """Main memory, adaptive boxes, and the last inputs of the convolutions."""
 
   memory: chunks.ChunkState = owned("memory")
   boxes: chunks.ChunkState = owned("boxes")
   conv: dict[str, jax.Array] = owned("projections")
 
   def parts(self, config: ModelConfig) -> Parts:
-    """See `FastState`; boxes of a kind share their arrays."""
+    """See `FastState`; boxes of a kind share arrays."""
     for owner, part in super().parts(config):
       if owner != ("boxes",):
         yield owner, part
@@ -261,13 +264,13 @@ class TitansState(FastState):
 def memory_level(
   initial: Mapping[str, Tree], state: chunks.ChunkState
 ) -> Level:
-  """The main memory of a state."""
+  """The main memory as a `Level`."""
   start = Weights(*(initial.get(f"memory_{name}") for name in Weights._fields))
   return Level(start, state.now.weight, state.now.momentum)
 
 
 def _only_box(boxes: Boxes | None, box: str, config: ModelConfig) -> Tree:
-  """The weights of one box; None without momenta."""
+  """The weights (or momenta) of one box; None if `boxes` is None."""
   return boxes and self_modifying.only_box(boxes, box, config.memory)
 
 
@@ -283,7 +286,7 @@ def _members(cfg: MemoryConfig) -> dict[str, tuple[str, ...]]:
 def init_state(
   config: ModelConfig, batch_size: int, read_size: int | None = None
 ) -> TitansState:
-  """Fast state before the first token: D = 0, S = 0 of all memories."""
+  """Fast state before the first token: D = 0 and S = 0 in all memories."""
   cfg = config.memory
   memory, boxes = (
     type(shapes)(*(shape and jnp.zeros(shape) for shape in shapes))
@@ -303,7 +306,7 @@ def init_state(
 
 
 class DeepMemory(nn.Module):
-  """The memory layer: Titans without, Hope with adaptive projections."""
+  """The memory layer: Titans, or Hope if it has adaptive projections."""
 
   config: ModelConfig
 

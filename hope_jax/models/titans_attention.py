@@ -1,4 +1,4 @@
-"""Titans beside attention: memory as a gate, as a layer, as a context.
+"""Titans with attention: memory as a gate, as a layer, as a context.
 
   MAG  y = A(n) * sigmoid(RMS(L(n)))
   MAL  y = A(RMS(L(n)))
@@ -11,12 +11,12 @@ with L Titans' memory layer (`titans.py`) and A attention with a window
 (`attention.py`), both with their projections; MAC's output is o W_o.
 
 Source: Titans 2501.00663, section 4.  Deviations: persistent tokens (MAG, MAC)
-are keys and values, which is what attention makes of the paper's tokens; the
-memory does not read them, as its learned start does the same.  MAG's gate is
-normalised, its attention branch is not.  MAC's h_i is masked to the tokens
-that may know n_i, and its memory is read at the token (`token_post`), where the
-paper reads it after the segment, which would show a token its successors.
-MAC's convolutions act on the attention's q, k and v only.
+are learned directly as keys and values, into which attention would project the
+paper's tokens; the memory does not read them, since its learned start serves
+the same purpose.  MAG's gate is normalised, its attention branch is not.  In
+MAC only token i and its successors see h_i, and the memory is read at the token
+(`token_post`); the paper reads it after the segment, which would show a token
+its successors.  MAC's convolutions act on the attention's q, k and v only.
 
 Legend: B batch, T tokens, N segments, C segment length, D model, H heads,
 K head dim, P persistent tokens.
@@ -49,7 +49,7 @@ from hope_jax.models.parameters import parameter
 
 @flax.struct.dataclass
 class BesideState(titans.TitansState):
-  """MAG and MAL: the memory's state and attention's."""
+  """The state of MAG and MAL: the memory's and attention's."""
 
   attention: AttentionState = owned("attention")
 
@@ -57,7 +57,7 @@ class BesideState(titans.TitansState):
 def init_state(
   config: ModelConfig, batch_size: int, read_size: int | None = None
 ) -> BesideState:
-  """MAG and MAL: the memory's state and attention's."""
+  """MAG and MAL: D = 0 and an empty cache."""
   memory = titans.init_state(config, batch_size, read_size)
   return BesideState(
     memory.memory,
@@ -68,7 +68,7 @@ def init_state(
 
 
 class MemoryAndAttention(nn.Module):
-  """MAG and MAL."""
+  """The sequence layer of MAG and MAL."""
 
   config: ModelConfig
 
@@ -99,8 +99,8 @@ class MemoryAndAttention(nn.Module):
 
 @flax.struct.dataclass
 class ContextState(FastState):
-  """MAC: the memory, with its segment's keys and values if it may be cut, and
-  the convolutions' last inputs."""
+  """The state of MAC: the memory, with its segment's keys and values if calls
+  may end inside one, and the convolutions' last inputs."""
 
   memory: chunks.ChunkState = owned("memory")
   conv: dict[str, jax.Array] = owned("projections")
@@ -135,15 +135,15 @@ def init_context_state(
 
 
 class Segment(NamedTuple):
-  """What attention sees of a segment: keys and values [B, 2, C, H, K], of the
-  h_i and of the tokens; filled [B, C]: which places hold a token (0 or 1)."""
+  """A segment as attention sees it: keys and values [B, 2, C, H, K] of the h_i
+  and of the tokens; filled [B, C] says which places hold a token (0 or 1)."""
 
   keys: jax.Array
   values: jax.Array
   filled: jax.Array
 
   def insert(self, new: "Segment", place: jax.Array) -> "Segment":
-    """With tokens at `place` [C']; those not `filled` are left out."""
+    """Puts `new` at places `place` [C'], without those not `filled`."""
     is_here = place[:, None] == jnp.arange(self.filled.shape[1])[None]
     is_here = new.filled[..., None] * is_here[None]
     kept = 1.0 - jnp.sum(is_here, axis=1)
@@ -160,7 +160,7 @@ class Segment(NamedTuple):
 
 
 class MemoryAsContext(nn.Module):
-  """MAC."""
+  """The sequence layer of MAC."""
 
   config: ModelConfig
 
@@ -258,15 +258,15 @@ class _Kernels(NamedTuple):
 
 
 class _Slow(NamedTuple):
-  """What all segments share: the matrices, the persistent tokens."""
+  """What all segments share: the matrices and the persistent tokens."""
 
   kernels: _Kernels
   persistent: attention.Persistent | None
 
 
 class _Tokens(NamedTuple):
-  """What a segment's tokens bring along: attention's query, key and value, not
-  rotated, and q(n_i) for h_i, [B, H, T, K] each; gates [B, H, T]."""
+  """Inputs per token: attention's query, key and value before rotation, and
+  q(n_i) for h_i, [B, H, T, K] each; gates [B, H, T]."""
 
   query: jax.Array
   key: jax.Array
@@ -276,14 +276,14 @@ class _Tokens(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-  """A segment's tokens, and the decays of its gates."""
+  """A segment's tokens, and the decays from their gates."""
 
   tokens: _Tokens
   decays: Tree
 
 
 def _memory(initial: Tree, slow: _Slow, config: ModelConfig) -> chunks.Memory:
-  """The memory between the attention of segments, as functions of one."""
+  """MAC's attention and memory, as functions of one segment."""
   cfg, is_live = config.memory, config.is_live("memory")
 
   def lay_out(tokens, live):
@@ -342,8 +342,10 @@ def _attend(
   *,
   config: ModelConfig,
 ) -> tuple[jax.Array, Segment | None]:
-  """y [B, C, H, K] of a segment's tokens at their places, and the segment as it
-  is kept for the next ones.  The h_i lie C places before the tokens."""
+  """(y [B, C, H, K] of a segment's tokens, the segment to keep in the state).
+
+  For rotary positions h_i is C places before token i.
+  """
   query, key, value = (
     x.swapaxes(1, 2) for x in (tokens.query, tokens.key, tokens.value)
   )
@@ -378,7 +380,7 @@ def _attend(
 
 
 def describe(config: ModelConfig) -> list[Problem]:
-  """Attention and the memory beside it; see `models/interface.py`."""
+  """Attention and the memory; see `models/interface.py`."""
   found = attention.describe(config)
   if config.sequence_layer == "titans_mac":
     length = config.memory.chunk_length

@@ -1,17 +1,17 @@
 """TTT-Linear and TTT-MLP as sequence layers (2407.04620).
 
-  c = conv(n_0),  n = RMS(x + c)                 n_0 the block's norm of x
+  c = conv(n_0),  n = RMS(x + c)                 n_0: x after the block's norm
   p = n W_qk;  q, k = rotary(conv_q(p)), rotary(conv_k(p));  v = n W_v
   eta = base_lr sigmoid(n w + b) / K             per head
   o = f(q_t; W_t)                                `memory/ttt.py`
   y = c + W_o (LN(o) * gelu(n W_g))              LN over the full width
 
-The block adds y to x, so that c is a residual convolution before the layer.
-Without convolutions (`conv_window` 0) c = 0 and n = n_0.  q and k share a
-projection, have neither SiLU nor L2 norm, and are turned by their position in
-the mini-batch.  In the config `memory.chunk_length` is the mini-batch
-(published: 16), `memory.initial_learn_rate` base_lr (1.0 linear, 0.1 MLP) and
-`memory.hidden` the MLP's hidden width (published: 4 K).
+The block adds y to x, so c is a residual convolution before the layer.  Without
+convolutions (`conv_window` 0) c = 0 and n = n_0.  q and k share a projection,
+have neither SiLU nor L2 norm, and are rotated by their position in the
+mini-batch.  In the config `memory.chunk_length` is the mini-batch's length
+(published: 16), `memory.initial_learn_rate` is base_lr (published: 1.0 linear,
+0.1 MLP) and `memory.hidden` is the MLP's hidden width (published: 4 K).
 
 Legend: B batch, T tokens, D model, H heads, K head dim, F memory hidden.
 """
@@ -70,7 +70,7 @@ class TTTState(FastState):
   def fast_levels(
     self, initial: Mapping[str, Tree], config: ModelConfig
   ) -> dict[str, Level]:
-    """See `FastState`; without the biases."""
+    """See `FastState`; the level leaves out the biases."""
     del config
     start = Weights(initial.get("memory_hidden"), initial["memory_output"])
     weight = ttt.matrices(self.memory.now.weight)
@@ -100,9 +100,12 @@ def init_state(
 
 
 class Initial(nn.Module):
-  """W_0 from N(0, 0.02), the MLP's second layer N(0, 0.02 / sqrt(2 L)) with L
-  layers of the model, b_0 = 0, LN's scale 1 and bias 0, and what is learned
-  beside 1 / t, from 0, [C]."""
+  """Learned starts of the memory, LN, and the learned part [C] of c_t.
+
+  W_0 starts from N(0, 0.02), in the MLP's output layer from
+  N(0, 0.02 / sqrt(2 L)) in a model of L layers; b_0 starts at 0, LN's scale at
+  1 and its bias at 0, the learned part of c_t at 0.
+  """
 
   config: ModelConfig
 
@@ -213,7 +216,7 @@ class TestTimeTraining(nn.Module):
     return MixerOutput(y_BTD, keys, value, state)
 
   def _rotate(self, x_BTD: jax.Array, place: jax.Array) -> jax.Array:
-    """[B, T, D] -> [B, H, T, K], turned by the place in the mini-batch."""
+    """[B, T, D] -> [B, H, T, K], rotated by the position in the mini-batch."""
     x = layers.split_heads(x_BTD, self.config.num_heads).swapaxes(1, 2)
     return rotary.rotate(x, place, self.config.rope_base).swapaxes(1, 2)
 
@@ -257,12 +260,12 @@ class ReadOut(nn.Module):
 
 
 class TTTBlock(Block):
-  """The block, whose sequence layer reads the residual stream, too."""
+  """The block with a sequence layer that also reads the residual stream."""
 
   def mix(
     self, x_BTD: jax.Array, state: Tree, documents: jax.Array | None
   ) -> MixerOutput:
-    """What the sequence layer reads."""
+    """The sequence layer's output for the normalised stream."""
     normed = layers.rms_norm(self.config, "norm_mixer")(x_BTD)
     mixer = TestTimeTraining(self.config, name="mixer")
     return mixer(normed, state, documents, x_BTD)

@@ -1,1 +1,1 @@
-"""Outer-loop optimizers: what trains the slow weights."""
+"""Outer-loop optimizers, which train the slow weights."""

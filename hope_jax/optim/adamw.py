@@ -29,8 +29,11 @@ def transform(
 
 
 def describe(config: OptConfig) -> tuple[Moment, ...]:
-  """mu and nu as associative memories of gradients (paper section 4, App. C):
-  steps of gradient descent on their objectives with rates 1 - b1, 1 - b2."""
+  """mu and nu as associative memories of gradients (paper section 4, App. C).
+
+  Each takes steps of gradient descent on its objective, with rate 1 - b1 or
+  1 - b2.
+  """
   b1, b2 = config.b1, config.b2
   return (
     Moment("mu", "-⟨m, g⟩", f"GD with decay: m <- {b1:g} m + {1 - b1:g} g"),

@@ -1,4 +1,4 @@
-"""What an optimizer remembers, told as a memory (paper section 4)."""
+"""An optimizer's state, described as associative memories (paper section 4)."""
 
 from typing import NamedTuple
 
@@ -7,8 +7,8 @@ class Moment(NamedTuple):
   """One state of an optimizer that compresses the gradients of past steps.
 
   Attributes:
-    field: the name of the state's field, as in optax's own states.
-    objective: what it minimises, in the gradient g of a step.
+    field: its name in optax's state.
+    objective: what it minimises, as a function of a step's gradient g.
     rule: how a step changes it.
   """
 

@@ -1,18 +1,19 @@
-"""The optimizers by name (`opt.name`), and the groups that they work on.
+"""The optimizers by name (`opt.name`), and their groups of parameters.
 
 Every optimizer is used in the same way: gradients are clipped by their global
 norm, and parameters fall into groups by their kind (`optim/roles.py`):
 
   base      slow weights
-  memory    what is meta-learned of a memory: its initial state, its gates and
-            rates; with a learning rate of its own (`opt.memory_lr_ratio`)
+  memory    the meta-learned parameters of memories (initial states, gates and
+            rates), with their own learning rate (`opt.memory_lr_ratio`)
   every_n   a CMS level that is slower than a sequence (paper section 7)
 
 A level of `every_n` takes one step of the optimizer after every n training
-steps, from the mean of their gradients, each clipped with its own step's; in
-between neither its weights nor its moments change.  The paper sums these
-gradients: but for `eps` Adam's step is the same.  Training steps that are
-skipped count for none of this, as the optimizer's state stays as it was.
+steps, from the mean of their gradients, each of which is clipped together with
+the other gradients of its training step; in between neither its weights nor its
+moments change.  The paper sums these gradients, with which Adam's step is the
+same but for `eps`.  Skipped training steps do not count, since they leave the
+optimizer's state unchanged.
 """
 
 from collections.abc import Callable, Hashable, Mapping
@@ -29,14 +30,14 @@ from hope_jax.optim.roles import Kind
 
 
 class Optimizer(NamedTuple):
-  """How one optimizer is made and described.
+  """How an optimizer is made and described.
 
   Attributes:
-    title: what it is called in texts.
+    title: its name in texts.
     transform: (config, rate, is_decayed) -> the update of one group, `rate` a
       schedule over its updates, `is_decayed` a tree of bools.
     schedule: (config, steps) -> the learning rate of the group `base`.
-    describe: config -> what it remembers of past gradients.
+    describe: config -> how its state compresses past gradients.
   """
 
   title: str
@@ -75,7 +76,7 @@ def groups(kinds: Tree, periods: Mapping[str, int]) -> Any:
 
 
 def decay_mask(kinds: Tree) -> Any:
-  """Whether weight decay applies, of every parameter."""
+  """For every parameter, whether weight decay applies to it."""
   return jax.tree.map(lambda kind: kind.is_decayed, kinds)
 
 
@@ -88,14 +89,14 @@ def make(
   """The optimizer of a run of `steps` training steps.
 
   Args:
-    kinds: `Kind` of every parameter, a tree as theirs.
+    kinds: `Kind` of every parameter, a tree like the parameters.
     periods: see `group`.
   """
   optimizer = OPTIMIZERS[config.name]
   rate, mask = optimizer.schedule(config, steps), decay_mask(kinds)
 
   def of_group(ratio: float, every: int = 1) -> optax.GradientTransformation:
-    # Its update number `count`, from 0, ends `every` training steps.
+    # Update `count`, from 0, uses the rate of the last of its training steps.
     of_update = lambda count: ratio * rate((count + 1) * every - 1)
     return optimizer.transform(config, of_update, mask)
 
@@ -123,7 +124,7 @@ def state_shardings(
   of_params: Tree,
   of_rest: Tree,
 ) -> Any:
-  """Shardings of an optimizer state: moments lie where parameters do."""
+  """Shardings of an optimizer state: those of parameters for their moments."""
 
   def is_other_group(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)

@@ -6,7 +6,7 @@ from hope_jax.config import OptConfig
 
 
 def warmup_cosine(config: OptConfig, steps: int) -> optax.Schedule:
-  """Linear from 0 over `warmup_steps`, then a cosine down to `steps`.
+  """Linear from 0 over `warmup_steps`, then a cosine decay until `steps`.
 
   Runs shorter than twice the warm-up spend half of their steps on it.
 

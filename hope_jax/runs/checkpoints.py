@@ -1,11 +1,11 @@
 """Orbax checkpoints: asynchronous, atomic, restored onto any mesh.
 
-A checkpoint is the whole `TrainState` and digests of its arrays
-(`digest.py`), made when it is saved and compared when it is restored; the
-config lies beside it in the run's folder.  The input pipeline needs nothing:
-batches follow from the step.  Kept are the newest ones and those with the best
-validation loss.  Checkpoints without digests, of older versions, are taken as
-they are.
+A checkpoint holds the whole `TrainState` and digests of its arrays
+(`digest.py`), which are computed on saving and compared on restoring; the
+config is a file in the run's folder.  The input pipeline has no state to save:
+batches follow from the step.  The newest checkpoints and those with the best
+validation loss are kept.  Checkpoints of older versions, without digests, are
+restored without that comparison.
 """
 
 import errno
@@ -33,7 +33,7 @@ from hope_jax.runs.errors import SaveFailed
 
 FOLDER, BROKEN = "checkpoints", "broken_checkpoints"
 LOSS = "valid_loss"
-# What lies in the folder of a step.
+# Names in the folder of a step.
 STATE, DIGEST, QUALITY = "state", "digest", "metrics"
 METADATA = "_CHECKPOINT_METADATA"
 
@@ -49,7 +49,7 @@ def open_manager(
 ) -> ocp.CheckpointManager:
   """A manager of the checkpoints below `workdir`.
 
-  It looks into those that are there in `restore` only.
+  Existing checkpoints are only read in `restore`.
   """
 
   def quality(metrics: dict[str, float]) -> float:
@@ -67,7 +67,7 @@ def open_manager(
     best_fn=quality,
     enable_async_checkpointing=True,
     cleanup_tmp_directories=True,
-    lightweight_initialize=True,  # else a damaged file ends it
+    lightweight_initialize=True,  # else a damaged file is an error here
   )
   return ocp.CheckpointManager(_folder(workdir), options=options)
 
@@ -102,7 +102,7 @@ def save(
   metrics = {LOSS: valid_loss} if is_known else None
   try:
     manager.save(step, args=args, metrics=metrics, force=True)
-  except Exception as error:  # of this or of the last, asynchronous one
+  except Exception as error:  # of this save or the last, asynchronous one
     raise _explained(error) from error
 
 
@@ -139,8 +139,8 @@ def _explained(error: Exception) -> SaveFailed:
 def restore(manager: ocp.CheckpointManager, abstract: Tree) -> Any:
   """The newest readable state, laid out like `abstract`; None if there is none.
 
-  Checkpoints with a file that cannot be read, or with other arrays than were
-  saved, are moved to `broken_checkpoints`, with one line each on stderr.
+  Checkpoints with a file that cannot be read, or with arrays that differ from
+  what was saved, are moved to `broken_checkpoints`, with a line each on stderr.
   """
   try:
     manager.wait_until_finished()
@@ -168,7 +168,7 @@ def restore(manager: ocp.CheckpointManager, abstract: Tree) -> Any:
 
 
 def _unreadable(path: epath.Path) -> str:
-  """Why one of a checkpoint's small files cannot be read; empty: all can."""
+  """Why a small file of a checkpoint cannot be read; empty if all can be."""
   try:
     items = workdir_lib.read_object(path / METADATA)["item_handlers"]
     # Raises where the manager would, when it reads the same file.
@@ -187,7 +187,7 @@ def _unreadable(path: epath.Path) -> str:
 
 
 def _reason(error: Exception) -> str:
-  """Why a file cannot be read, in a line of bearable length."""
+  """Why a file cannot be read, in a line of limited length."""
   if isinstance(error, KeyError):
     return f"a file lacks {error}"
   text = _DETAILS.split(files.reason(error))[0]
@@ -195,7 +195,7 @@ def _reason(error: Exception) -> str:
 
 
 def _read(call: Callable[[], Any]) -> tuple[Any, str]:
-  """What `call` reads, or why it cannot be read."""
+  """(what `call` reads, ""), or (None, why it cannot be read)."""
   _hush()
   try:
     return jax.block_until_ready(call()), ""
@@ -205,8 +205,8 @@ def _read(call: Callable[[], Any]) -> tuple[Any, str]:
 
 @functools.cache
 def _hush() -> None:
-  """Keeps reads that were under way when another one failed, and end whenever
-  they do, from writing a traceback each."""
+  """Suppresses the tracebacks of reads that were still under way when another
+  one failed."""
   hook = sys.unraisablehook
 
   def is_read(error: Any, trace: Any) -> bool:
@@ -226,18 +226,18 @@ def _hush() -> None:
 
 
 def _digests(path: epath.Path) -> dict[str, Any] | None:
-  """The digests that were stored, None in an older checkpoint."""
+  """The stored digests; None for a checkpoint of an older version."""
   if not (path / DIGEST).exists():
     return None
   return workdir_lib.read_object(path / DIGEST / "metadata")
 
 
 def _read_state(path: epath.Path, abstract: Tree) -> tuple[Any, str]:
-  """The state of a checkpoint, or why it cannot be taken.
+  """(the state of a checkpoint, ""), or (None, why it cannot be used).
 
-  `ConfigError` if it is sound, but of a version with another tree of states.
-  Read by a handler of its own, which does not wait for other processes: only
-  one of them may fail, as each reads what it holds.
+  `ConfigError` if it is intact, but its version had another tree of states.  It
+  is read with a handler of its own, which does not wait for other processes:
+  each process reads the part that it holds, so only one of them may fail.
   """
   args: Any = ocp.args.StandardRestore(abstract)
   handler = ocp.StandardCheckpointHandler()
@@ -254,9 +254,9 @@ def _read_state(path: epath.Path, abstract: Tree) -> tuple[Any, str]:
 
 
 def _differs(path: epath.Path, tree: Tree, *, whole: bool) -> str:
-  """What of `tree` is not as it was saved, or is not finite; empty: nothing.
+  """What in `tree` differs from what was saved or is not finite, or "".
 
-  `whole`: it is all of the checkpoint, not a part.
+  `whole`: `tree` is the whole checkpoint, not a part of it.
   """
   leaves, stored = digest.leaves(tree), _digests(path)
   if stored is not None:
@@ -270,7 +270,7 @@ def _differs(path: epath.Path, tree: Tree, *, whole: bool) -> str:
 
 
 def _of_all_processes(reason: str) -> str:
-  """The first process's reason that has one, so that all do the same."""
+  """The reason of the first process that has one, so that all act alike."""
   if jax.process_count() == 1:
     return reason
   text = np.zeros(200, np.uint8)
@@ -284,7 +284,7 @@ def _of_all_processes(reason: str) -> str:
 def _set_aside(
   folder: epath.Path, step: int, reason: str, taken: int | None
 ) -> None:
-  """Moves a checkpoint to `broken_checkpoints`, beside those that are there."""
+  """Moves a checkpoint to `broken_checkpoints`, under an unused name."""
   if jax.process_index() == 0:
     aside = folder.parent / BROKEN
     try:
@@ -310,8 +310,8 @@ def _set_aside(
 def restore_params(workdir: epath.Path, abstract: Tree) -> tuple[int, Tree]:
   """(step, parameters) of a run's newest checkpoint, without the rest.
 
-  Nothing is moved or written: one that cannot be read, or that was changed,
-  is a `ConfigError`, as an older one would be another model.
+  Nothing is moved or written.  `ConfigError` if it cannot be read or was
+  changed: an older checkpoint is not used instead, as it is another model.
   """
   folder = _folder(workdir)
   found = ocp.path.step.standard_name_format().find_all(folder)
@@ -342,7 +342,7 @@ def restore_params(workdir: epath.Path, abstract: Tree) -> tuple[int, Tree]:
       )
   try:
     reason = _differs(path, {"params": params}, whole=False)
-  except Exception as error:  # of the stored digests
+  except Exception as error:  # in reading the stored digests
     reason = _reason(error)
   if reason:
     raise _broken(workdir, step, reason)

@@ -1,9 +1,9 @@
-"""Compiled programs are kept between runs, in jax's persistent cache.
+"""Keeps compiled programs between runs, in JAX's persistent cache.
 
-jax writes an entry in place: a process that is killed meanwhile leaves half of
-one, which every later run would try to read, warn of and compile again.  Such
-entries are removed at the start of a command, which looks at those alone that
-were written since the last look: the date of an empty file beside them.
+JAX writes a cache entry in place.  A process that is killed meanwhile leaves a
+truncated one, which every later run would try to read, warn of and compile
+again.  Such entries are removed at the start of a command, which checks only
+those written since the last check; an empty file beside them has its date.
 """
 
 import contextlib
@@ -19,20 +19,20 @@ from etils import epath
 from hope_jax.runs import files
 
 _VARIABLE = "JAX_COMPILATION_CACHE_DIR"
-_NEWEST = 16  # entries that are looked at: a half-written one is among them
-_LOOKED = "last_look"  # the file whose date says when
-_SECONDS = 2.0  # by which dates of files may be too coarse
+_NEWEST = 16  # entries that are checked; a truncated one is among the newest
+_LOOKED = "last_look"  # the file whose date is that of the last check
+_SECONDS = 2.0  # by which the dates of files may be wrong
 
 
 def keep_programs() -> pathlib.Path | None:
   """Switches the cache on; returns its folder.
 
-  It is $JAX_COMPILATION_CACHE_DIR, or `compiled` in $HOPE_JAX_CACHE; None if it
-  cannot be written to: then every start compiles.
+  It is $JAX_COMPILATION_CACHE_DIR, or `compiled` in $HOPE_JAX_CACHE.  Returns
+  None if it is in a bucket, or cannot be written to: then every start compiles.
   """
   name = os.environ.get(_VARIABLE) or str(files.cache() / "compiled")
   if files.is_remote(name):
-    return None  # the user's own choice, which jax knows of already
+    return None  # the user's own choice, which JAX already uses
   folder = pathlib.Path(name)
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,9 +51,9 @@ def keep_programs() -> pathlib.Path | None:
 
 
 def remembered(name: str, key: str, compute: Callable[[], float]) -> float:
-  """What `compute` returns, kept beside the programs under `name` and `key`.
+  """What `compute` returns, cached beside the programs by `name` and `key`.
 
-  `key` says everything that the number depends on.
+  `key` must contain everything that the number depends on.
   """
   kept = os.environ.get(_VARIABLE)
   if not kept or files.is_remote(kept):
@@ -62,7 +62,7 @@ def remembered(name: str, key: str, compute: Callable[[], float]) -> float:
   path = epath.Path(kept) / f"{name}-{digest}"
   try:
     return float(path.read_text())
-  except (OSError, ValueError):  # not there, or half of it
+  except (OSError, ValueError):  # missing or truncated
     value = compute()
   with contextlib.suppress(OSError), files.writing(path) as part:
     part.write_text(repr(value))
@@ -70,10 +70,10 @@ def remembered(name: str, key: str, compute: Callable[[], float]) -> float:
 
 
 def remove_broken(folder: pathlib.Path) -> None:
-  """Removes new entries of which only a part was written."""
+  """Removes new entries that were only written in part."""
   looked = folder / _LOOKED
   last = looked.stat().st_mtime - _SECONDS if looked.exists() else 0.0
-  looked.touch()  # first: what is written meanwhile is looked at next time
+  looked.touch()  # first: what is written meanwhile is checked next time
   dated = ((entry.stat().st_mtime, entry) for entry in folder.glob("*-cache"))
   new = [(date, entry) for date, entry in dated if date >= last]
   for _, entry in sorted(new, reverse=True)[:_NEWEST]:

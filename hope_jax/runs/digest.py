@@ -1,15 +1,15 @@
 """Digests of arrays that are the same on every mesh.
 
-Of an array's bits as words w_i at places i of the flattened array
+With an array's bits as words w_i at places i of the flattened array,
 
   digest = (sum_i a_i, sum_i b_i)  modulo 2^32
   a_i = mix(w_i ^ mix(i)),  b_i = mix(a_i + mix(~i))
 
 where `mix` is a bijection of 32-bit words (MurmurHash3's finaliser).  Sums of
-whole numbers do not depend on their order, so neither does a digest on how an
-array is split over devices or processes.  As a word is mixed with its place, a
-permutation is seen; one changed word is always seen, anything else but once in
-2^64 times.
+integers do not depend on their order, so a digest does not depend on how an
+array is split over devices or processes.  As a word is mixed with its place,
+permutations are detected, too.  A change of one word is always detected, any
+other change except once in 2^64 times.
 """
 
 import functools
@@ -41,10 +41,10 @@ class Leaf(NamedTuple):
 
 
 def leaves(tree: Tree) -> dict[str, Leaf]:
-  """Every array of `tree` by its name, `params/embed/embedding`.
+  """The `Leaf` of every array of `tree`, by name (`params/embed/embedding`).
 
-  All processes that hold a part of the arrays call it; one compiled program
-  reads everything once.  Arrays of the host (numpy's) stay there.
+  All processes that hold a part of the arrays must call it.  One compiled
+  program reads everything once.  NumPy arrays stay on the host.
   """
   names = [
     jax.tree_util.keystr(path, simple=True, separator="/")
@@ -57,7 +57,7 @@ def leaves(tree: Tree) -> dict[str, Leaf]:
     if isinstance(first, NamedSharding):
       everywhere = NamedSharding(first.mesh, PartitionSpec())
     found = np.asarray(_leaves(arrays, everywhere))
-  else:  # one after the other, so that no second copy of all is made
+  else:  # one by one, so that there is never a second copy of all
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
       found = np.concatenate([_leaves([x], None) for x in arrays])
   return {
@@ -82,8 +82,8 @@ def _leaf(x: jax.Array) -> jax.Array:
   first = _mix(words ^ _mix(place))
   second = _mix(first + _mix(~place))
   unusual = _is_unusual(x, words.shape).astype(jnp.uint32)
-  # One reduction of all three: two seconds, not seven, to compile for a state
-  # of 90 arrays, and one pass over memory.
+  # One reduction of all three reads memory once and, for a state of 90 arrays,
+  # compiles in two seconds rather than seven.
   sums = jax.lax.reduce(
     (first, second, unusual),
     (np.uint32(0),) * 3,
@@ -94,15 +94,15 @@ def _leaf(x: jax.Array) -> jax.Array:
 
 
 def _is_unusual(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """NaN or infinite, at every word of shape `shape`."""
+  """Whether an element is NaN or infinite, in the `shape` of its words."""
   if not jnp.issubdtype(x.dtype, jnp.inexact):
     return jnp.zeros(shape, bool)
-  missing = tuple(range(x.ndim, len(shape)))  # two words each
+  missing = tuple(range(x.ndim, len(shape)))  # of words
   return jnp.broadcast_to(jnp.expand_dims(~jnp.isfinite(x), missing), shape)
 
 
 def _words(x: jax.Array) -> jax.Array:
-  """The bits of every element, of 64-bit ones as two words."""
+  """The bits of every element as a word; 64-bit elements have two words."""
   if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
     x = jax.random.key_data(x)
   if jnp.issubdtype(x.dtype, jnp.complexfloating):
@@ -116,7 +116,7 @@ def _words(x: jax.Array) -> jax.Array:
 
 
 def _places(shape: tuple[int, ...]) -> jax.Array:
-  """Numbers every element of the flattened array, modulo 2^32."""
+  """The index of every element in the flattened array, modulo 2^32."""
   places, stride = jnp.zeros(shape, jnp.uint32), 1
   for axis in reversed(range(len(shape))):
     along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)

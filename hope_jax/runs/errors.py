@@ -10,7 +10,7 @@ class Diverged(Fault):
 
 
 class NoData(Fault):
-  """The input pipeline died or hangs."""
+  """The input pipeline failed or hangs."""
 
 
 class SaveFailed(Fault):

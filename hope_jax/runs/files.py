@@ -1,8 +1,8 @@
-"""Files of runs and data sets: on a disk, or in a bucket (`gs://`).
+"""Files of runs and data sets, on a disk or in a bucket (`gs://`).
 
-An `epath.Path` reads and writes both alike.  What differs is here: a bucket's
-objects appear whole but cannot grow, and libraries that want a local file need
-a copy.  `gs://` needs the extra `gcs`.
+An `epath.Path` reads and writes both alike.  This module handles the
+differences: a bucket's objects appear whole but cannot grow, and libraries that
+want a local file need a copy.  `gs://` needs the extra `gcs`.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _COPY_BYTES = 1 << 24  # bytes copied at a time
 
 
 def reason(error: Exception) -> str:
-  """What an error says, in one line."""
+  """The message of an error, in one line."""
   if isinstance(error, OSError) and error.strerror:
     return error.strerror
   return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -45,8 +45,8 @@ def reach(name: str) -> epath.Path:
 
 
 def check_output(name: str, flag: str) -> epath.Path:
-  """The file `name` of `--flag`, which is written when all is done:
-  `ConfigError` now if it cannot be."""
+  """The file `name` of `--flag`, which is to be written at the end;
+  `ConfigError` now if that is not possible."""
   path = reach(name)
   if path.is_dir():
     raise ConfigError(f"--{flag}={name} is a folder: name a file")
@@ -55,7 +55,7 @@ def check_output(name: str, flag: str) -> epath.Path:
 
 
 def check_folder(name: str, flag: str) -> epath.Path:
-  """As `check_output`, of a folder that is there or will be made."""
+  """As `check_output`, for a folder that exists or will be made."""
   path = reach(name)
   is_there = path.is_dir()
   if path.exists() and not is_there:
@@ -65,7 +65,7 @@ def check_folder(name: str, flag: str) -> epath.Path:
 
 
 def check_empty(folder: epath.Path) -> None:
-  """`ConfigError` unless nothing is there that would be overwritten."""
+  """`ConfigError` unless `folder` is empty or does not exist."""
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise ConfigError(f"{folder} exists and is not empty: choose another")
 
@@ -81,7 +81,7 @@ def _probe(path: epath.Path, named: str) -> None:
       with writing(path) as beside:
         beside.touch()
         beside.unlink()
-  except Exception as error:  # of a bucket: anything
+  except Exception as error:  # a bucket may raise anything
     raise ConfigError(
       f"cannot write {named} ({reason(error)}): choose another place"
     ) from error
@@ -93,7 +93,7 @@ def is_remote(path: Any) -> bool:
 
 
 def is_read_once(path: epath.Path) -> bool:
-  """Whether `path` is a pipe or a terminal, not a file."""
+  """Whether `path` is a pipe or a terminal, which can be read only once."""
   if is_remote(path):
     return False
   here = pathlib.Path(path)
@@ -101,12 +101,12 @@ def is_read_once(path: epath.Path) -> bool:
 
 
 def absolute(path: epath.Path) -> epath.Path:
-  """`path` from the root, or from the bucket."""
+  """`path` from the root; one in a bucket is returned as it is."""
   return path if is_remote(path) else epath.Path(path).resolve()
 
 
 def cache() -> pathlib.Path:
-  """The folder of what can be made again: $HOPE_JAX_CACHE."""
+  """The folder of files that can be made again: $HOPE_JAX_CACHE."""
   name = os.environ.get("HOPE_JAX_CACHE", "~/.cache/hope_jax")
   return pathlib.Path(name).expanduser()
 
@@ -114,7 +114,7 @@ def cache() -> pathlib.Path:
 def local(path: epath.Path) -> pathlib.Path:
   """`path`, or for a remote one its copy in the cache ($HOPE_JAX_CACHE).
 
-  A copy is taken again when the object's size or date has changed.
+  The copy is renewed when the object's size or date has changed.
   """
   if not is_remote(path):
     return pathlib.Path(path)
@@ -133,10 +133,11 @@ def local(path: epath.Path) -> pathlib.Path:
 def writing(
   path: epath.Path, scratch: epath.Path | None = None
 ) -> Iterator[pathlib.Path]:
-  """A local file to write, which becomes `path` at the end: whole, or not.
+  """A temporary local file to write, which becomes `path` at the end.
 
-  Removed by its writer, it becomes nothing.  `scratch`: the folder where it is
-  until then, of the same file system; default: beside `path`.
+  `path` appears whole, or not at all after an error or if the caller removes
+  the file.  `scratch`: the folder of the temporary file, on the same file
+  system; default: beside `path`.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   remote = is_remote(path)
@@ -162,7 +163,7 @@ def _copy(source: epath.Path, target: epath.Path) -> None:
 
 
 def write_text(path: epath.Path, text: str) -> None:
-  """Writes a small file: killed on the way, the old one is still there."""
+  """Writes a small file; if it is killed midway, the old file remains."""
   if is_remote(path):
     path.write_text(text)
     return

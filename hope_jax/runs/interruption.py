@@ -2,8 +2,8 @@
 
 The first SIGINT (Ctrl-C) or SIGTERM (a scheduler, a preempted machine) lets
 the loop finish its step and save a checkpoint; a second one stops at once.
-With several processes, jax's preemption service agrees on one step, whichever
-of them heard the signal.
+With several processes, JAX's preemption service makes all of them stop at the
+same step, whichever received the signal.
 """
 
 import contextlib
@@ -13,12 +13,12 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-RESUMABLE = 75  # the machine is wanted elsewhere: run the command again
+RESUMABLE = 75  # stopped from outside: run the same command again
 CODES = {signal.SIGINT: 130, signal.SIGTERM: RESUMABLE}
 
 
 class Interrupted(KeyboardInterrupt):
-  """The run was asked to stop, and its state is saved; with an exit code."""
+  """The run was asked to stop and saved its state; has the exit code."""
 
   def __init__(self, message: str, code: int):
     super().__init__(message)
@@ -27,8 +27,8 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def watch() -> Iterator[Callable[[int], int]]:
-  """Yields should_stop(step), to be asked by every process at every step; it
-  answers 0 or the exit code to stop with."""
+  """Yields should_stop(step), which every process calls at every step; it
+  returns 0, or the exit code to stop with."""
   import jax
   from jax.experimental import multihost_utils
 
@@ -43,7 +43,7 @@ def watch() -> Iterator[Callable[[int], int]]:
     return RESUMABLE if several else 0
 
   if threading.current_thread() is not threading.main_thread():
-    yield should_stop  # only the main thread hears signals
+    yield should_stop  # only the main thread receives signals
     return
 
   def handle(number: int, frame: Any) -> None:
@@ -59,7 +59,7 @@ def watch() -> Iterator[Callable[[int], int]]:
     if several:  # what the preemption service listens to, in every process
       signal.raise_signal(signal.SIGTERM)
 
-  # Of several processes SIGTERM is the service's.
+  # With several processes, the service handles SIGTERM.
   watched = [signal.SIGINT] if several else list(CODES)
   old = {number: signal.signal(number, handle) for number in watched}
   try:

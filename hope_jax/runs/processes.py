@@ -1,11 +1,11 @@
 """Several processes of one run: they agree at the start, none waits for ever.
 
-Each process gives a sign of life every second in the key-value store of
-jax.distributed, with the step it is at, and reads those of the others.  One
-that is silent for too long, that ended, or that holds up a step ends the whole
-run: one line names it, the exit code is `interruption.RESUMABLE`.
+Every second, each process writes a sign of life, with its current step, to the
+key-value store of jax.distributed, and reads those of the others.  If one is
+silent for too long, has ended or holds up a step, the whole run ends with a
+line that names it and the exit code `interruption.RESUMABLE`.
 
-With one process (or before `initialize`) everything here does nothing.
+With one process, or before `initialize`, nothing here waits or communicates.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ from hope_jax.runs.interruption import RESUMABLE
 
 T = TypeVar("T")
 
-ARRIVAL_SECONDS = 300  # that the first process waits for the last one
+ARRIVAL_SECONDS = 300  # for which the first process waits for the last one
 BEAT_SECONDS = 1.0  # between two signs of life
-SUSPECT_SECONDS = 10.0  # of silence, once a collective has failed
+SUSPECT_SECONDS = 10.0  # of silence allowed once a collective has failed
 _PREFIX = "hope_jax"
 AGAIN = "run the same command again to resume"
 
@@ -35,21 +35,21 @@ class _Group:
   def __init__(self, client: Any, index: int, count: int, seconds: float):
     self.client, self.index, self.count = client, index, count
     self.seconds = seconds
-    self.calls = 0  # of `share`, which number its keys
+    self.calls = 0  # calls of `share`; they number its keys
     self.hosts = [""] * count
     self.step, self.since = 0, time.monotonic()  # steps of this session
     self.hang_seconds = 0.0
     self.is_suspicious = self.is_silent = self.is_over = False
     now = time.monotonic()
-    self.answered = now  # when the store last did
-    self.beats = [(0, 0)] * count  # number and step of each one's last sign
+    self.answered = now  # when the store last answered
+    self.beats = [(0, 0)] * count  # number and step in each last sign
     self.seen = [now] * count  # when it came
 
   def name(self, index: int) -> str:
     return f"process {index} of {self.count} ({self.hosts[index]})"
 
   def exchange(self, number: int) -> dict[int, str]:
-    """Gives a sign of life, reads the others'; returns who has ended, why."""
+    """Gives a sign of life, reads the others'; returns who ended, and why."""
     sign = json.dumps([number, self.step])
     self.client.key_value_set(
       f"{_PREFIX}/alive/{self.index}", sign, allow_overwrite=True
@@ -65,7 +65,7 @@ class _Group:
     return _by_process(gone)
 
   def lost(self, gone: dict[int, str]) -> str | None:
-    """Why the run cannot go on, if it cannot."""
+    """Why the run cannot continue; None if it can."""
     now = time.monotonic()
     limit = self.seconds
     if self.is_suspicious:
@@ -74,7 +74,7 @@ class _Group:
     for index in others:
       if index in gone:
         reason = gone[index]
-        is_loss = reason.startswith("process ")  # of a third one
+        is_loss = reason.startswith("process ")  # of a third process
         return reason if is_loss else f"{self.name(index)} ended: {reason}"
     if self.index and now - self.answered > limit:
       return f"{self.name(0)} does not answer any more"
@@ -87,7 +87,7 @@ class _Group:
     return self._hung(now)
 
   def _hung(self, now: float) -> str | None:
-    """Whether a step takes too long, and who holds it up."""
+    """Why a step takes too long, with the process that holds it up."""
     steps = [step for _, step in self.beats]
     steps[self.index] = self.step
     is_compiling = min(steps) < 2
@@ -121,10 +121,10 @@ def _by_process(found: list[tuple[str, str]]) -> dict[int, str]:
 
 
 def initialize(seconds: float, fail: Callable[[str, int], NoReturn]) -> None:
-  """Joins the other processes, as the cluster's environment names them.
+  """Joins the other processes, which the cluster's environment names.
 
-  From here on the loss of one calls `fail(message, code)`, in a thread of its
-  own: a process that gives no sign of life for `seconds` is lost.
+  From here on, the loss of one calls `fail(message, code)` in a separate
+  thread.  A process that gives no sign of life for `seconds` counts as lost.
 
   Raises:
     ConfigError: the environment does not say who the others are.
@@ -136,7 +136,7 @@ def initialize(seconds: float, fail: Callable[[str, int], NoReturn]) -> None:
   try:
     jax.distributed.initialize(
       initialization_timeout=ARRIVAL_SECONDS,
-      # Later than `seconds`: it would end this process with a stack trace.
+      # Longer than `seconds`: it ends this process with a stack trace.
       heartbeat_timeout_seconds=int(100 + 4 * seconds),
     )
   except ValueError as error:
@@ -183,12 +183,12 @@ def is_alone() -> bool:
 
 
 def is_first() -> bool:
-  """Whether this is the process that speaks for all."""
+  """Whether this is the process that prints and writes for all."""
   return _group is None or _group.index == 0
 
 
 def share(value: str) -> list[str]:
-  """The values that all processes gave, in their order."""
+  """The values that all processes pass, in the order of the processes."""
   group = _group
   if group is None:
     return [value]
@@ -205,14 +205,14 @@ def _wait_for(group: _Group, key: str) -> str:
       return group.client.blocking_key_value_get(key, 1000)
     except Exception as error:
       if "DEADLINE_EXCEEDED" not in str(error):
-        # The store is away.  Give `watch` the time to say so.
+        # The store is gone.  Give `watch` the time to report it.
         time.sleep(BEAT_SECONDS)
 
 
 def agree(action: Callable[[], T]) -> T:
-  """What `action` returns here; a `ConfigError` in any process is everyone's.
+  """The result of `action`; a `ConfigError` in any process is raised in all.
 
-  So that no process waits for one that refused to start.
+  So no process waits for one that refused to start.
   """
   if _group is None:
     return action()
@@ -231,7 +231,7 @@ def agree(action: Callable[[], T]) -> T:
 
 
 def from_first(action: Callable[[], Any]) -> Any:
-  """What `action` returns in process 0, as JSON; or its `ConfigError`."""
+  """The JSON value that `action` returns in process 0, or its `ConfigError`."""
   if _group is None:
     return action()
   value = agree(lambda: None if _group and _group.index else action())
@@ -254,10 +254,10 @@ def check_same(values: Json) -> None:
 
 
 def at_step(hang_seconds: float) -> None:
-  """This process begins its next step.
+  """To be called when this process begins its next step.
 
-  Once all have compiled theirs, a step that takes longer than `hang_seconds`
-  ends the run (0: it does not).
+  Once all processes have compiled the step, one that takes longer than
+  `hang_seconds` ends the run (0: never).
   """
   if _group is not None:
     _group.since, _group.hang_seconds = time.monotonic(), hang_seconds
@@ -265,24 +265,24 @@ def at_step(hang_seconds: float) -> None:
 
 
 def silence(is_silent: bool) -> None:
-  """Whether this process is as good as stopped: it gives no signs of life."""
+  """Turns off the signs of life while this process's parent is stopped."""
   if _group is not None:
     _group.is_silent = is_silent
     _group.answered = time.monotonic()
 
 
 def explain() -> None:
-  """To be called after an unexpected error: does not return if it comes from
+  """To be called after an unexpected error; does not return if the cause is
   the loss of another process, which `watch` then reports."""
   if _group is not None:
     _group.is_suspicious = True
     time.sleep(SUSPECT_SECONDS + 3 * BEAT_SECONDS)
-    while _group.is_silent or _group.is_over:  # `watch` is about to end us
+    while _group.is_silent or _group.is_over:  # `watch` is about to end this
       time.sleep(BEAT_SECONDS)
 
 
 def finish() -> None:
-  """Waits until all processes are here, then ends the watch over them."""
+  """Waits until all processes have called it, then stops watching them."""
   if _group is not None:
     share("finished")
     _group.is_over = True
@@ -295,8 +295,8 @@ def leave(reason: str) -> None:
     return
   if not group.is_over:
     group.is_over = True
-    with contextlib.suppress(Exception):  # the store is away already
+    with contextlib.suppress(Exception):  # the store is gone already
       reason = reason.removesuffix(f"; {AGAIN}")
       group.client.key_value_set(f"{_PREFIX}/gone/{group.index}", reason)
-  if group.index == 0:  # which holds the store: its end would abort the others
+  if group.index == 0:  # it holds the store: its end would abort the others
     time.sleep(3 * BEAT_SECONDS)

@@ -1,5 +1,5 @@
-"""What a command says on stderr before its results: what it is going to do,
-and what it waits for."""
+"""What a command prints on stderr before its results: what it will do, and
+what it waits for."""
 
 import contextlib
 import sys
@@ -9,21 +9,21 @@ from collections.abc import Iterator
 
 from hope_jax.runs import processes
 
-# Between two lines where no terminal can be rewritten: twice as long each time.
+# Between two lines where stderr is not a terminal; it doubles each time.
 _FIRST_SECONDS, _LONGEST_SECONDS = 5.0, 60.0
 
 
 def say(line: str) -> None:
-  """One line, at once, from the first of several processes."""
+  """Prints one line at once; of several processes, only the first does."""
   if processes.is_first():
     print(line, file=sys.stderr, flush=True)
 
 
 class Waiting:
-  """Says that something takes its time, and how long it has taken so far.
+  """Prints what is waited for, and how long it has taken so far.
 
-  On a terminal one line counts the seconds; elsewhere there are lines at
-  growing distances.  Nothing is said of what ends within `patience` seconds.
+  On a terminal one line counts the seconds; elsewhere lines are printed at
+  growing intervals.  Nothing is printed if it ends within `patience` seconds.
   """
 
   def __init__(self, what: str, patience: float = 0.0):
@@ -34,7 +34,7 @@ class Waiting:
     self._has_begun = False
     if not patience:
       self._show()
-    # A daemon: it must not keep a process alive that fails meanwhile.
+    # A daemon: it must not keep a failing process alive.
     self._thread = threading.Thread(target=self._count, daemon=True)
     self._thread.start()
 
@@ -73,7 +73,7 @@ class Waiting:
 
 @contextlib.contextmanager
 def waiting(what: str, patience: float = 0.0) -> Iterator[None]:
-  """Inside, a `Waiting`; an error ends it without a last line."""
+  """A `Waiting` during the block; an error ends it without a last line."""
   wait = Waiting(what, patience)
   try:
     yield

@@ -1,12 +1,14 @@
-"""The process around each process of a run of several.
+"""The parent process of each process in a run of several.
 
-When the process that coordinates a run dies, jax ends every other one by
-abort(), with a stack trace: nothing inside can prevent that.  So the command
-runs as a child: its parent passes on signals and output, and turns that end
-into one line and the exit code that means "run the same command again".
+When the process that coordinates a run dies, JAX ends every other one by
+abort(), with a stack trace, which nothing inside that process can prevent.  So
+the command runs as a child.  Its parent passes on signals and output, and turns
+such an end into one line and the exit code that means "run the same command
+again".
 
-The child ends with its parent: a pipe between them closes.  A parent that is
-stopped (SIGSTOP) stops counting, and its child then gives no signs of life.
+The child ends with its parent, when the pipe between them closes.  A parent
+that is stopped (SIGSTOP) writes nothing to the pipe, and its child then gives
+no signs of life.
 """
 
 import contextlib
@@ -24,7 +26,7 @@ from typing import NoReturn
 from hope_jax.runs import interruption
 from hope_jax.runs.interruption import RESUMABLE
 
-_PIPE = "HOPE_JAX_SUPERVISOR"  # number of the pipe's end in the child
+_PIPE = "HOPE_JAX_SUPERVISOR"  # the child's file descriptor of the pipe
 _TICK_SECONDS = 1.0
 _HELD_SECONDS = 20.0
 # What the coordination service writes to stderr when a process is lost.
@@ -35,10 +37,10 @@ _FATAL = "JAX distributed service detected fatal errors"
 
 
 def supervise(silence: Callable[[bool], None]) -> None:
-  """Returns in the child, and only there.
+  """Runs the command again as a child; returns only in the child.
 
-  `silence(True)` is called in the child when its parent is stopped,
-  `silence(False)` when it goes on.
+  In the child, `silence(True)` is called while its parent is stopped,
+  `silence(False)` while it runs.
   """
   number = os.environ.pop(_PIPE, None)
   if number is None:
@@ -49,7 +51,7 @@ def supervise(silence: Callable[[bool], None]) -> None:
 
 
 def _follow(pipe: int, silence: Callable[[bool], None]) -> None:
-  """In the child: ends with the parent."""
+  """Runs in the child, and ends it with its parent."""
   while True:
     ready, _, _ = select.select([pipe], [], [], 5 * _TICK_SECONDS)
     if ready and not os.read(pipe, 1):
@@ -95,14 +97,14 @@ def _run_child() -> NoReturn:
     relay.held = [f"error: {reason}; run the same command again to resume\n"]
     code = RESUMABLE
   elif code in interruption.CODES.values():
-    relay.held = []  # the run has said why in its own words
+    relay.held = []  # the run has printed its own error
   relay.flush()
   os._exit(code if code >= 0 else 128 - code)
 
 
 class _Relay:
-  """Passes the child's stderr on; from the first sign of trouble on it holds
-  back, for some seconds, all but the run's own errors."""
+  """Passes on the child's stderr; from the first sign of trouble, it holds
+  back all but the run's own errors for some seconds."""
 
   def __init__(self):
     self.held: list[str] = []

@@ -44,12 +44,12 @@ MAY_CHANGE = (
 
 def write_json(path: epath.Path, value: Any) -> None:
   """Writes `value` as JSON, atomically; `ValueError` for NaN and infinity,
-  which are none (`finite`)."""
+  which JSON does not have (see `finite`)."""
   files.write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def finite(value: Any) -> Any:
-  """`value` with None for every number that JSON does not have."""
+  """`value` with None for every NaN and infinity, which JSON does not have."""
   if isinstance(value, dict):
     return {key: finite(each) for key, each in value.items()}
   if isinstance(value, list | tuple):
@@ -101,8 +101,8 @@ def _no_constant(name: str) -> None:
 def claim(workdir: epath.Path, config: Config, data: dict[str, str]) -> None:
   """Makes `workdir` the folder of a run of `config`, or checks that it is.
 
-  The mesh and wandb may change between the sessions of a run, nothing else
-  may, the data (`pipeline.fingerprint`) neither.
+  Only the fields in `MAY_CHANGE` may change between the sessions of a run; the
+  data (`pipeline.fingerprint`) may not.
   """
   path = workdir / CONFIG
   if path.exists():
@@ -128,7 +128,7 @@ def claim(workdir: epath.Path, config: Config, data: dict[str, str]) -> None:
 def check_data(
   workdir: epath.Path, config: Config, data: dict[str, str]
 ) -> None:
-  """`ConfigError` if `data`, hashes of the data now, are not the run's."""
+  """`ConfigError` unless `data`, the hashes of the data now, are the run's."""
   path = workdir / DATA
   old = read_object(path) if path.exists() else {}
   for name in data:
@@ -144,9 +144,9 @@ def check_data(
 def locked(workdir: epath.Path) -> Iterator[None]:
   """Inside, no other process can train in `workdir`; `ConfigError` if one does.
 
-  On a disk the operating system lets go of the lock when the process ends in
-  any way.  In a bucket the lock is an object that its owner renews; one that is
-  not renewed any more is taken over.
+  On a disk, the operating system releases the lock however the process ends.
+  In a bucket, the lock is an object that its owner renews; one that is no
+  longer renewed is taken over.
   """
   lock = _leased if files.is_remote(workdir) else _flocked
   with lock(workdir):
@@ -189,7 +189,7 @@ def _leased(workdir: epath.Path) -> Iterator[None]:
     for number in itertools.count(1):
       if done.wait(LEASE_SECONDS):
         return
-      with contextlib.suppress(Exception):  # the network comes back, or not
+      with contextlib.suppress(Exception):  # the network may come back
         path.write_text(f"{owner}, renewal {number}")
 
   thread = threading.Thread(target=renew, daemon=True)
@@ -221,7 +221,7 @@ def _in_use(workdir: epath.Path, owner: str) -> ConfigError:
 
 
 def code() -> str:
-  """A hash of this program and of the libraries that compute for it."""
+  """A hash of this code and of the versions of the libraries it uses."""
   digest = hashlib.sha256()
   here = pathlib.Path(__file__).resolve().parents[2]
   for package in ("hope_jax", "pallas_kernels"):

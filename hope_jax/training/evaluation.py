@@ -1,4 +1,4 @@
-"""Loss and accuracy of a split, and what the memories do in it."""
+"""Loss and accuracy on a split, and what the memories do on it."""
 
 import math
 from typing import Any
@@ -79,8 +79,8 @@ def inner_dynamics(
 ) -> Json:
   """The dynamics of the split's first batch, by layer and level.
 
-  Returns `dynamics` (`training.dynamics.flatten`) and `relative_change`: per
-  level the median over layers of |D| / |M_0| at the sequence's end.
+  Returns `dynamics` (`analysis.dynamics.flatten`) and `relative_change`: for
+  each level, the median over layers of |D| / |M_0| at the sequence's end.
   """
   size = config.eval.batch_size
   rows = sharding.process_rows(mesh, size)
@@ -95,12 +95,12 @@ def inner_dynamics(
 
 
 def perplexity(loss: float) -> float:
-  """exp(loss), where that is a number; else the largest power that is one."""
+  """exp(loss), with losses above 700 nats cut so that it does not overflow."""
   return math.exp(min(loss, 700.0))
 
 
 def derived(loss: float, config: Config) -> dict[str, float]:
-  """perplexity, and where tokens are bytes bits_per_byte."""
+  """perplexity, and bits_per_byte where tokens are bytes."""
   values = {"perplexity": perplexity(loss)}
   if isinstance(pipeline.load_tokenizer(config), tokenizer.Bytes):
     values["bits_per_byte"] = loss / math.log(2.0)

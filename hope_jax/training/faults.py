@@ -1,8 +1,8 @@
-"""What a run does when something goes wrong: numbers, data, a hung step.
+"""How a run reacts to faults: bad numbers, missing data, a hung step.
 
 A step whose loss or gradient is not finite changes nothing (`step.py`) and is
-counted; this module decides when that, or a loss that jumped, ends the run or
-sends it back.
+counted.  This module decides when such steps, or a jump of the loss, end the
+run or send it back to its last checkpoint.
 """
 
 import collections
@@ -19,7 +19,7 @@ from hope_jax.config import Json, TrainConfig
 from hope_jax.runs.errors import Diverged, NoData
 
 _HISTORY = 50  # logged losses that a spike is measured against
-_FEWEST = 5  # without so many there is no usual loss
+_FEWEST = 5  # losses before a jump can be detected
 _GRACE_SECONDS = 5.0  # for data workers to end
 
 
@@ -27,7 +27,7 @@ class Guard:
   """Watches the logged losses."""
 
   def __init__(self, config: TrainConfig, records: list[Json]):
-    """`records`: of earlier sessions."""
+    """`records`: those of earlier sessions."""
     self._config = config
     self._losses: collections.deque[float] = collections.deque(maxlen=_HISTORY)
     for record in records:
@@ -37,7 +37,7 @@ class Guard:
     self._rollbacks = sum(r["kind"] == "rollback" for r in records)
 
   def is_spike(self, *seen: tuple[int, dict[str, float]] | None) -> bool:
-    """Whether to go back to the last checkpoint; `Diverged` to give up.
+    """Whether to go back to the last checkpoint; raises `Diverged` to give up.
 
     `seen`: steps and their logged scalars, None for nothing new.
     """
@@ -67,7 +67,7 @@ class Guard:
     return True
 
   def _is_jump(self, loss: float) -> bool:
-    """Whether it is far above the last ones; never among the first ones."""
+    """Whether `loss` is far above the last ones; False for the first few."""
     factor = self._config.rollback_factor
     if not factor or len(self._losses) < _FEWEST:
       return False
@@ -81,10 +81,10 @@ def check_end(
   bad: int,
   bad_in_a_row: int,
 ) -> None:
-  """`Diverged` if a run that made all its steps has no sound result.
+  """`Diverged` if a run that made all its steps has no valid result.
 
-  `losses` by split, None for what was no number; `bad` as in `TrainState`.
-  One bad step at the end is skipped like any other one.
+  `losses` are by split, None where not finite; `bad` and `bad_in_a_row` are as
+  in `TrainState`.  A single bad step at the end is skipped like any other one.
   """
   for split, loss in losses.items():
     if loss is None or not math.isfinite(loss):
@@ -103,10 +103,10 @@ def check_end(
 def with_timeout(
   batches: Iterator[Any], seconds: float, ahead: int = 1
 ) -> Generator[Any]:
-  """`batches`, up to `ahead` of them made ahead in a thread; `NoData` if one
-  takes longer, or making it fails.
+  """`batches`, up to `ahead` of them made in advance by a thread; `NoData` if
+  one takes longer than `seconds`, or making it fails.
 
-  Closed, it ends what makes them.
+  Closing this generator also closes `batches`.
   """
   box: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=ahead)
   is_over = threading.Event()
@@ -159,13 +159,13 @@ class Watchdog:
     self._seconds = seconds
 
   def step(self) -> None:
-    """A step begins; the one before has ended."""
+    """To be called when a step begins; restarts the timer."""
     if self._seconds:
       faulthandler.dump_traceback_later(self._seconds, repeat=True, file=2)
 
   @contextlib.contextmanager
   def watch(self) -> Iterator[None]:
-    """Inside, steps are watched."""
+    """Steps are watched inside the block; its end stops the timer."""
     try:
       yield
     finally:

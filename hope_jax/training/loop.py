@@ -24,10 +24,10 @@ from hope_jax.training import step as step_lib
 def run(config: Config, workdir: epath.Path) -> Json:
   """Trains, resuming if `workdir` holds a checkpoint; returns the result.
 
-  Interrupted and resumed, a run gives what it would have given at once, bit
-  for bit on the same devices.
+  A run that was interrupted and resumed gives the same result as one that was
+  not, bit for bit on the same devices.
   """
-  if not processes.is_alone():  # the code's hash reads all of it
+  if not processes.is_alone():  # the hash reads all code
     processes.check_same(
       {"--workdir": str(files.absolute(workdir)), "code": workdir_lib.code()}
       | workdir_lib.flatten(config)
@@ -63,7 +63,7 @@ def run(config: Config, workdir: epath.Path) -> Json:
 
 
 def _announce(device: Any, compiled: step_lib.Compiled) -> None:
-  """How large the model is, and what will not be known of its speed."""
+  """Prints the model's size and, if the MFU cannot be computed, the reason."""
   count = step_lib.count_parameters(compiled.abstract_state.params)
   progress.say(f"{count:,} parameters")
   missing = flops.why_no_mfu(device)
@@ -72,7 +72,7 @@ def _announce(device: Any, compiled: step_lib.Compiled) -> None:
 
 
 def _flops_per_token(config: Config, params: Tree) -> float:
-  """Counted once for a model and a code: it is a trace of the whole model."""
+  """FLOPs per token, cached, as counting them traces the whole model."""
   return compilation.remembered(
     "flops",
     f"{config.model} {config.data.sequence_length} {workdir_lib.code()}",
@@ -89,8 +89,8 @@ def train(
   sources: Json,
   data: dict[str, str],
 ) -> Json:
-  """The run itself, in a folder that is claimed and locked: its result."""
-  from hope_jax.runs import checkpoints  # half a second, after first lines
+  """Trains in a folder that is claimed and locked; returns the result."""
+  from hope_jax.runs import checkpoints  # takes 0.5 s, after first lines
 
   options = config.train
 
@@ -109,7 +109,7 @@ def train(
   has_dynamics = bool(config.model.fast_levels)
   collect = dynamics.build(config, mesh)
 
-  # 2. The input, from the step where the state is.
+  # 2. The input, from the state's step on.
   batch_size = config.data.batch_size
   rows = sharding.process_rows(mesh, batch_size)
 
@@ -128,7 +128,7 @@ def train(
   peak = flops.peak_flops(jax.devices()[0])
   writer = metrics.Writer(workdir, config, start)
   guard = faults.Guard(options, writer.records)
-  watchdog = faults.Watchdog(options.hang_seconds)  # alone; else `processes`
+  watchdog = faults.Watchdog(options.hang_seconds)  # dumps stacks only
   meter = metrics.Meter(
     writer,
     tokens_per_step=tokens_per_step,
@@ -141,7 +141,7 @@ def train(
 
   def score(split: str) -> dict[str, float]:
     known = writer.find("eval", step, split)
-    if known is not None:  # by a session that was killed after this
+    if known is not None:  # by a session that was killed afterwards
       return known
     scores = evaluation.evaluate(
       compiled.eval_step,
@@ -229,7 +229,7 @@ def train(
 def _first_state(
   config: Config, compiled: step_lib.Compiled, data: dict[str, str]
 ) -> step_lib.TrainState:
-  """Drawn from the seed; the parameters of an export, if one is named."""
+  """The first state, from the seed or with the parameters of an export."""
   state = compiled.init(jax.random.key(config.train.seed))
   if not config.train.init_from:
     return state
@@ -240,7 +240,7 @@ def _first_state(
 
 
 def _roll_back(state: Tree, step: int, read_on: Any) -> tuple[Any, int, Any]:
-  """From `step` back to `state`, on with the data that was not read yet."""
+  """Goes back from `step` to `state`, and on with data not read before."""
   offset = int(state.offset) + step - int(state.step)
   state = dataclasses.replace(state, offset=np.int32(offset))
   return state, int(state.step), read_on(state)

@@ -1,8 +1,8 @@
-"""Records of a run: metrics.jsonl, optionally wandb, a line or a bar to watch.
+"""Records of a run: metrics.jsonl, printed lines or a bar, optionally wandb.
 
-A record is one JSON object a line with `step` and `kind` ("train", "eval" or
-"dynamics").  Process 0 writes.  Device scalars are fetched one step late, so
-that reading them never keeps the device waiting.
+A record is one line, a JSON object with `step` and `kind` ("train", "eval",
+"dynamics" or "rollback").  Process 0 writes.  Device scalars are fetched one
+step late, so that reading them never keeps the device waiting.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ from hope_jax.runs import workdir as workdir_lib
 
 
 def read(workdir: epath.Path) -> list[Json]:
-  """All records of a run; a line that is none is left out, such as one cut
-  short by a crash.  Numbers that are not finite are None."""
+  """All records of a run; invalid lines are left out, such as one cut short by
+  a crash.  Numbers that are not finite are None."""
   path = workdir / workdir_lib.METRICS
   records = []
   if path.exists():
@@ -40,7 +40,7 @@ def read(workdir: epath.Path) -> list[Json]:
 
 
 def _is_record(value: Any) -> bool:
-  """Whether it is what `Writer` writes: step, kind, split and numbers."""
+  """Whether `value` has the form of a record: step, kind and numbers."""
   if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
     return False
   if type(value.get("step")) is not int:
@@ -82,12 +82,12 @@ class Writer:
       self._show(kind, step, values)
 
   def sync(self) -> None:
-    """Writes metrics.jsonl anew in a bucket, where it cannot grow."""
+    """Rewrites metrics.jsonl if it is in a bucket, where it cannot grow."""
     if not self._is_main or self._grows:
       return
     try:
       self._write_all()
-    except Exception as error:  # the network: the next call writes it all
+    except Exception as error:  # the network: the next call writes all
       print(f"cannot write {self._path}: {error}", file=sys.stderr, flush=True)
 
   def _write_all(self) -> None:
@@ -95,7 +95,7 @@ class Writer:
     files.write_text(self._path, "".join(lines))
 
   def find(self, kind: str, step: int, split: str) -> Json | None:
-    """The values of an earlier record."""
+    """The earlier record of this kind, step and split, if there is one."""
     for record in self.records:
       if (record["kind"], record["step"], record.get("split")) == (
         kind,
@@ -137,7 +137,7 @@ class Writer:
     self._to_wandb(lambda run: run.finish())
 
   def _to_wandb(self, call: Callable[[Any], Any]) -> None:
-    """Training continues without wandb if it fails."""
+    """Calls wandb; if that fails, training continues without it."""
     if self._wandb is None:
       return
     try:
@@ -185,7 +185,7 @@ class Meter:
     self._held = (step, metrics)
 
   def flush(self) -> tuple[int, dict[str, float]] | None:
-    """The step that was held, and what was written for it."""
+    """Writes the held step's record; returns the step and its values."""
     if self._held is None:
       return None
     step, metrics = self._held
@@ -202,7 +202,7 @@ class Meter:
     return step, values
 
   def forget(self) -> None:
-    """Leaves out what is held; the clock of tokens_per_second starts anew."""
+    """Drops the held step and restarts the clock of tokens_per_second."""
     self._held = self._last = None
 
   def _speed(self, tokens_per_second: float) -> dict[str, float]:
@@ -225,11 +225,11 @@ class Meter:
       self._last = (step, then + time.perf_counter() - start)
 
   def median_tokens_per_second(self) -> float:
-    """Median over all but the first logging interval, or of that if there is no
-    other; 0 where the records were lost."""
+    """Median over all but the first logging interval, or the first if it is the
+    only one; 0 if the records were lost."""
     train = [r for r in self._writer.records if r["kind"] == "train"]
     rates = [r["tokens_per_second"] for r in train if "tokens_per_second" in r]
-    if not rates:  # too short a run: the compilation counts, too
+    if not rates:  # a short run: the time includes compilation
       known = [r for r in train[-1:] if r.get("tokens") and r.get("seconds")]
       rates = [r["tokens"] / r["seconds"] for r in known]
     return float(np.median(rates[1:] or rates or [0.0]))
@@ -237,7 +237,7 @@ class Meter:
 
 def _named(kind: str, values: Json) -> Json:
   """{"loss": ...} -> {"train/loss": ...} or {"eval/valid/loss": ...}."""
-  if kind == "dynamics":  # names itself
+  if kind == "dynamics":  # has full names
     return values
   values = dict(values)
   prefix = f"{kind}/{values.pop('split')}" if "split" in values else kind
@@ -245,7 +245,7 @@ def _named(kind: str, values: Json) -> Json:
 
 
 def _start_wandb(workdir: epath.Path, config: Config) -> Any:
-  """A wandb run that continues if the run does; offline needs no login."""
+  """A wandb run, resumed if this run is; offline mode needs no login."""
   if config.train.wandb == "off":
     return None
   try:

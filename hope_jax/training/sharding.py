@@ -47,9 +47,9 @@ def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
 
 
 def mesh_or_default(config: Config) -> Mesh:
-  """The run's mesh if it fits these devices and eval.batch_size, or one chip.
+  """The run's mesh if it fits these devices and the batch sizes, or one device.
 
-  A run that was trained on many chips can be looked at on one.
+  So a run that was trained on many devices can be evaluated on one.
   """
   try:
     mesh = make_mesh(config.mesh)
@@ -132,7 +132,7 @@ def param_shardings(boxed: Tree, params: Tree, mesh: Mesh) -> Any:
 
 
 def process_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:
-  """First and last + 1 row of a global batch that this process holds."""
+  """(first, last + 1) of a global batch's rows that this process holds."""
   held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
   slices = [i[0].indices(batch_size) for i in held.values() if i is not None]
   return min(s[0] for s in slices), max(s[1] for s in slices)

@@ -32,11 +32,11 @@ class TrainState:
 
   Attributes:
     step: steps made so far, skipped ones included.
-    fast: the models' fast state of every row; None unless it is carried from
+    fast: the model's fast state for every row; None unless it is carried from
       step to step.
-    bad, bad_in_a_row: steps skipped because loss or gradient was not finite,
-      in all and up to now without a break.
-    offset: step s reads batch s + offset (rollbacks leave batches out).
+    bad, bad_in_a_row: numbers of steps skipped because the loss or the gradient
+      was not finite: in total, and consecutive ones up to now.
+    offset: step s reads batch s + offset (rollbacks skip batches).
 
   Fields are arrays, or their shapes or shardings.
   """
@@ -87,7 +87,7 @@ def batch_sums(
 ) -> tuple[Sums, Any]:
   """Loss and accuracy sums of one batch, and the fast state after it.
 
-  `axis` 0 sums over rows only, so that every position has its own [T].
+  `axis=0` sums over rows only, which gives the sums of each position, [T].
   """
   output = language_model.forward(
     model, params, batch["tokens"], state=fast, documents=batch.get("segments")
@@ -103,8 +103,8 @@ def batch_sums(
 def _gradient(
   model: LanguageModel, params: Tree, batch: Batch, fast: Tree, accumulate: int
 ) -> tuple[Any, Sums, Any]:
-  """Gradient of the mean loss, the sums, and the fast state after; over
-  `accumulate` parts of the batch."""
+  """Gradient of the mean loss, the sums, and the fast state after the batch,
+  which is computed in `accumulate` parts."""
   total = jnp.maximum(jnp.sum(batch["weights"]), 1e-9)
 
   def mean_loss(params: Tree, part: Batch, fast: Tree) -> tuple[jax.Array, Any]:
@@ -131,8 +131,8 @@ def _gradient(
 
 
 def _split(x: jax.Array, rows: int, parts: int) -> jax.Array:
-  """Axis `rows` in parts [A, ...]: part j takes rows j::A, so that every
-  device keeps its own rows.  What has no such axis is repeated."""
+  """Splits axis `rows` into parts [A, ...]: part j takes rows j::A, so that
+  every device keeps its own rows.  Arrays without that axis are repeated."""
   if x.ndim <= rows:
     return jnp.broadcast_to(x[None], (parts, *x.shape))
   shape = (*x.shape[:rows], -1, parts, *x.shape[rows + 1 :])
@@ -188,9 +188,9 @@ def _train_step(
 
 
 def _init_params(config: Config) -> Callable[[jax.Array], Any]:
-  """key -> the parameters at the start, boxed."""
+  """The function key -> initial parameters, boxed."""
   model = LanguageModel(config.model)
-  # Parameters do not depend on how many tokens there are; tracing does.
+  # The parameters do not depend on the number of tokens; tracing time does.
   tokens = jnp.zeros((1, min(2, config.data.sequence_length)), jnp.int32)
   return lambda key: model.init(key, tokens)["params"]
 
@@ -209,7 +209,7 @@ def _laid_out(shapes: Tree, shardings: Tree) -> Any:
 
 
 def abstract_params(config: Config, mesh: Mesh) -> Any:
-  """Shapes and shardings of the parameters, without anything of training."""
+  """Shapes and shardings of the parameters, without a training state."""
   boxed = _boxed_shapes(config)
   shapes = jax.eval_shape(nn.unbox, boxed)
   return _laid_out(shapes, sharding.param_shardings(boxed, shapes, mesh))
@@ -228,7 +228,7 @@ def make_eval_step(config: Config, params: Tree, mesh: Mesh) -> Callable:
 
 
 def build(config: Config, mesh: Mesh) -> Compiled:
-  """Everything jitted for `config` over `mesh`; nothing is allocated yet.
+  """The jitted functions for `config` on `mesh`; nothing is allocated yet.
 
   The state is laid out abstractly first and then initialised in place, so
   that no device or host ever holds all of it.

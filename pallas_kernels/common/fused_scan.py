@@ -5,20 +5,19 @@ sequences (a sequence here is one head of one batch element), for a pure `step`
 on one chunk of one of them.  Its kernels run on a grid (S, G) over groups of n
 chunks, of which the second axis is sequential, with the state in scratch:
 
-* forward goes over a group's chunks in turn and, to be differentiated, saves
-  the state at each group's start;
+* forward goes through a group's chunks in order and, if it is differentiated,
+  saves the state at each group's start;
 * backward visits the groups from last to first, recomputes a group's states in
   VMEM from the saved one, and takes `jax.vjp` of `step` chunk by chunk.
 
-So the outer gradient needs no code of its own.  What `step` may use is what the
-TPU compiler knows: matrix products, masks, sums and elementwise functions.
+So the outer gradient needs no code of its own.  `step` may only use what the
+TPU compiler supports: matrix products, masks, sums and elementwise functions.
 
 HBM traffic: forward reads xs and the state, writes ys and the state once (and
 1 / n states per chunk); backward reads xs, the saved states and the cotangents
 and writes the gradients.
 
-Legend: S sequences, H those that differ in what is shared, G groups, n chunks
-of a group.
+Legend: S sequences, H sets of shared arrays, G groups, n chunks of a group.
 """
 
 import dataclasses
@@ -35,16 +34,16 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import refs, scan
 
-# v5e, v5p and v6e have 128 MiB of VMEM per core, of which the compiler gives a
-# kernel 16 unless asked.  States and blocks take at most a quarter of what is
-# asked for; the rest is for what a chunk's VJP computes with.
+# v5e, v5p and v6e have 128 MiB of VMEM per core, of which a kernel gets 16
+# unless it asks for more.  States and blocks take at most a quarter of what is
+# requested; the rest is for the intermediates of a chunk's VJP.
 VMEM_BYTES = 64 * 2**20
 _BLOCK_BYTES = VMEM_BYTES // 4
 _MAX_CHUNKS = 16
 
 
 class Options(NamedTuple):
-  """How `fused_scan` runs; `interpret` as of `pl.pallas_call`."""
+  """How `fused_scan` runs; `interpret` as in `pl.pallas_call`."""
 
   name: str
   interpret: Any = False
@@ -64,12 +63,13 @@ def fused_scan(
   Differentiable in state, xs and shared; computed in the state's dtypes.
 
   Args:
-    step: on one chunk of one sequence; `index` is the chunk's number, int32.
-      It closes over no arrays, and is hashable: equal ones compile once.
+    step: works on one chunk of one sequence; `index` is the chunk's number,
+      int32.  It must close over no arrays and be hashable: equal steps compile
+      once.
     state: any tree of float32 [S, ...].
     xs: any tree of float [S, N, ...], the inputs of N chunks.
     shared: any tree of [H, ...]; sequence s uses the (s mod H)-th.
-    name: of the kernels, in profiles and HLO.
+    name: name of the kernels in profiles and HLO.
     interpret: runs the kernels on any backend, slowly.
 
   Returns:
@@ -89,7 +89,7 @@ def fused_scan(
 
 @dataclasses.dataclass(frozen=True)
 class _Until:
-  """`step` that leaves the state as it is from chunk `num_chunks` on."""
+  """`step`, but from chunk `num_chunks` on the state does not change."""
 
   step: Callable
   num_chunks: int
@@ -101,16 +101,16 @@ class _Until:
 
 
 def chunks_per_step(num_chunks: int, state: Any, xs: Any) -> int:
-  """As many as fit with their states, and so that all steps are alike."""
+  """As many chunks as fit in VMEM with their states, evenly over all steps."""
   states = sum(_tiled_bytes(x.shape[1:]) for x in jax.tree.leaves(state))
-  # xs, their gradients and as much of outputs, each in two buffers.
+  # xs, their gradients and outputs of the same size, each in two buffers.
   blocks = sum(_tiled_bytes(x.shape[2:]) for x in jax.tree.leaves(xs))
   fit = max(1, min(_MAX_CHUNKS, _BLOCK_BYTES // (states + 6 * blocks)))
   return -(-num_chunks // -(-num_chunks // fit))
 
 
 def _tiled_bytes(shape: tuple[int, ...]) -> int:
-  """Of a float32 array in VMEM, in tiles of 8 x 128."""
+  """Bytes of a float32 array in VMEM, in tiles of 8 x 128."""
   *outer, rows, columns = (1, 1, *shape)
   tiles = -(-rows // 8) * -(-columns // 128)
   return 4 * 8 * 128 * tiles * math.prod(outer)
@@ -191,8 +191,8 @@ def _backward_kernel(
 
 
 def _by_sequence(tree: Any, count: int | None = None) -> Any:
-  """Blocks of arrays [S, ...]: all of a sequence at every step; of `count`
-  that sequences take turns with."""
+  """Blocks of arrays [S, ...]: all of sequence s at each of its steps; with
+  `count`, of arrays [count, ...]: entry s mod `count`."""
 
   def block(x):
     rest = x.shape[1:]
@@ -240,7 +240,7 @@ def _call(kernel: Callable, xs: Any, options: Options, suffix: str, **kwargs):
 
 
 def _shape_of_ys(step: Callable, state: Any, xs: Any, shared: Any) -> Any:
-  """Of all sequences and groups."""
+  """Shapes of the outputs of all sequences and groups."""
   drop = lambda tree, count: jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape[count:], x.dtype), tree
   )

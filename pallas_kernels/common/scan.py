@@ -30,7 +30,7 @@ def checkpointed_scan(
 
   * "none": everything the backward pass needs, as `jax.lax.scan`;
   * "chunk": the N carries; the body runs twice;
-  * "sqrt": as "chunk" up to `threshold` steps. Beyond, groups of
+  * "sqrt": as "chunk" up to `threshold` steps. Beyond it, groups of
     G = ceil(sqrt(N)) steps: about sqrt(N) carries, and G more while one group
     is differentiated; the body runs three times. The N mod G steps that fill
     no group follow in a scan of their own.
@@ -77,7 +77,7 @@ def fold_chunks(
 ) -> jax.Array:
   """Cuts an axis into chunks: [..., T, ...] -> [..., N, C, ...].
 
-  The last chunk is filled up with `pad_value`.
+  The last chunk is padded with `pad_value`.
   """
   axis %= x.ndim
   padding = -x.shape[axis] % chunk_length

@@ -42,14 +42,14 @@ def generalized_delta_rule(
     keys: k, [B, H, T, K].
     values: v, [B, H, T, E].
     queries: r, [B, H, T, K].
-    log_decay: log w in -fastest_decay .. 0, [B, H, T, K]; what is outside of it
-      counts as the nearer bound, and has no gradient.
+    log_decay: log w in -fastest_decay .. 0, [B, H, T, K]; values outside are
+      clipped to the nearer bound and have no gradient.
     erase_read, erase_write: p and b, [B, H, T, K].
     weight: S before the first token, [B, H, E, K].
-    reset: bool [B, H, T]: S is zeroed before such a token.
+    reset: bool [B, H, T]: S is zeroed before the tokens where it is true.
     chunk_length: tokens per chunk; the result does not depend on it.
     fastest_decay: bound of -log_decay; a larger one needs shorter chunks.  With
-      17 (4 tokens) what it leaves of a state is less than float32 resolves.
+      17 (chunks of 4) a token keeps less of a state than float32 resolves.
     implementation: "reference" (token loop), "xla"; None: the best, which is
       "xla" everywhere.
     checkpoint: what "xla" recomputes in its backward pass, see `scan.py`.

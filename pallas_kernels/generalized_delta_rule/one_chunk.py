@@ -14,15 +14,14 @@ is one unit lower triangular system per chunk; outputs and the chunk's last
 state are products again.  Exact for any chunk length (docs/equations.md, "The
 generalized delta rule").
 
-The decays differ by channel, so that the products <., .> take them apart into
+The decays differ by channel, so the products <., .> split them into the factors
 e^{L_t} and e^{-L_i}.  A channel keeps at least e^{-f} of itself per token, with
 f = e^{-1/2} in RWKV-7 (0.545): over C tokens -f C <= L <= 0.  Both factors are
-measured from the middle of that range and stay within e^{f C / 2}, and what
-they make above the diagonal, which is masked, within e^{f C}: float32 holds
-that to f C = `LARGEST_EXPONENT`.  Every factor has a relative error of f C
-6e-8, which no subtraction makes larger.  (The middle of the decays that are
-there would be nearer, but would let a later token into an earlier one's
-rounding.)
+taken relative to the middle of that range and stay within e^{f C / 2}; their
+products above the diagonal, which are masked, stay within e^{f C}.  float32
+holds that up to f C = `LARGEST_EXPONENT`.  Every factor has a relative error of
+f C 6e-8, which no subtraction amplifies.  (The middle of the actual decays
+would be nearer, but then a later token would affect an earlier one's rounding.)
 
 Dimensions: B batch, H heads, C chunk length, K key dim, E value dim.
 """
@@ -44,7 +43,7 @@ _einsum = functools.partial(jnp.einsum, precision="highest")
 
 
 def longest_chunk(fastest_decay: float) -> int:
-  """Tokens that float32 holds the factors of."""
+  """The longest chunk whose decay factors float32 can hold."""
   if fastest_decay > FASTEST_DECAY:
     return int(LARGEST_EXPONENT / fastest_decay)
   return MAX_CHUNK_LENGTH
@@ -53,7 +52,7 @@ def longest_chunk(fastest_decay: float) -> int:
 def chunk_rule(
   weight: jax.Array, tokens: Tokens, *, fastest_decay: float
 ) -> tuple[jax.Array, jax.Array]:
-  """One chunk of the module's docstring: (S_C, O).
+  """Solves one chunk (module docstring): returns (S_C, O).
 
   tokens: [B, H, C, ...], their log_decay within -fastest_decay .. 0.
   """
@@ -96,9 +95,10 @@ def chunk_rule(
 def _masks(
   reset: jax.Array | None, shape: tuple[int, ...]
 ) -> tuple[jax.Array, ...]:
-  """Which token sees the writes i < t, i <= t and S_0; whose the end sees.
+  """Masks of what token t sees (the writes i < t, the writes i <= t, S_0), and
+  of the writes that the chunk's end sees.
 
-  A token sees what has as many resets before it.
+  Two tokens see each other if no reset lies between them.
   """
   count = jnp.zeros(shape, jnp.int32)
   if reset is not None:

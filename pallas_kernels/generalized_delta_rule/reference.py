@@ -2,8 +2,8 @@
 
   S_t = S_{t-1} (diag(w_t) + p_t b_t^T) + v_t k_t^T,    o_t = S_t r_t
 
-with a decay w_t per key channel; p and b make the erase: -kappa and a kappa in
-RWKV-7, which reads S_{t-1} before it decays.  This file is the definition
+with a decay w_t per key channel; p and b form the erase (-kappa and a kappa in
+RWKV-7), which reads S_{t-1} before it decays.  This file is the definition
 (docs/equations.md, "The generalized delta rule"); `xla.py` computes the same by
 chunks.
 
@@ -19,8 +19,8 @@ import jax.numpy as jnp
 
 
 class Tokens(NamedTuple):
-  """k, v, r, log w, p, b [B, H, T, K], of which v [B, H, T, E]; resets
-  [B, H, T] or None."""
+  """k, r, log w, p, b [B, H, T, K] and v [B, H, T, E]; resets [B, H, T] or
+  None."""
 
   keys: jax.Array
   values: jax.Array

@@ -23,10 +23,10 @@ def generalized_delta_rule_xla(
   fastest_decay: float,
   checkpoint: scan_lib.CheckpointPolicy = "sqrt",
 ) -> DeltaRuleOutput:
-  """`api.generalized_delta_rule`, of decays within the bounds."""
+  """`api.generalized_delta_rule` for decays within the bounds."""
   num_tokens = tokens.keys.shape[2]
   chunk_length = min(chunk_length, num_tokens)
-  # A last chunk is filled up with tokens that neither decay, erase nor write.
+  # The last chunk is padded with tokens that neither decay, erase nor write.
   chunks = jax.tree.map(
     lambda x: scan_lib.split_chunks(x, chunk_length), tokens
   )

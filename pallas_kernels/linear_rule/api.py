@@ -9,9 +9,9 @@ Dimensions: B batch, H heads, T tokens, C chunk length, K input width, E output
 width. The paper's symbols: alpha = retention, beta = momentum_decay,
 eta' = step_size, delta = erase, W = weight, S = momentum, u = output error.
 
-The kernels are imported where they are chosen: Pallas takes a third of a second
-that a process on a CPU need not wait for.  They are not partitioned
-automatically: on more than one device call them inside
+The kernels are imported only when they are chosen: importing Pallas takes a
+third of a second, which a process on a CPU need not wait for.  They are not
+partitioned automatically: on more than one device call them inside
 `jax.shard_map(..., check_vma=False)`.
 """
 
@@ -39,7 +39,7 @@ Arguments = tuple[Tokens, Rates, State]
 
 
 class Options(NamedTuple):
-  """Of `linear_rule`, what is no array."""
+  """The arguments of `linear_rule` that are not arrays."""
 
   read: Read
   chunk_length: int
@@ -63,18 +63,18 @@ def linear_rule(
   implementation: Implementation | None = None,
   checkpoint: scan.CheckpointPolicy = "sqrt",
 ) -> LinearRuleOutput:
-  """Updates a fast weight with every token, reads it with every query.
+  """Updates a fast weight with every token and reads it with every query.
 
     S_t = beta_t S_{t-1} - eta'_t u_t x_t^T
     W_t = W_{t-1} (alpha_t I - delta_t x_t x_t^T) + S_t
     y_t = W_{t-1} q_t  (read = "pre")  or  W_t q_t  (read = "post")
 
   Values and derivatives in every float argument do not depend on
-  `chunk_length`, and keep their digits for decays down to exact zeros.
+  `chunk_length`, and stay accurate for decays down to exact zeros.
 
   Args:
     x: inputs x_t, [B, H, T, K].
-    u: errors u_t = dL/dy_t, [B, H, T, E], no function of W inside a chunk.
+    u: errors u_t = dL/dy_t, [B, H, T, E], which do not depend on W in a chunk.
     weight: initial W, [B, H, E, K].
     momentum: initial S, [B, H, E, K]; None: S_t = -eta'_t u_t x_t^T.
     retention, step_size: alpha_t, eta'_t, [B, H, T].
@@ -83,7 +83,8 @@ def linear_rule(
     queries: q_t, [B, H, T, K]; None: no outputs.
     read: whether q_t sees the state before or after token t's write.
     reset: bool, [B, H, T]: forget everything before this token.
-    chunk_length: C, tokens that are solved at once ("pallas_gpu": at most).
+    chunk_length: C, tokens that are solved at once ("pallas_gpu" takes a power
+      of 2 from 16 to 64).
     implementation: None: the best that can run on the default backend;
       "pallas_interpret": the TPU kernels on any backend, slowly.
     checkpoint: what "xla" recomputes in its backward pass, see `scan.py`.
@@ -94,7 +95,7 @@ def linear_rule(
 
   Raises:
     ValueError: a shape, an option or a combination of arguments is wrong, or
-      the implementation is of another platform (when it is compiled).
+      the implementation is for another platform (raised at compilation).
     NotImplementedError: a kernel cannot do these dtypes or sizes.
   """
   rates = Rates(retention, momentum_decay, step_size, erase, reset)

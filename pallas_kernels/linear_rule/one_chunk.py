@@ -41,10 +41,10 @@ _einsum = jnp.einsum
 
 
 class Arithmetic(NamedTuple):
-  """How a compiler does what must not lose digits.
+  """How products that must not lose digits are computed.
 
   precision: of matrix products, as in `jnp.einsum`.
-  in_kernel: only with products, masks and sums of whole matrices.
+  in_kernel: uses only products, masks and sums of whole matrices.
   """
 
   precision: Any = "highest"
@@ -73,9 +73,9 @@ XLA = Arithmetic()
 class Mix(NamedTuple):
   """How a state sees the writes of the chunk and its first state.
 
-  Of all tokens' states: pair [..., C, C], start [..., C]; of one state: pair
-  [..., C], start [..., 1]. Columns of dead tokens are zero in `pair`: they
-  write nothing.
+  For the states at all tokens: pair [..., C, C], start [..., C]; for one state:
+  pair [..., C], start [..., 1]. Columns of dead tokens (padding) are zero in
+  `pair`: they write nothing.
   """
 
   pair: jax.Array  # A
@@ -111,10 +111,10 @@ def chunk_decays(
   """Computes the decay factors between all tokens of a chunk.
 
   Args:
-    retention: alpha, [..., C]; of any size and exact zeros, also for gradients.
+    retention: alpha, [..., C]; any values, also exact zeros and in gradients.
     momentum_decay: beta, [..., C], likewise, or None: no momentum.
-    live: bool or 0/1 [..., C]; a dead token leaves W and S as they are.
-    reset: bool or 0/1 [..., C]; W and S are zeroed before such a token.
+    live: bool or 0/1 [..., C]; a dead token leaves W and S unchanged.
+    reset: bool or 0/1 [..., C]; where set, W and S are zeroed before the token.
     read: which states the queries see; "pre" leaves `after` out.
   """
   if live is not None:
@@ -130,7 +130,7 @@ def chunk_decays(
     moved_pair = _keep(moved.pair(), live_row)
 
   def rows(pair: jax.Array, start: jax.Array) -> Mix:
-    """Of all tokens' states."""
+    """The `Mix` of the states at all tokens."""
     pair = _keep(pair, live_row)
     if moved is None:
       return Mix(pair, start)
@@ -157,7 +157,7 @@ def chunk_decays(
 
 
 def live_tokens(index: jax.Array, length: int, num_tokens: int) -> jax.Array:
-  """Which places of chunk `index` hold one of `num_tokens` tokens, [C]."""
+  """Which positions of chunk `index` hold one of `num_tokens` tokens, [C]."""
   place = jax.lax.broadcasted_iota(jnp.int32, (length,), 0)
   return index * length + place < num_tokens
 
@@ -168,11 +168,11 @@ def products_between(
 ) -> jax.Array:
   """P_ti = prod_{i<r<t} f_r for i < t, else 0: [..., C] -> [..., C, C].
 
-  Blocks of 1, 2, 4 ... tokens are joined in pairs: what lies between tokens of
-  two neighbours is the end of the one times the beginning of the other.  The
-  derivative is dP = P diag(df) P.  Values and derivatives are products of the
-  factors themselves, so that they keep their digits down to exact zeros, which
-  quotients or differences of sums of logarithms would lose.
+  Blocks of 1, 2, 4 ... tokens are joined in pairs: the product between tokens
+  of two neighbours is that to the end of the one times that from the start of
+  the other.  The derivative is dP = P diag(df) P.  Values and derivatives are
+  products of the factors themselves, so they stay accurate down to exact zeros,
+  unlike quotients or differences of sums of logarithms.
   """
   join = _between_by_masks if arithmetic.in_kernel else _between_by_blocks
   return join(factor)
@@ -187,18 +187,18 @@ def _products_between_jvp(arithmetic, primals, tangents):
 
 
 def _between_by_masks(factor: jax.Array) -> jax.Array:
-  """All pairs of blocks of a size at once."""
+  """Joins all pairs of blocks of one size at once."""
   size = factor.shape[-1]
   row, column = _places((*factor.shape, size))
   place = jax.lax.broadcasted_iota(jnp.int32, factor.shape, factor.ndim - 1)
-  # Of a token's block: the products before and after the token.
+  # The products over a token's block before and after the token.
   before = after = jnp.ones_like(factor)
   products = jnp.zeros_like(factor[..., :, None] * factor[..., None, :])
   for level in range((size - 1).bit_length()):
     is_pair = (row > column) & (row >> level ^ column >> level == 1)
     pair = before[..., :, None] * after[..., None, :]
     products = jnp.where(is_pair, pair, products)
-    # The whole of the other block; 1 where there is none.
+    # The product over the other block of the pair; 1 if there is none.
     total = (before * factor * after)[..., None, :]
     first = (row >> level ^ 1) << level
     other = jnp.where(
@@ -212,7 +212,7 @@ def _between_by_masks(factor: jax.Array) -> jax.Array:
 
 
 def _between_by_blocks(factor: jax.Array) -> jax.Array:
-  """One pair of blocks beside the other, filled up with factors of 1."""
+  """Joins pairs of blocks along an axis of blocks, padded with factors of 1."""
   size = factor.shape[-1]
   padding = (1 << (size - 1).bit_length()) - size
   widths = [(0, 0)] * (factor.ndim - 1) + [(0, padding)]
@@ -236,7 +236,7 @@ def _between_by_blocks(factor: jax.Array) -> jax.Array:
 
 
 class _Products:
-  """Products of a factor over the tokens between two; over a reset 0."""
+  """Products of a factor over the tokens between two; 0 across a reset."""
 
   def __init__(
     self, factor: jax.Array, reset: jax.Array | None, arithmetic: Arithmetic
@@ -254,7 +254,7 @@ class _Products:
     else:
       before, after = self.between[..., 0], self.between[..., -1, :]
     first, last = self._one(factor, 0), self._one(factor, self.size - 1)
-    # Of the chunk: what is before and what is after each token.
+    # The products over the chunk before and after each token.
     self.before = jnp.where(self.place == 0, 1, first * before)
     self.after = jnp.where(self.place == self.size - 1, 1, last * after)
     self.resets = self.all_resets = None
@@ -263,7 +263,7 @@ class _Products:
       self.all_resets = self._one(self.resets, self.size - 1)
 
   def _one(self, x: jax.Array, index: int) -> jax.Array:
-    """That of one token, [..., 1]."""
+    """The entry of one token, [..., 1]."""
     if not self.in_kernel:
       return x[..., index : index + 1]
     return jnp.sum(jnp.where(self.place == index, x, 0), -1, keepdims=True)
@@ -325,9 +325,9 @@ def unit_lower_inverse(
 ) -> jax.Array:
   """Inverts I + L for a strictly lower triangular L, [..., C, C].
 
-  By halves: with P, Q the inverses of two diagonal blocks and L what stands
-  below the first, that of both is [[P, 0], [-Q L P, Q]]. What L holds on and
-  above the diagonal is ignored. Derivative, with the inverse M:
+  By halves: with P, Q the inverses of two diagonal blocks and L' the block of L
+  below the first, the inverse of both is [[P, 0], [-Q L' P, Q]]. Entries of L
+  on and above the diagonal are ignored. Derivative, with the inverse M:
   dM = -M tril(dL, -1) M, hence dL = -tril(M^T dM M^T, -1) in reverse.
   """
   assert strict_lower.shape[-2] == strict_lower.shape[-1], strict_lower.shape
@@ -357,8 +357,8 @@ def _places(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
 def _inverse_by_masks(
   strict_lower: jax.Array, arithmetic: Arithmetic
 ) -> jax.Array:
-  """All blocks of a size at once: M - M L_off M, with M the inverses of the
-  diagonal blocks and L_off what L holds between two neighbours."""
+  """Joins all blocks of one size at once: M - M L_off M, with M the inverses of
+  the diagonal blocks and L_off the entries of L between two neighbours."""
   row, column = _places(strict_lower.shape)
   inverse = (row == column).astype(strict_lower.dtype)
   for level in range((strict_lower.shape[-1] - 1).bit_length()):
@@ -505,7 +505,7 @@ def _state_after(
 
 
 def _read_start(rows: jax.Array, state: State, mix: Mix) -> jax.Array:
-  """What rows read of the chunk's first state: a X W_0^T + m X S_0^T."""
+  """What `rows` read from the chunk's first state: a X W_0^T + m X S_0^T."""
   weight, momentum = state
   y = mix.start[..., None] * _einsum("...CK,...EK->...CE", rows, weight)
   if momentum is not None:

@@ -22,8 +22,8 @@ from pallas_kernels.linear_rule.reference import (
 
 
 class Chunks(NamedTuple):
-  """What a kernel reads of a head: [..., C, ...], rates in float32 (`reset`,
-  too: 0 or 1)."""
+  """What a kernel reads of a head: [..., C, ...], rates in float32 (including
+  `reset`: 0 or 1)."""
 
   tokens: Tokens
   rates: Rates
@@ -33,7 +33,7 @@ class Chunks(NamedTuple):
     return self._replace(tokens=self.tokens._replace(u=u))
 
   def without_queries(self) -> "Chunks":
-    """The same where nothing is read."""
+    """The same without queries."""
     return self._replace(tokens=self.tokens._replace(queries=None))
 
 
@@ -41,7 +41,7 @@ class Chunks(NamedTuple):
 class Step:
   """One chunk of one head: state, chunk -> (what is read, the state after).
 
-  The first `num_tokens` of all chunks' tokens exist.
+  The first `num_tokens` tokens of all chunks are real; the rest is padding.
   """
 
   read: Read
@@ -82,8 +82,8 @@ class Step:
 def to_kernel_layout(
   tokens: Tokens, rates: Rates, state: State, *, chunk_length: int
 ) -> tuple[Chunks, State]:
-  """Tokens and rates [B H, N, C, ...], filled up with zeros, and states
-  [B H, ...] in float32, of the arguments of `api.linear_rule`."""
+  """The arguments of `api.linear_rule` as tokens and rates [B H, N, C, ...],
+  padded with zeros, and states [B H, ...] in float32."""
 
   def by_chunk(array: jax.Array) -> jax.Array:
     array = array.reshape(-1, *array.shape[2:])
@@ -102,8 +102,8 @@ def to_kernel_layout(
 def from_kernel_layout(
   outputs: jax.Array | None, state: State, like: jax.Array
 ) -> LinearRuleOutput:
-  """What the kernels return in the shapes of `api.linear_rule`, whose `u` is
-  `like` [B, H, T, E]."""
+  """The kernels' results in the shapes of `api.linear_rule`; `like` is its `u`,
+  [B, H, T, E]."""
   batch, heads, num_tokens, width = like.shape
   if outputs is not None:
     outputs = outputs.reshape(batch, heads, -1, width)[:, :, :num_tokens]

@@ -1,11 +1,11 @@
 """The learning rule as GPU kernels (Triton): the state stays in registers.
 
-A row of W learns by itself: with x, the gates and its error u_e given, no other
-row enters.  So the grid is (B H, P): every program takes E / P rows through all
-chunks in a loop.  Gradients to what rows share (x, queries, gates) come out per
-program and are summed outside.  Backward takes each chunk's vector-Jacobian
-product, from the last to the first, replaying the chunks from the last saved
-state to get there.
+The rows of W learn independently: given x, the gates and its own error u_e, a
+row does not depend on the others.  So the grid is (B H, P): every program takes
+E / P rows through all chunks in a loop.  Gradients of what the rows share (x,
+queries, gates) are computed per program and summed outside.  Backward takes the
+vector-Jacobian product of each chunk, from the last to the first, recomputing
+the chunk's first state from the last one saved before it.
 
 Dimensions as in `pallas_common.py`; P parts of E.
 """
@@ -29,7 +29,7 @@ from pallas_kernels.linear_rule.reference import (
   Tokens,
 )
 
-# Of three products on the tensor cores: float32 to about 1e-6.
+# Three products on the tensor cores: float32 to about 1e-6.
 _PRECISION = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 
 
@@ -44,7 +44,7 @@ def linear_rule_gpu(
 ) -> LinearRuleOutput:
   """`api.linear_rule` on a GPU, in float32.
 
-  interpret: runs the kernels elsewhere, slowly.
+  interpret: runs the kernels on any backend, slowly.
 
   Raises:
     NotImplementedError: K or E is not what the compiler can tile.
@@ -82,7 +82,7 @@ def linear_rule_gpu(
 
 
 def can_tile(*sizes: int) -> bool:
-  """Whether the compiler has tiles for arrays of such sides."""
+  """Whether the compiler can tile arrays with sides of these sizes."""
   return all(size >= 16 and not size & (size - 1) for size in sizes)
 
 
@@ -215,7 +215,7 @@ def _backward(residuals: Any, cotangents: Any, static: _Static):
   u_specs = chunk_specs.tokens.u
 
   def shape_per_part(array):
-    """Of a gradient of what all parts read: [B H, P, ...] in float32."""
+    """Shape of a gradient that all parts add to: [B H, P, ...] in float32."""
     shape = array.shape[0], parts, *array.shape[1:]
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 

@@ -24,7 +24,7 @@ def linear_rule_tpu(
 ) -> LinearRuleOutput:
   """`api.linear_rule` on a TPU, in float32.
 
-  interpret: as of `pl.pallas_call`; runs the kernels elsewhere, slowly.
+  interpret: as in `pl.pallas_call`; runs the kernels on any backend, slowly.
   """
   num_tokens = tokens.x.shape[2]
   chunk_length = min(chunk_length, num_tokens)

@@ -40,7 +40,7 @@ class Rates(NamedTuple):
 
 
 class State(NamedTuple):
-  """weight and momentum (None: a write is not carried on), [..., E, K]."""
+  """weight and momentum (None: writes are not carried on), [..., E, K]."""
 
   weight: jax.Array
   momentum: jax.Array | None

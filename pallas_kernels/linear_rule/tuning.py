@@ -5,13 +5,13 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-  """How a head's tokens and state are cut.
+  """How a head's tokens and state are divided.
 
   chunk_length: tokens per chunk.
-  chunks: of a group; the state is saved once per group.
-  groups: of a head.
-  parts: of the E rows of the state: one program each.
-  num_warps: of a program.
+  chunks: chunks per group; the state is saved once per group.
+  groups: groups per head.
+  parts: parts of the state's E rows, with one program each.
+  num_warps: warps per program.
   """
 
   chunk_length: int
@@ -26,12 +26,13 @@ class BlockSizes:
 
   @property
   def num_tokens(self) -> int:
-    """Of all chunks, those that fill up the last ones included."""
+    """The tokens of all chunks, padding included."""
     return self.chunk_length * self.chunks * self.groups
 
 
-# What a GPU's program can hold: its state, of 64 K registers; a chunk's keys,
-# of 227 KiB of shared memory, which the VJP's products need about ten times.
+# What a program on a GPU can hold: its state, in 64 K registers; a chunk's
+# keys, in 227 KiB of shared memory: the VJP's products need about ten times
+# their size.
 _GPU_STATE_BYTES = 32 * 2**10
 _GPU_KEYS = 4096
 _GPU_CHUNK = 16, 64
@@ -45,9 +46,9 @@ def gpu_blocks(
   value_dim: int,
   has_momentum: bool,
 ) -> BlockSizes:
-  """Chunks of a power of 2, at most `chunk_length` (the rule's result does not
-  depend on it); as many rows of the state as fit, at least 16; a saved state
-  for about as many bytes of tokens."""
+  """Chunks of a power of 2 from 16 on, else at most `chunk_length` (the rule's
+  result does not depend on it); as many rows of the state as fit, at least 16;
+  a saved state for about as many bytes of tokens."""
   shortest, longest = _GPU_CHUNK
   longest = min(longest, chunk_length, _GPU_KEYS // key_dim)
   chunk_length = max(shortest, 1 << (longest.bit_length() - 1))

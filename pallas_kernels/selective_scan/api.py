@@ -38,7 +38,7 @@ def selective_scan(
     keys, queries: k and q, [B, T, K], the same for all channels.
     decay_rate: A > 0, [E, K].
     state: h before the first token, [B, E, K].
-    reset: bool [B, T]; where true the state is zero before the token.
+    reset: bool [B, T]; where true, the state is zeroed before the token.
     chunk_length: tokens per chunk; the result does not depend on it.
     implementation: "reference" (token loop), "xla"; None: the best, which is
       "xla" everywhere.

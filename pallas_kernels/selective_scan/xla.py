@@ -34,7 +34,7 @@ def selective_scan_xla(
     states = states + decay * state[:, None]
     return states[:, -1], jnp.einsum("BCEK,BCK->BCE", states, chunk.queries)
 
-  # Steps of 0 fill the last chunk up: they keep the state as it is.
+  # The last chunk is padded with steps of 0, which leave the state unchanged.
   chunks = jax.tree.map(
     lambda x: scan.split_chunks(x, min(chunk_length, length), axis=1), tokens
   )
@@ -45,5 +45,5 @@ def selective_scan_xla(
 def _follow(
   first: tuple[jax.Array, jax.Array], then: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-  """h -> a h + b of one stretch of tokens, after that of the one before."""
+  """Composes the maps h -> a h + b of a stretch of tokens and of the next."""
   return first[0] * then[0], then[0] * first[1] + then[1]

@@ -2,7 +2,7 @@
 
 python -m scripts.gpu_check [--output=DIR] [--tiny] [--parts=A,B] [--seconds=N]
 
-Run again with the same --output it does what is not done yet.
+Run again with the same --output, it continues with what is not done yet.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from scripts.gpu_check.children import Outcome
 from scripts.gpu_check.plan import Job, Row
 
 SECONDS = 540.0
-_LEAST = 5.0  # seconds that are not worth starting a job for
-_CORES = 4  # of a job that runs beside others
+_LEAST = 5.0  # seconds; with less time no job is started
+_CORES = 4  # for each of several jobs that run at once
 _OUTPUT = "experiments/speed/gpu"
-_JOBS = "jobs"  # the folder of rows as they came, and of logs
+_JOBS = "jobs"  # the folder of the raw rows and of logs
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,7 +36,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class Run:
-  """The jobs of one call: which are left, how long there is, what was found."""
+  """The jobs of one call: which are left, the time there is, the outcomes."""
 
   def __init__(
     self,
@@ -56,13 +56,13 @@ class Run:
     status = {outcome.job: outcome.status for outcome in earlier}
     left = [job for job in jobs if status.get(job.name) != children.DONE]
     tried = (children.CUT, children.FAILED)
-    # What was cut or failed the last time comes after all else.
+    # Jobs that were cut or failed the last time come after all others.
     self._again = [job for job in left if status.get(job.name) in tried]
     self._new = [job for job in left if job not in self._again]
     self._order = [job.name for job in plan.jobs(tiny)]
 
   def run(self) -> None:
-    """Part after part, then what they left undone, while there is time."""
+    """Runs part after part, then what they left undone, while there is time."""
     parts = list(dict.fromkeys(job.part for job in self._new))
     start = time.monotonic()
     ends = plan.deadlines(parts, self._until - start) if parts else {}
@@ -93,7 +93,7 @@ class Run:
     try:
       for future in [pool.submit(self._one, job, until) for job in jobs]:
         future.result()
-    except BaseException:  # this process is to end
+    except BaseException:  # this process is ending
       pool.shutdown(wait=False, cancel_futures=True)
       children.end_all()
       raise
@@ -138,7 +138,7 @@ class Run:
 
 
 def _machine(environment: dict[str, str], tiny: bool) -> Row:
-  """What jax sees, asked in a process that then gives it free again."""
+  """What JAX sees, asked in a child process, which then frees the GPU."""
   with tempfile.TemporaryDirectory() as folder:
     outcome = children.run(
       plan.MACHINE,
@@ -198,7 +198,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """0: all is done and passed; 1: something is not; 2: a flag or machine."""
+  """Exit code 0: all done and passed; 1: not all; 2: wrong flag or machine."""
   flags = _parse(argv)
   until = time.monotonic() + flags.seconds
   jobs = [job for job in plan.jobs(flags.tiny) if job.part in flags.parts]
@@ -243,8 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _environment(cache: str, tiny: bool) -> dict[str, str]:
-  """Of all children.  Programs are kept for the other jobs of this call alone,
-  so that compile times are those of a first start."""
+  """Environment of all children.  Compiled programs are kept only for the other
+  jobs of this call, so that compile times are those of a first start."""
   environment = {
     "JAX_COMPILATION_CACHE_DIR": cache,
     "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",

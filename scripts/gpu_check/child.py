@@ -16,7 +16,7 @@ from typing import Any
 
 
 def write_rows(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
-  """Each row is on the disk before the next one is worked on."""
+  """Appends rows; each is on the disk before the next one is worked on."""
   start = time.monotonic()
   with path.open("a") as file:
     for row in rows:

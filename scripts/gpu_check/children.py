@@ -1,4 +1,4 @@
-"""Jobs as child processes with a time limit, and what is left of them."""
+"""Jobs as child processes with a time limit, and their outcomes."""
 
 import contextlib
 import json
@@ -86,7 +86,7 @@ def end_all() -> None:
 
 
 def _end(child: subprocess.Popen) -> None:
-  """Kills the child's session: a compiler that hangs hears nothing else."""
+  """Kills the child's session: a hanging compiler reacts to nothing else."""
   _running.discard(child)
   with contextlib.suppress(ProcessLookupError):
     os.killpg(child.pid, signal.SIGKILL)
@@ -106,7 +106,7 @@ def _why(code: int, log: pathlib.Path) -> str:
 
 
 def read_rows(path: pathlib.Path) -> list[Row]:
-  """The rows of a file, the last of each name; a half-written line is none."""
+  """The rows of a file, the last of each name; skips half-written lines."""
   found: dict[str, Row] = {}
   try:
     lines = path.read_text().splitlines()

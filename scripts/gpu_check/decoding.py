@@ -1,10 +1,10 @@
-"""Decoding one sequence: tokens/s behind 1K and 64K tokens of context.
+"""Decoding one sequence: tokens/s after 1K and 64K tokens of context.
 
-Hope and Titans read so many random tokens (`streaming.extend`) and go on from
-there: their state has the same size everywhere, so that the time must not
-depend on the place.  1M tokens are not read; the last row says what is known of
-that place.  Transformer++ gets a cache of the context's length, which counts as
-filled: its time depends on that length only (`benchmark_generation.py`).
+Hope and Titans read that many random tokens (`streaming.extend`) and then
+decode: their state has the same size everywhere, so the time must not depend on
+the position.  1M tokens are not read; the last row says what is known about
+that position.  Transformer++ gets a cache of the context's length that counts
+as filled: its time depends on that length only (`benchmark_generation.py`).
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from scripts import benchmark_generation
 from scripts.gpu_check import training
 from scripts.gpu_check.plan import Row
 
-FAR = 1 << 20  # the place that is not read to
+FAR = 1 << 20  # a position that is not reached by reading
 PIECE = 512  # tokens read at a time: one program for all places
 BLOCKS, SECONDS = 8, 8.0  # of a place: at most
 
@@ -32,7 +32,7 @@ BLOCKS, SECONDS = 8, 8.0  # of a place: at most
 def rows(
   model: str, places: Sequence[int], tiny: bool = False
 ) -> Iterator[Row]:
-  """A row per place, and one on what was not read."""
+  """A row per place, and one about the place that is not read to."""
   config = training.make_config(model, 128 if tiny else 4096, 1, tiny).model
   module = language_model.LanguageModel(config)
   tokens = np.zeros((1, 8), np.int32)
@@ -86,8 +86,8 @@ def _row(model: str, config: ModelConfig, place: int) -> Row:
 def _speed(
   params: Any, config: ModelConfig, state: streaming.StreamState, blocks: int
 ) -> Row:
-  """Of tokens one after the other: a median of blocks; the first one, which may
-  compile, does not count.  `state` is as it was."""
+  """Speed of tokens one after the other: the median of blocks without the first
+  one, which may compile.  `state` is unchanged."""
   states = jax.tree.map(lambda x: x[None], streaming.copy(state.fast))
   logits = state.logits
   keys, seconds = jax.random.split(jax.random.key(0), 1), []

@@ -1,9 +1,9 @@
 """Kernels of a compiled program, counted in its optimised HLO text.
 
-From the entry on: every instruction that runs something counts once, what is in
-the body of a `while` as often as its `known_trip_count` says; where it says
-nothing, body and condition once; of a conditional's branches the one that runs
-the most.
+From the entry on, every instruction that runs something counts once; the body
+of a `while` counts as often as its `known_trip_count` says or, without one,
+body and condition count once; of a conditional's branches, the one that runs
+the most counts.
 """
 
 import re
@@ -20,7 +20,7 @@ _BODY = re.compile(r"body=%?([\w.\-]+)")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
-# What runs nothing on the device, or is counted by what it calls.
+# Opcodes that run nothing on the device, or are counted by what they call.
 _FREE = {
   *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
   *("while", "call", "conditional", "async-start", "after-all"),
@@ -60,7 +60,7 @@ def parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
 
 
 def count(text: str) -> Count:
-  """Of the whole program."""
+  """Counts the instructions that the whole program runs."""
   entry, computations = parse(text)
   known: dict[str, Count] = {}
 
@@ -104,7 +104,7 @@ def _inner(instruction: Instruction, total) -> tuple[list[Count], int]:
 
 
 def instructions(text: str) -> Counter[str]:
-  """How many of each opcode the text has, wherever they are."""
+  """Number of instructions in the text by opcode, however often they run."""
   found: Counter[str] = Counter()
   for part in parse(text)[1].values():
     found.update(instruction.opcode for instruction in part)

@@ -1,10 +1,10 @@
 """Kernels and XLA's forms against the token-by-token definitions.
 
-Outputs, last state and all gradients of one random problem with resets, the
-reference in float64 on the CPU, of the same rounded inputs.  The error of an
-array is its largest one over the reference's largest entry.  Bounds, as in the
-tests: 1e-5 sqrt(T) in float32 (a state is a sum over T tokens), 2e-2 where
-activations are bfloat16 (state and gates are float32 all the same).
+Compares outputs, last state and all gradients on one random problem with
+resets; the reference runs in float64 on the CPU, on the same rounded inputs.
+The error of an array is its largest error over the reference's largest entry.
+Bounds, as in the tests: 1e-5 sqrt(T) in float32 (a state is a sum over T
+tokens), 2e-2 for bfloat16 activations (state and gates stay float32).
 
 Dimensions: B batch, H heads, T tokens, K key and E value dim, C chunk length.
 """
@@ -31,8 +31,8 @@ _DECAY = math.exp(-0.5)  # RWKV-7's fastest, -log w
 
 
 class Case(NamedTuple):
-  """C, dtype of the activations, and whether there is momentum: with it reads
-  come before writes, as in Titans; without after, as in the linear layers."""
+  """C, dtype of the activations, and whether there is momentum: with it, reads
+  come before writes, as in Titans; without, after, as in the linear layers."""
 
   chunk: int
   dtype: str
@@ -57,7 +57,7 @@ def rows(
   for case in cases:
     if op == "generalized_delta_rule" and case.momentum:
       if case.dtype == "bfloat16":
-        continue  # it has no momentum: the same again
+        continue  # without momentum: a repetition
       case = case._replace(momentum=False)
     row: Row = {
       "row": f"{op} {implementation} {dim} {tuple(case)}",
@@ -70,7 +70,7 @@ def rows(
     }
     try:
       yield from _check(row, op, implementation, case, dim, tokens)
-    except Exception as error:  # of a compiler: the other cases go on
+    except Exception as error:  # e.g. a compiler's: go on to the next case
       yield {**row, "pass": False, "error": first_line(error)}
 
 
@@ -111,7 +111,7 @@ def _check(
 def _functions(
   op: str, implementation: str, case: Case
 ) -> tuple[Callable, Callable, str]:
-  """(what is checked, its definition) of (arrays, reset), and a note on it."""
+  """(function to check, its definition, a note); of (arrays, reset=...)."""
   if op == "generalized_delta_rule":
     rule = functools.partial(generalized_delta_rule, chunk_length=case.chunk)
     of_tokens = functools.partial(_call, ("keys", "values"))
@@ -141,7 +141,7 @@ def _functions(
 
 
 def _interpreted(x: jax.Array, u: jax.Array, **rest: Any) -> Any:
-  """The GPU's kernel where there is none: the arguments of `linear_rule`."""
+  """The GPU's kernel on another backend; arguments as in `linear_rule`."""
   tokens = Tokens(x, u, rest["queries"])
   rates = Rates(**{name: rest[name] for name in Rates._fields})
   state = State(rest["weight"], rest["momentum"])
@@ -158,7 +158,7 @@ def _interpreted(x: jax.Array, u: jax.Array, **rest: Any) -> Any:
 def _call(
   first: tuple[str, ...], function: Callable, arrays: Arrays, **options: Any
 ) -> Any:
-  """`function` of a dict, of which `first` are positional."""
+  """Calls `function` on a dict of arrays, of which `first` are positional."""
   rest = {name: x for name, x in arrays.items() if name not in first}
   return function(*(arrays[name] for name in first), **rest, **options)
 

@@ -36,7 +36,7 @@ def rows(tiny: bool = False) -> Iterator[Row]:
 
 
 def _said(*command: str) -> str:
-  """What a command says, nothing where there is none."""
+  """The output of a command; empty if it is missing or fails."""
   try:
     found = subprocess.run(command, capture_output=True, text=True, timeout=20)
   except (OSError, subprocess.TimeoutExpired):

@@ -1,9 +1,9 @@
 """One layer's memory against attention, by length (`benchmark_memory.py`).
 
-Eight heads of 128 as in the 340M models, chunks of 64, float32 inputs, products
-as jax does them by default; as many sequences as make 32,768 tokens.  XLA's
-attention, in float32, keeps T x T scores; for cuDNN's kernel q, k and v are
-rounded to bfloat16 first.
+Eight heads of 128 as in the 340M models, chunks of 64, float32 inputs, JAX's
+default precision of products; as many sequences as make 32,768 tokens, at least
+one.  XLA's attention, in float32, keeps T x T scores; for cuDNN's kernel q, k
+and v are rounded to bfloat16 first.
 
 With length "titans_pytorch": a Titans layer against that package's
 (`benchmark_titans_pytorch.py`), where it is installed.
@@ -25,7 +25,7 @@ from scripts.gpu_check.plan import Row, first_line
 
 
 class Sizes(NamedTuple):
-  """Of the layers: tokens of a batch at least, heads, their width, C."""
+  """Sizes of the layers: tokens of a batch, heads, their width, C."""
 
   tokens: int
   heads: int
@@ -84,7 +84,7 @@ def rows(length: int | str, tiny: bool = False) -> Iterator[Row]:
 
 
 def _variants(tiny: bool) -> list[tuple[str, str]]:
-  """(layer, implementation), the most wanted first."""
+  """(layer, implementation), the most important first."""
   found = [("attention", "cudnn")]
   kernels = memory.KERNELS.get(jax.default_backend(), ())
   layers = ("titans", "hope", "linear_rule", "projections")
@@ -105,7 +105,7 @@ def _cudnn(_: Any, x: memory.Tokens) -> jax.Array:
 def _timed(
   variant: memory.Variant, x: memory.Tokens, rounds: int, row: Row
 ) -> Iterator[tuple[str, float]]:
-  """(pass, median seconds) of what fits; what does not goes into `row`."""
+  """(pass, median seconds) of what fits; for the rest, `row` gets a note."""
   heads, dim = x.q.shape[1], x.q.shape[-1]
   initial = memory.initial_state(variant.layer, heads, dim)
   is_cudnn = variant.implementation == "cudnn"
@@ -120,7 +120,7 @@ def _timed(
         raise MemoryError(f"needs {needed / training.GIB:.0f} GiB")
       call = functools.partial(compiled, initial, x)
       yield name, timing.medians(timing.in_turn({0: call}, rounds))[0]
-    except Exception as error:  # of one variant: the others go on
+    except Exception as error:  # of one variant; others go on
       row[f"{name} note"] = first_line(error)
       return
 

@@ -14,11 +14,10 @@ class Part(NamedTuple):
   """A group of jobs.
 
   Attributes:
-    share: seconds of the whole, of which parts that end early leave the rest
-      to those after them.
-    module: that has `rows`.
-    needs: packages beside jax without which it is left out.
-    together: whether its jobs run at the same time: they time nothing.
+    share: seconds of the whole; what a part does not use, later ones may.
+    module: the module with its `rows`.
+    needs: packages besides jax; if one is missing, the part is left out.
+    together: whether its jobs, which time nothing, run at the same time.
   """
 
   share: float
@@ -40,9 +39,9 @@ class Job(NamedTuple):
   """A call of a part's `rows`.
 
   Attributes:
-    name: of the job, begins with its part's.
-    seconds: after which it is cut, if not its part's end comes first.
-    arguments: of `rows`, to be written as JSON.
+    name: name of the job, which begins with its part's.
+    seconds: after which it is cut, unless its part's end comes first.
+    arguments: of `rows`, as JSON can express them.
     after: a job whose last row is given to `rows` as `before` (None if it has
       none).
   """
@@ -55,7 +54,7 @@ class Job(NamedTuple):
 
 
 def first_line(error: Exception) -> str:
-  """Of its message, with its type."""
+  """The type of an error and the first line of its message."""
   lines = str(error).strip().splitlines() or [""]
   return f"{type(error).__name__}: {lines[0][:300]}"
 
@@ -63,7 +62,7 @@ def first_line(error: Exception) -> str:
 MACHINE_MODULE = "scripts.gpu_check.machine"
 MACHINE = Job("machine", "machine", 60, {})
 
-# Transformer++ is timed with either attention: its own code asks for XLA's.
+# Transformer++ is timed with both attentions: its own code asks for XLA's.
 FIRST = ("hope", "transformer", "transformer_cudnn", "titans")
 OTHERS = ("samba", "mamba2", "gated_deltanet", "gated_deltanet_xla")
 LENGTHS = (4096, 32768)
@@ -81,7 +80,7 @@ def jobs(tiny: bool) -> list[Job]:
 
 
 def _kernels(tiny: bool) -> list[Job]:
-  """By size of a head: 64 last, its backward kernel compiles for minutes."""
+  """By head size; 64 is last, for its backward kernel compiles for minutes."""
   found = []
   for dim in (16,) if tiny else (128, 64):
     for op, implementation in (
@@ -134,8 +133,8 @@ def missing(part: str) -> list[str]:
 
 
 def deadlines(parts: Sequence[str], seconds: float) -> dict[str, float]:
-  """Until when each of `parts` may run, in seconds from the first one's start,
-  if they have `seconds` together."""
+  """When each of `parts` has to end, in seconds from the first one's start, if
+  they have `seconds` together."""
   total, passed, found = sum(PARTS[part].share for part in parts), 0.0, {}
   for part in parts:
     passed += PARTS[part].share

@@ -1,8 +1,8 @@
 """A profile of a training step: kernels, launches, and when the GPU is idle.
 
-Three rows: what the compiler says (`cost_analysis`, kernels counted in the
-optimised HLO); what a step takes; what a trace of one step has on the GPU's
-streams.  Then the kernels that take the most time.
+Three rows: what the compiler reports (`cost_analysis`, kernels counted in the
+optimised HLO); the time of a step; the GPU's streams in a trace of one step.
+Then the kernels that take the most time.
 """
 
 import pathlib
@@ -43,7 +43,7 @@ def rows(
   row: Row = {**head, "row": "trace", "table": "trace"}
   try:
     events = traced(lambda: entry.run(state, entry.batch))
-  except Exception as error:  # a profiler that may not look at the GPU
+  except Exception as error:  # a profiler without access to the GPU
     yield {**row, "note": f"no trace: {first_line(error)}"}
     return
   if not events:
@@ -54,7 +54,7 @@ def rows(
 
 
 def compiler(program: Any) -> Row:
-  """Of a compiled program, by its compiler; `estimated` counts loops once."""
+  """The compiler's report of a program; `estimated` counts loops once."""
   text = program.as_text()
   counted, static = hlo.count(text), hlo.instructions(text)
   cost = program.cost_analysis() or {}
@@ -98,7 +98,7 @@ def traced(run: Any) -> list[Event]:
 
 
 def gpu_events(data: Any) -> list[Event]:
-  """Of all streams of the GPU's planes; lines that are derived are not."""
+  """Events of all streams of the GPU's planes, without derived lines."""
   return [
     Event(event.name, event.start_ns, event.duration_ns)
     for plane in data.planes
@@ -120,7 +120,7 @@ def busy(events: Iterable[Event]) -> float:
 
 
 def streams(events: list[Event]) -> Row:
-  """Launches, and the share of the time from first to last without any."""
+  """Launches, and the idle share of the time from the first to the last."""
   first = min(event.start for event in events)
   last = max(event.start + event.duration for event in events)
   copies = [e for e in events if e.name.lower().startswith(_COPIES)]

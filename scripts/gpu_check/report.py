@@ -11,7 +11,7 @@ from scripts.gpu_check.children import DONE, Outcome
 from scripts.gpu_check.plan import Row
 
 RESULTS, REPORT = "results.json", "report.md"
-_HIDDEN = ("row", "at_seconds")  # of the tables
+_HIDDEN = ("row", "at_seconds")  # not shown in tables
 
 
 def write(
@@ -19,7 +19,7 @@ def write(
   machine: Mapping[str, Any],
   outcomes: Iterable[Outcome],
 ) -> None:
-  """Both files; a reader never sees half of one."""
+  """Writes both files; a reader never sees half of one."""
   outcomes = list(outcomes)
   content = {
     "machine": machine,

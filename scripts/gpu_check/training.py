@@ -1,13 +1,13 @@
 """Training steps of the 340M models: speed, MFU, memory, compile time.
 
 The recipe of `configs/_paper.py` (bfloat16, remat, its chunk lengths, the CMS
-of Hope by the next token) at its largest batch that fits: 8, 4, 2 or 1, of
-which those are not tried that the program's own analysis of its memory rules
-out.  One step is loss, gradient and AdamW update, of random tokens.
+of Hope by the next token) at the largest batch that fits: 8, 4, 2 or 1; a batch
+that the compiler's memory analysis rules out is not tried.  One step is loss,
+gradient and AdamW update on random tokens.
 
-A name may end in `_cudnn`: attention by cuDNN's kernel instead of XLA, which is
-what `hope_jax/models/attention.py` asks for; or in `_xla`: the linear rule
-without its kernel.
+A name may end in `_cudnn`: attention by cuDNN's kernel instead of XLA's, which
+`hope_jax/models/attention.py` asks for; or in `_xla`: the linear rule without
+its kernel.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ BATCHES = (8, 4, 2, 1)
 
 
 class Limits(NamedTuple):
-  """Of a measurement: seconds, and steps, whichever ends first."""
+  """Seconds and steps of a measurement, whichever ends first."""
 
   seconds: float
   steps: int
@@ -55,10 +55,10 @@ TOY = {  # fields of a model of --tiny: little to compile
 def rows(
   model: str, length: int, before: Row | None = None, tiny: bool = False
 ) -> Iterator[Row]:
-  """One row: when it is compiled, when steps are timed, and with the MFU.
+  """One row, three times: after compiling, after timing steps, with the MFU.
 
-  before: the row of the same model at another length, which says what memory
-  a token takes.
+  before: the row of the same model at another length, from which the memory per
+  token is known.
   """
   name = model.removesuffix("_cudnn").removesuffix("_xla")
   row: Row = {
@@ -144,7 +144,7 @@ def _at_largest_batch(
       if not is_out_of_memory(error):
         yield {**row, "pass": False, "error": failed}
         return
-    entry = None  # and with it what it holds of the device
+    entry = None  # frees the device memory that it holds
     gc.collect()
     if is_done:
       yield dict(row)
@@ -162,13 +162,13 @@ def build(config: Config) -> benchmark.Entry:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-  """Of the device."""
+  """Whether the device has run out of memory."""
   words = "RESOURCE_EXHAUSTED", "out of memory", "Out of memory"
   return any(word in str(error) for word in words)
 
 
 def bytes_limit() -> int:
-  """What jax may take of the device; 0: unknown (a CPU)."""
+  """Bytes of the device that JAX may take; 0: unknown (a CPU)."""
   return (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
 
 
@@ -184,8 +184,8 @@ def program_memory(program: Any) -> dict[str, float]:
 
 
 def predicted(before: Row | None, tokens: int) -> float:
-  """Bytes of a step of so many tokens, temporaries in proportion to another
-  one's; 0 if there is none."""
+  """Bytes that a step of `tokens` tokens needs: `before`, with its temporaries
+  scaled by tokens; 0 if there is no `before`."""
   if not before or "temporary GiB" not in before:
     return 0.0
   scale = tokens / before["tokens"]
@@ -194,7 +194,7 @@ def predicted(before: Row | None, tokens: int) -> float:
 
 def timed(entry: benchmark.Entry, limits: Limits) -> tuple[Any, Row]:
   """(state after, row): speed of a compiled step, after one to warm up, and the
-  peak memory of this process.  `entry.state` is used up."""
+  peak memory of this process.  `entry.state` is donated."""
   state, begin = entry.state, time.perf_counter()
   seconds, metrics = [], None
   while len(seconds) <= limits.steps:
@@ -221,7 +221,7 @@ def timed(entry: benchmark.Entry, limits: Limits) -> tuple[Any, Row]:
 
 
 def mfu(config: Config, tokens_per_second: float) -> Row:
-  """FLOPs of a token, nothing recomputed, and the share of the peak."""
+  """FLOPs of a token, without recomputation, and the share of the peak."""
   config = dataclasses.replace(
     config, data=dataclasses.replace(config.data, batch_size=1)
   )
