@@ -36,7 +36,7 @@ RULES = {
     "step_scale": "sum",
   },
 }
-# What the specification says (02, section 5): momentum -> C = 1, 4, 16, 64.
+# The expected rates: momentum -> C = 1, 4, 16, 64.
 EXPECTED = {
   "L2 factor 1/2 + DGD, both / C": (
     ("1", ">2", ">2", ">2"),
@@ -55,7 +55,7 @@ EXPECTED = {
   ),
   "dot product + DGD, not / C": (("2",) * 4,) * 3,
 }
-LIMIT = 4.0  # the search's end: twice the specification's
+LIMIT = 4.0  # the search's end: twice the expected rate
 _GRID = 200  # rates tried before the bisection
 _BISECTIONS = 16
 _TOLERANCE = 1e-5  # float32: a radius of 1 may come out larger
