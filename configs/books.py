@@ -5,7 +5,7 @@ Paper: Table 6 and Figure 10 (ablations, perplexity over the context) at a size
 Command: python -m hope_jax.train --config=configs/books.py:hope \
   --config.data.path=runs/books --workdir=runs/books-hope
 Modes: a model, optionally with `smoke`: `hope`, `titans,smoke`.
-Data: the folder that experiments/texts/books.py makes: 80 novels to train on
+Data: the folder that experiments/texts/books.py makes: 81 novels to train on
   (60 MB), a passage of every held-out book for validation and test.
 """
 
